@@ -1,0 +1,58 @@
+"""Which versions of the host this package is made for."""
+
+import sys
+from importlib import metadata
+
+SUPPORTED_NNUNET = "2.8"
+MINIMUM_PYTHON = (3, 10)
+
+
+class UnsupportedVersionError(RuntimeError):
+    """The installed nnU-Net, torch or Python is outside the supported range."""
+
+
+def _release(version: str) -> tuple[int, ...]:
+    numbers = []
+    for part in version.split("+")[0].split(".")[:3]:
+        digits = "".join(c for c in part if c.isdigit())
+        numbers.append(int(digits) if digits else 0)
+    return tuple(numbers)
+
+
+def version_problems(
+    nnunetv2: str | None, torch: str | None, python: tuple[int, ...] = sys.version_info[:3]
+) -> list[str]:
+    """What is wrong with a set of versions, one sentence each; empty if they are supported.
+
+    Args:
+        nnunetv2: version of nnunetv2, None if it is not installed.
+        torch: version of torch, None if it is not installed.
+        python: version of Python.
+    """
+    problems = []
+    if python < MINIMUM_PYTHON:
+        problems.append(f"Python is {'.'.join(map(str, python))}, expected 3.10 or newer")
+    if nnunetv2 is None:
+        problems.append(f"nnunetv2 is not installed, expected {SUPPORTED_NNUNET}.*")
+    elif _release(nnunetv2)[:2] != (2, 8):
+        problems.append(f"nnunetv2 is {nnunetv2}, expected {SUPPORTED_NNUNET}.*: pip install 'nnunetv2>=2.8,<2.9'")
+    if torch is None:
+        problems.append("torch is not installed")
+    elif _release(torch)[:2] == (2, 9):
+        problems.append(f"torch is {torch}; 2.9 has slow and partly wrong 3D convolutions, use another version")
+    return problems
+
+
+def installed(name: str) -> str | None:
+    """Version of an installed distribution, None if there is none."""
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def check_versions() -> None:
+    """Raise UnsupportedVersionError, naming what was found and expected, unless all versions are supported."""
+    problems = version_problems(installed("nnunetv2"), installed("torch"))
+    if problems:
+        raise UnsupportedVersionError("nnunetv2_diffusion cannot run here: " + "; ".join(problems))

@@ -1,0 +1,72 @@
+"""The reverse process: K calls of an x_start estimator."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion
+
+SAMPLERS = ("ddpm", "ddim")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How a prediction is drawn.
+
+    Attributes:
+        steps: K, network evaluations of one sample.
+        sampler: "ddpm" (ancestral, fixed small variance) or "ddim".
+        eta: DDIM's noise level in [0, 1]; without effect for DDPM.
+        samples: masks drawn; their probabilities are averaged.
+        seed: any integer; the same seed and image give the same result.
+    """
+
+    steps: int
+    sampler: str = "ddpm"
+    eta: float = 0.0
+    samples: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler is {self.sampler!r}, expected one of {', '.join(SAMPLERS)}")
+        for name in ("steps", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected an integer of at least 1")
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta is {self.eta}, expected a number in [0, 1]")
+
+
+def reverse_process(
+    process: GaussianDiffusion,
+    predict_x_start: Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor],
+    x_t: torch.Tensor,
+    noise: Callable[[], torch.Tensor],
+    sampler: str = "ddpm",
+    eta: float = 0.0,
+) -> Iterator[torch.Tensor]:
+    """Run the chain from pure noise and yield the estimate of x_start of every step.
+
+    Args:
+        process: the chain, usually ``process.respace(K)``.
+        predict_x_start: called as (x_t, t, is_last) with t the **training** index (B,) of the step.
+        x_t: standard normal start, (B, K, *spatial).
+        noise: returns fresh standard normal noise of x_t's shape; called in every step but the last, if needed.
+        sampler: "ddpm" or "ddim".
+        eta: see ``GaussianDiffusion.ddim_step``.
+
+    Yields:
+        x_start estimates, first to last. The last one is the result: both reverse steps return it at index 0.
+    """
+    for index in reversed(range(process.num_timesteps)):
+        # kept on the CPU: looking up coefficients then needs no transfer from the device
+        t = torch.full((len(x_t),), index, dtype=torch.long)
+        x_start = predict_x_start(x_t, process.timestep_map[t], index == 0)
+        yield x_start
+        if index == 0:
+            return
+        if sampler == "ddpm":
+            x_t = process.ddpm_step(x_start, x_t, t, noise())
+        else:
+            x_t = process.ddim_step(x_start, x_t, t, noise() if eta > 0 else None, eta)

@@ -1,0 +1,1 @@
+"""Settings in nnU-Net's plans."""

@@ -1,0 +1,146 @@
+"""Looks at plans, labels, images and checkpoints before hours are spent on them."""
+
+import pickle
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.utilities.label_handling.label_handling import LabelManager
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from tqdm import tqdm
+
+from nnunetv2_diffusion.networks import UnsupportedArchitectureError
+from nnunetv2_diffusion.networks.denoiser import SUPPORTED
+from nnunetv2_diffusion.planning.settings import read_settings
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be used here."""
+
+
+def check_plans(plans: dict, configuration: str) -> None:
+    """Raise before anything is written if the settings or the architecture of a configuration cannot be used.
+
+    Raises:
+        SettingsError: unknown key or unusable value in the ``diffusion`` section.
+        UnsupportedArchitectureError: not a PlainConvUNet or ResidualEncoderUNet.
+    """
+    manager = PlansManager(plans).get_configuration(configuration)
+    where = f"configuration {configuration} of {plans.get('plans_name', 'the plans')}"
+    read_settings(manager.configuration, where)
+    name = manager.network_arch_class_name.rsplit(".", 1)[-1]
+    supported = [c.__name__ for c in SUPPORTED]
+    if name not in supported:
+        raise UnsupportedArchitectureError(
+            f"{where}: the network is {manager.network_arch_class_name}, the diffusion trainers support "
+            f"{' and '.join(supported)}. Plan with a stock nnU-Net planner and pass its plans with -p."
+        )
+
+
+def check_labels(datasets: Iterable[Any], labels: LabelManager, folder: str, show_progress: bool) -> None:
+    """Raise if a preprocessed segmentation holds a label that dataset.json does not define.
+
+    nnU-Net would train on (regions) or stop deep inside a CUDA kernel (classes).
+
+    Args:
+        datasets: nnU-Net's preprocessed data sets.
+        labels: the label manager of plans and dataset.json.
+        folder: named in the error.
+        show_progress: show a progress bar.
+
+    Raises:
+        ValueError: naming the case, the label and the known ones.
+    """
+    known = {-1, 0, *labels.all_labels}  # -1 marks voxels outside of the cropped image
+    if labels.ignore_label is not None:
+        known.add(labels.ignore_label)
+    cases = [(dataset, case) for dataset in datasets for case in dataset.identifiers]
+    for dataset, case in tqdm(cases, desc="checking labels", disable=not show_progress, leave=False):
+        segmentation = dataset.load_case(case)[1]
+        unknown = sorted(_label_values(segmentation) - known)
+        if unknown:
+            raise ValueError(
+                f"case {case} in {folder}: the segmentation holds label {unknown[0]}, which dataset.json does not "
+                f"define; expected {sorted(known - {-1})}. Correct labelsTr or dataset.json and preprocess again."
+            )
+
+
+def _label_values(segmentation: Any) -> set[int]:
+    """Distinct labels of a (1, *spatial) array that may lie on disk, slice by slice."""
+    found: set[int] = set()
+    for index in range(segmentation.shape[1]):
+        values = np.asarray(segmentation[0, index]).astype(np.int64).ravel()
+        low = int(values.min())
+        found.update(int(v) + low for v in np.flatnonzero(np.bincount(values - low)))
+    return found
+
+
+def check_images(batch: dict, images: torch.Tensor) -> None:
+    """Raise if images of a batch are not finite.
+
+    Args:
+        batch: nnU-Net's batch; ``keys`` names the cases.
+        images: (B, C, *spatial).
+
+    Raises:
+        ValueError: naming the cases.
+    """
+    bad = ~torch.isfinite(images).flatten(1).all(1)
+    if bad.any():
+        cases = [str(case) for case, is_bad in zip(batch["keys"], bad.tolist(), strict=True) if is_bad]
+        raise ValueError(
+            f"the preprocessed image of case {', '.join(cases)} holds NaN or infinite values, expected finite ones. "
+            "Check the input image with nnUNetv2_plan_and_preprocess --verify_dataset_integrity and preprocess again."
+        )
+
+
+def _safe_types() -> list:
+    """What nnU-Net stores in a checkpoint beyond tensors and plain types: numpy scalars of its log."""
+    scalar = type(np.float64(0)).__reduce__(np.float64(0))[0]  # numpy's reconstructor, whose module moved in numpy 2
+    names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
+    dtypes = [type(np.dtype(t)) for t in (np.float16, np.float32, np.float64, np.int32, np.int64, bool)]
+    return [*[(scalar, name) for name in names], np.dtype, *dtypes]
+
+
+def load_checkpoint_file(path: str | Path) -> dict:
+    """Read an nnU-Net checkpoint without running code from it; tensors stay on disk until used.
+
+    Args:
+        path: a checkpoint written by an nnU-Net trainer.
+
+    Raises:
+        CheckpointError: if the file is missing, damaged, or holds more than tensors and plain data.
+    """
+    if not Path(path).is_file():
+        raise CheckpointError(f"{path}: no such file, expected a checkpoint")
+    try:
+        with torch.serialization.safe_globals(_safe_types()):
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: not a checkpoint of tensors and plain data, it was not loaded ({str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
+        raise CheckpointError(f"{path}: no 'network_weights' in it, expected a checkpoint of an nnU-Net trainer")
+    return checkpoint
+
+
+def check_checkpoint(path: str | Path, trainer_name: str, num_heads: int) -> None:
+    """Raise unless a checkpoint was written by this trainer for as many classes.
+
+    Raises:
+        CheckpointError: naming what was found and expected.
+    """
+    checkpoint = load_checkpoint_file(path)
+    found = checkpoint.get("trainer_name")
+    if found != trainer_name:
+        raise CheckpointError(
+            f"{path}: written by trainer {found}, expected {trainer_name}. Continue with -tr {found}, or move the file."
+        )
+    heads = checkpoint["network_weights"].get("decoder.seg_layers.0.weight")
+    if heads is not None and len(heads) != num_heads:
+        raise CheckpointError(
+            f"{path}: its network segments {len(heads)} classes or regions, dataset.json defines {num_heads}"
+        )

@@ -1,0 +1,1 @@
+"""Installed into the folder that nnU-Net searches; see setup.cfg."""
