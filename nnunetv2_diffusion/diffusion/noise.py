@@ -27,10 +27,14 @@ def content_hash(image: torch.Tensor) -> list[int]:
     Raises:
         ValueError: if an image has NaN or infinite voxels.
     """
-    flat = image.detach().float().reshape(len(image), -1)
-    bits = flat.contiguous().view(torch.int32).long()
-    weights = torch.arange(bits.shape[1], device=bits.device) * 2 + 0x5851F42D4C957F2D
-    sums = (bits * weights).sum(1)
+    flat = image.detach().float().reshape(len(image), -1) + 0.0  # -0.0 becomes 0.0
+    words = flat.contiguous().view(torch.int32).long()
+    # position in the high half, bits in the low half. A sum that is linear in the bits would have images with the same
+    # sum of positions collide: a mirrored phantom, for instance. So each word is mixed before the sum.
+    words = (words & 0xFFFFFFFF) | (torch.arange(words.shape[1], device=words.device) << 32)
+    words = words * 0x5851F42D4C957F2D
+    words = (words ^ ((words >> 32) & 0xFFFFFFFF)) * 0x2545F4914F6CDD1D
+    sums = (words ^ ((words >> 32) & 0xFFFFFFFF)).sum(1)
     bad = (~torch.isfinite(flat)).sum(1)
     values = torch.stack([sums, bad]).tolist()  # one transfer from the device
     for index, count in enumerate(values[1]):

@@ -32,8 +32,9 @@ class SamplingConfig:
         if self.sampler not in SAMPLERS:
             raise ValueError(f"sampler is {self.sampler!r}, expected one of {', '.join(SAMPLERS)}")
         for name in ("steps", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected an integer of at least 1")
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected an integer of at least 1")
         if not 0 <= self.eta <= 1:
             raise ValueError(f"eta is {self.eta}, expected a number in [0, 1]")
 
@@ -59,6 +60,8 @@ def reverse_process(
     Yields:
         x_start estimates, first to last. The last one is the result: both reverse steps return it at index 0.
     """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
     for index in reversed(range(process.num_timesteps)):
         # kept on the CPU: looking up coefficients then needs no transfer from the device
         t = torch.full((len(x_t),), index, dtype=torch.long)

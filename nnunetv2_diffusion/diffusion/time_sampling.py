@@ -70,6 +70,8 @@ class ImportanceTimeSampler:
     def sample(self, batch_size: int, t_range: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw t in t_range = [low, high): LongTensor (B,) and float32 weights 1 / (p_t * N) (B,)."""
         low, high = t_range
+        if not 0 <= low < high <= self.num_timesteps:
+            raise ValueError(f"t_range is {t_range}, expected 0 <= low < high <= {self.num_timesteps}")
         deficit = torch.zeros(self.num_timesteps, dtype=torch.float64)
         deficit[low:high] = (self.warmup - self.count[low:high]).clamp(min=0).double()
         if deficit.sum() > 0:
@@ -107,5 +109,5 @@ class ImportanceTimeSampler:
                     f"the checkpoint's time-sampling history has {len(state[key])} steps, "
                     f"the settings have {self.num_timesteps}"
                 )
-        self.loss_sq = state["loss_sq"].detach().cpu().double()
-        self.count = state["count"].detach().cpu().long()
+        self.loss_sq = state["loss_sq"].detach().to("cpu", torch.float64, copy=True)
+        self.count = state["count"].detach().to("cpu", torch.long, copy=True)

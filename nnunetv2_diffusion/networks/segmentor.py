@@ -1,7 +1,7 @@
 """The module behind nnU-Net's one call ``network(image) -> logits``."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -26,6 +26,14 @@ def to_mask(x: torch.Tensor) -> torch.Tensor:
 def to_x_start(probabilities: torch.Tensor) -> torch.Tensor:
     """Probabilities in [0, 1] -> diffusion space [-1, 1]."""
     return 2 * probabilities - 1
+
+
+class ReverseStep(NamedTuple):
+    """One step of a reverse chain: the state it saw (unclipped), its training time, and its logits, finest first."""
+
+    x_t: torch.Tensor
+    t: int
+    heads: list[torch.Tensor]
 
 
 class DiffusionSegmentor(DenoisingUNet):
@@ -124,12 +132,13 @@ class DiffusionSegmentor(DenoisingUNet):
             fresh float32 logits (B, K, *spatial), |logit| < 14; a list under deep supervision.
         """
         config = self.sampling
-        process = self.process.respace(config.steps)
         hashes = content_hash(image)
         mean: list[torch.Tensor] = []
         for sample in range(config.samples):
             noise = ContentNoise(hashes, config.seed, sample, image.device)
-            heads = [self.probabilities(h) for h in self._draw(image, process, noise, config)]
+            for step in self.chain(image, noise, config):
+                last = step
+            heads = [self.probabilities(logits) for logits in last.heads]
             if not mean:
                 mean = heads
             else:
@@ -138,25 +147,29 @@ class DiffusionSegmentor(DenoisingUNet):
         logits = [self._bounded_logits(p) for p in mean]
         return logits if self.decoder.deep_supervision else logits[0]
 
-    def _draw(
-        self,
-        image: torch.Tensor,
-        process: GaussianDiffusion,
-        noise: ContentNoise,
-        config: SamplingConfig,
-    ) -> list[torch.Tensor]:
-        """Logits of the last step of one chain, finest first."""
+    def chain(self, image: torch.Tensor, noise: ContentNoise, config: SamplingConfig) -> Iterator[ReverseStep]:
+        """Run one reverse chain from pure noise and yield every step.
+
+        Args:
+            image: (B, C, *spatial).
+            noise: one stream for each image of the batch.
+            config: steps, sampler and eta are used.
+
+        Yields:
+            config.steps steps, noisiest first; only the last one has deep-supervision heads.
+        """
+        process = self.process.respace(config.steps)
         shape = (self.num_heads, *image.shape[2:])
-        outputs: list[torch.Tensor] = []
         estimate = None
+        current: ReverseStep
 
         def predict_x_start(x_t: torch.Tensor, t: torch.Tensor, is_last: bool) -> torch.Tensor:
-            nonlocal estimate
-            logits = self._pass(image, x_t, t, estimate, not is_last)
+            nonlocal estimate, current
+            heads = self._pass(image, x_t, t, estimate, not is_last)
+            current = ReverseStep(x_t, int(t[0]), list(heads) if isinstance(heads, list | tuple) else [heads])
             if is_last:
-                outputs.extend(logits if isinstance(logits, list | tuple) else [logits])
                 return x_t  # the chain ends here: nobody uses its state any more
-            p = self.probabilities(logits)
+            p = self.probabilities(current.heads[0])
             if self.self_conditioning:
                 estimate = p
             return to_x_start(p)
@@ -164,8 +177,7 @@ class DiffusionSegmentor(DenoisingUNet):
         for _ in reverse_process(
             process, predict_x_start, noise(shape), lambda: noise(shape), config.sampler, config.eta
         ):
-            pass
-        return outputs
+            yield current
 
     def _bounded_logits(self, p: torch.Tensor) -> torch.Tensor:
         if self.sigmoid:
