@@ -1,0 +1,148 @@
+"""Command line of the demo; see scripts/demo."""
+
+import argparse
+import json
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nnunetv2_diffusion.demo.data import RawDataError, hold_out
+from nnunetv2_diffusion.demo.phantoms import write_phantoms
+from nnunetv2_diffusion.demo.picture import draw_case, reverse_steps
+from nnunetv2_diffusion.demo.pipeline import Job, dice_scores, plan, train_and_predict
+
+SYNTHETIC = "Dataset501_Demo"
+BOUND = 0.7  # mean Dice on phantoms; labelling everything as organ scores below 0.2
+EQUAL_LENGTH = {"nnUNetTrainer": "nnUNetTrainerBaseline"}  # the host's trainer, its length read from the plans
+MARGIN = 0.015  # Dice that a trainer may be below the one it is compared with
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Options of the demo."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/demo",
+        description="Data, plan, train, predict, score, picture: all through nnU-Net's own commands.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--raw", type=Path, metavar="DIR", help="a raw data set DatasetXXX_Name; default: synthetic phantoms")
+    add("--out", type=Path, metavar="DIR", help="new folder for everything; default: the first free demo_output*")
+    add("--trainer", default="nnUNetTrainerRecycleXT", help="trainer to show")
+    add("--compare", metavar="TRAINER", help="a second trainer, same plans and iterations")
+    add("--configuration", "-c", default="3d_fullres", choices=("2d", "3d_fullres"), help="nnU-Net configuration")
+    add("--epochs", type=int, default=5, help="length of the training")
+    add("--iterations", type=int, default=50, help="optimiser steps of an epoch")
+    add("--base-features", type=int, default=8, help="channels of the first stage; nnU-Net plans 32")
+    add("--batch-size", type=int, default=2, help="patches in a step")
+    add("--test-cases", type=int, help="unseen cases to score; default 6 phantoms, or 10 %% of --raw, 20 at most")
+    add("--seed", type=int, default=0, help="of the phantoms and of the choice of unseen cases")
+    add("-device", "--device", default="cpu", choices=("cpu", "cuda", "mps"), help="as in nnU-Net")
+    return parser.parse_args(arguments)
+
+
+def free_folder(name: str) -> Path:
+    """``name`` or ``name_2``, ``name_3``, ...: whatever does not exist yet."""
+    candidate, number = Path(name), 1
+    while candidate.exists():
+        number += 1
+        candidate = Path(f"{name}_{number}")
+    return candidate
+
+
+def make_data(options: argparse.Namespace, out: Path) -> str:
+    """Write or link the raw data set into out; returns its name."""
+    if options.raw is None:
+        folder = out / "nnUNet_raw" / SYNTHETIC
+        write_phantoms(folder, 24, options.test_cases or 6, options.seed)
+        print(f"made 24 training and {options.test_cases or 6} unseen phantoms in {folder}")
+        return SYNTHETIC
+    source = options.raw.resolve()
+    labelled = len(list((source / "labelsTr").glob("*"))) if source.is_dir() else 0
+    test_cases = options.test_cases or max(1, min(20, labelled // 10))
+    hold_out(source, out / "nnUNet_raw" / source.name, test_cases, options.seed)
+    print(f"held out {test_cases} of {labelled} labelled cases of {source.name}")
+    return source.name
+
+
+def print_scores(scores: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
+    """Print Dice by class, mean and standard deviation over cases; returns the mean over classes and cases."""
+    means = {}
+    for trainer, by_label in scores.items():
+        print(f"\n{trainer}: Dice on {len(next(iter(by_label.values())))} unseen cases")
+        for label, values in by_label.items():
+            print(f"  class {label}: {np.nanmean(values):.4f} +- {np.nanstd(values):.4f}")
+        means[trainer] = float(np.nanmean([np.nanmean(v) for v in by_label.values()]))
+        print(f"  mean: {means[trainer]:.4f}")
+    return means
+
+
+def judge(means: dict[str, float], options: argparse.Namespace) -> bool:
+    """Print the bounds and whether they are met; True if all are."""
+    good = True
+    trainers = list(means)
+    if options.raw is None:
+        good = all(mean >= BOUND for mean in means.values())
+        print(f"\nbound: mean Dice of at least {BOUND} on phantoms: {'met' if good else 'NOT MET'}")
+    if len(trainers) == 2:
+        difference = means[trainers[0]] - means[trainers[1]]
+        close = difference >= -MARGIN
+        print(
+            f"{trainers[0]} - {trainers[1]}: {100 * difference:+.2f} Dice points; bound -{100 * MARGIN}: "
+            f"{'met' if close else 'NOT MET'}"
+        )
+        good &= close
+    return good
+
+
+def draw(job: Job, trainers: list[str]) -> Path:
+    """The picture of the first unseen case."""
+    ending = json.loads((job.raw / "dataset.json").read_text())["file_ending"]
+    truth = sorted((job.raw / "labelsTs").iterdir())[0]
+    case = truth.name.removesuffix(ending)
+    images = sorted((job.raw / "imagesTs").glob(f"{case}_*"))
+    steps = reverse_steps(job.model_folder(trainers[0]), images, steps=5, device=job.device)
+    masks = {t: job.out / f"predictions_{t}" / truth.name for t in trainers}
+    picture = job.out / "demo.png"
+    draw_case(picture, images, truth, ending, masks, steps)
+    return picture
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the demo; 0 if the bounds are met."""
+    options = parse_arguments(arguments)
+    out = (options.out or free_folder("demo_output")).resolve()
+    if out.exists():
+        raise SystemExit(f"{out} exists; the demo writes into a new folder only")
+    try:
+        name = make_data(options, out)
+    except RawDataError as error:
+        raise SystemExit(str(error)) from error
+    job = Job(
+        out, name, options.configuration, options.epochs, options.iterations, options.base_features,
+        options.batch_size, options.device,
+    )  # fmt: skip
+    plan(job)
+    trainers = [EQUAL_LENGTH.get(t, t) for t in (options.trainer, options.compare) if t]
+    scores = {trainer: dice_scores(train_and_predict(job, trainer)) for trainer in trainers}
+    means = print_scores(scores)
+    good = judge(means, options)
+    result = {
+        "options": {
+            k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("raw", "out")
+        },
+        "dataset": name,
+        "mean_dice": means,
+        "dice_by_class": {t: {k: v.tolist() for k, v in s.items()} for t, s in scores.items()},
+        "seconds": job.seconds,
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {options.device}",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=2))
+    print(f"\npicture: {draw(job, trainers)}\nnumbers: {out / 'result.json'}")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,138 @@
+"""One picture of a case: image, ground truth, prediction and the steps of the reverse process."""
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("agg")
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunetv2_diffusion.diffusion import ContentNoise, SamplingConfig
+from nnunetv2_diffusion.diffusion.noise import content_hash
+from nnunetv2_diffusion.networks import DiffusionSegmentor
+
+COLOURS = plt.get_cmap("tab10")
+
+
+def _overlay(axes: Axes, image: np.ndarray, labels: np.ndarray, title: str) -> None:
+    """Grey image (rows, columns) under coloured outlines and fills of labels (rows, columns)."""
+    low, high = np.percentile(image, [1, 99])
+    axes.imshow(image, cmap="gray", vmin=low, vmax=high)
+    for label in range(1, int(labels.max()) + 1):
+        mask = labels == label
+        colour = COLOURS(label - 1)
+        axes.imshow(np.ma.masked_where(~mask, mask), cmap=matplotlib.colors.ListedColormap([colour]), alpha=0.35)
+        if mask.any() and not mask.all():
+            axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1)
+    axes.set_title(title, fontsize=8)
+    axes.axis("off")
+
+
+def reverse_steps(
+    model_folder: Path, images: list[Path], steps: int, device: str
+) -> tuple[np.ndarray, list[tuple[int, np.ndarray, np.ndarray]]]:
+    """Run the reverse process on the central patch of a case.
+
+    Args:
+        model_folder: nnU-Net's folder of the model; fold 0 is used.
+        images: one file for each channel.
+        steps: K.
+        device: torch device.
+
+    Returns:
+        the patch's first channel (rows, columns) of its middle slice, and for each step the training time, the
+        noisy mask of the last class in [-1, 1] and the label map, of that slice.
+    """
+    predictor = nnUNetPredictor(device=torch.device(device), allow_tqdm=False)
+    predictor.initialize_from_trained_model_folder(str(model_folder), (0,))
+    network = predictor.network.to(device).eval()
+    configuration = predictor.configuration_manager
+    preprocessor = configuration.preprocessor_class(verbose=False)
+    data, _, _ = preprocessor.run_case(
+        [str(f) for f in images], None, predictor.plans_manager, configuration, predictor.dataset_json
+    )[:3]
+    patch = _central_patch(data, configuration.patch_size)[None].to(device)
+    if not isinstance(network, DiffusionSegmentor) or network.process is None:
+        return _middle(patch[0, 0]), []
+    config = SamplingConfig(steps)
+    found = []
+    with torch.inference_mode():
+        noise = ContentNoise(content_hash(patch), 0, 0, patch.device)
+        for step in network.chain(patch, noise, config):
+            labels = _label_map(network.probabilities(step.heads[0])[0], network.sigmoid)
+            found.append((step.t, _middle(step.x_t[0, -1].clamp(-1, 1)), _middle(labels)))
+    return _middle(patch[0, 0]), found
+
+
+def _label_map(probabilities: torch.Tensor, sigmoid: bool) -> torch.Tensor:
+    """(K, *spatial) -> labels; for regions the last one that is more likely than not."""
+    if not sigmoid:
+        return probabilities.argmax(0)
+    order = torch.arange(1, len(probabilities) + 1, device=probabilities.device)
+    return ((probabilities > 0.5) * order.reshape(-1, *[1] * (probabilities.ndim - 1))).amax(0)
+
+
+def _central_patch(data: np.ndarray, size: list[int]) -> torch.Tensor:
+    """Centre of (C, *spatial), padded with zeros to size; of a volume the middle slice if size is 2D."""
+    if len(size) == 2:
+        data = data[:, data.shape[1] // 2]
+    for axis, n in enumerate(size, start=1):
+        missing = max(0, n - data.shape[axis])
+        widths = [(0, 0)] * data.ndim
+        widths[axis] = (missing // 2, missing - missing // 2)
+        data = np.pad(data, widths)
+        start = (data.shape[axis] - n) // 2
+        data = np.take(data, range(start, start + n), axis=axis)
+    return torch.from_numpy(np.ascontiguousarray(data)).float()
+
+
+def _middle(x: torch.Tensor) -> np.ndarray:
+    """Middle slice of a volume, or the image itself."""
+    x = x.float().cpu()
+    return (x[len(x) // 2] if x.ndim == 3 else x).numpy()
+
+
+def draw_case(
+    file: Path,
+    images: list[Path],
+    truth: Path,
+    ending: str,
+    predictions: dict[str, Path],
+    steps: tuple[np.ndarray, list[tuple[int, np.ndarray, np.ndarray]]],
+) -> None:
+    """Write a PNG: image, ground truth and predictions above, reverse steps below.
+
+    Args:
+        file: PNG to write.
+        images: files of the case's channels; the first is shown.
+        truth: file of its labels.
+        ending: of all these files, ".nii.gz" for example.
+        predictions: mask files by trainer.
+        steps: result of ``reverse_steps``.
+    """
+    reader = determine_reader_writer_from_file_ending(ending, str(truth), verbose=False)()
+    image = reader.read_images([str(images[0])])[0][0]  # (z, y, x); one slice for 2D images
+    labels = reader.read_seg(str(truth))[0][0]
+    index = int(np.argmax((labels > 0).sum((1, 2))))  # the slice with most foreground
+    first = [("image", np.zeros_like(labels)), ("ground truth", labels)]
+    first += [(name, reader.read_seg(str(mask))[0][0]) for name, mask in predictions.items()]
+    patch, found = steps
+    columns = max(len(first), len(found))
+    figure, grid = plt.subplots(3, columns, figsize=(2.2 * columns, 7), squeeze=False)
+    for axes in grid.flat:
+        axes.axis("off")
+    for axes, (name, mask) in zip(grid[0], first, strict=False):
+        _overlay(axes, image[index], mask[index], name)
+    for column, (t, noisy, step_labels) in enumerate(found):
+        grid[1, column].imshow(noisy, cmap="gray", vmin=-1, vmax=1)
+        grid[1, column].set_title(f"network input, t = {t}", fontsize=8)
+        _overlay(grid[2, column], patch, step_labels, f"estimate, step {column + 1} of {len(found)}")
+    figure.suptitle(truth.name, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(file, dpi=130)
+    plt.close(figure)

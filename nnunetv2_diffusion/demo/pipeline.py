@@ -1,0 +1,138 @@
+"""Plan, train, predict and score with stock nnU-Net commands."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from nnunetv2_diffusion.planning.derive import derive_plans, write_plans
+
+PLANS = "demoPlans"
+
+
+@dataclass
+class Job:
+    """One data set, one configuration, one length of training.
+
+    Attributes:
+        out: folder of everything that is written.
+        dataset: name, DatasetXXX_Name.
+        configuration: "2d" or "3d_fullres".
+        epochs: of training.
+        iterations: in each epoch.
+        base_features: channels of the first stage.
+        batch_size: patches in a step.
+        device: as nnU-Net's -device.
+        seconds: filled with the time of every command.
+    """
+
+    out: Path
+    dataset: str
+    configuration: str
+    epochs: int
+    iterations: int
+    base_features: int
+    batch_size: int
+    device: str
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def raw(self) -> Path:
+        """The raw data set."""
+        return self.out / "nnUNet_raw" / self.dataset
+
+    @property
+    def preprocessed(self) -> Path:
+        """The preprocessed data set."""
+        return self.out / "nnUNet_preprocessed" / self.dataset
+
+    def model_folder(self, trainer: str) -> Path:
+        """Where nnU-Net keeps a trained model."""
+        name = f"{trainer}__{PLANS}__{self.configuration}"
+        return self.out / "nnUNet_results" / self.dataset / name
+
+    def environment(self) -> dict[str, str]:
+        """nnU-Net's folders inside out, and few workers: the demo is for small machines."""
+        folders = {v: str(self.out / v) for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        workers = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "2"}
+        return {**workers, **os.environ, **folders}
+
+    def run(self, title: str, *command: str) -> None:
+        """Run a stock command; its output goes to ``<out>/logs/<title>.txt``.
+
+        Raises:
+            SystemExit: with the end of the output, if it fails.
+        """
+        log = self.out / "logs" / f"{title}.txt"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        print("$", " ".join(command), flush=True)
+        start = time.monotonic()
+        # the command beside this Python, also if its folder is not on PATH
+        beside = Path(sys.executable).with_name(command[0])
+        program = str(beside) if beside.exists() else command[0]
+        with log.open("w") as stream:
+            code = subprocess.run(
+                [program, *command[1:]], env=self.environment(), stdout=stream, stderr=subprocess.STDOUT
+            ).returncode
+        self.seconds[title] = time.monotonic() - start
+        if code:
+            tail = "\n".join(log.read_text().splitlines()[-15:])
+            raise SystemExit(f"{command[0]} ended with status {code}; the end of {log}:\n{tail}")
+        print(f"  {self.seconds[title]:.0f} s", flush=True)
+
+
+def plan(job: Job) -> None:
+    """Plan and preprocess, then derive plans with a small network and a short training from nnU-Net's."""
+    number = job.dataset[len("Dataset") :][:3]
+    job.run(
+        "plan", "nnUNetv2_plan_and_preprocess", "-d", number, "-c", job.configuration, "-np", "2",
+        "--verify_dataset_integrity",
+    )  # fmt: skip
+    stock = json.loads((job.preprocessed / "nnUNetPlans.json").read_text())
+    network = {"base_features": job.base_features, "batch_size": job.batch_size}
+    settings = {
+        "num_epochs": job.epochs,
+        "num_iterations_per_epoch": job.iterations,
+        "num_val_iterations_per_epoch": max(5, job.iterations // 10),
+    }
+    write_plans(derive_plans(stock, PLANS, {job.configuration: network}, settings), job.preprocessed)
+    write_split(job)
+
+
+def write_split(job: Job, validation_cases: int = 4) -> None:
+    """A fold 0 with few validation cases: the unseen cases are what is scored."""
+    ending = json.loads((job.raw / "dataset.json").read_text())["file_ending"]
+    cases = sorted(p.name.removesuffix(ending) for p in (job.raw / "labelsTr").iterdir())
+    validation = cases[:: max(1, len(cases) // validation_cases)][:validation_cases]
+    split = [{"train": [c for c in cases if c not in validation], "val": validation}]
+    (job.preprocessed / "splits_final.json").write_text(json.dumps(split, indent=2))
+
+
+def train_and_predict(job: Job, trainer: str) -> Path:
+    """Train fold 0, predict the unseen cases with nnU-Net's commands; returns the folder of masks."""
+    number = job.dataset[len("Dataset") :][:3]
+    common = ["-tr", trainer, "-p", PLANS, "-device", job.device]
+    job.run(f"train_{trainer}", "nnUNetv2_train", number, job.configuration, "0", *common)
+    predictions = job.out / f"predictions_{trainer}"
+    job.run(
+        f"predict_{trainer}", "nnUNetv2_predict", "-d", number, "-c", job.configuration, "-f", "0", *common,
+        "-i", str(job.raw / "imagesTs"), "-o", str(predictions), "-npp", "1", "-nps", "1",
+    )  # fmt: skip
+    job.run(
+        f"evaluate_{trainer}", "nnUNetv2_evaluate_folder", str(job.raw / "labelsTs"), str(predictions),
+        "-djfile", str(predictions / "dataset.json"), "-pfile", str(predictions / "plans.json"),
+    )  # fmt: skip
+    return predictions
+
+
+def dice_scores(predictions: Path) -> dict[str, np.ndarray]:
+    """Dice of every case by label, in [0, 1], NaN where a label is in neither mask; read from summary.json."""
+    summary = json.loads((predictions / "summary.json").read_text())
+    labels = list(summary["mean"])
+    cases = [case["metrics"] for case in summary["metric_per_case"]]
+    return {label: np.array([case[label]["Dice"] for case in cases], dtype=float) for label in labels}

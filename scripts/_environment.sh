@@ -1,0 +1,24 @@
+# Sourced by scripts/demo and scripts/test: a Python environment with this package, made on first use.
+#
+#   NNUNETV2_DIFFUSION_ENV=active   use the active environment as it is, install nothing
+#   NNUNETV2_DIFFUSION_ENV=DIR      make and use another folder than .venv
+#   PYTHON=python3.12               the Python to make it with
+
+repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+
+make_environment() { # $1: what to install, "." or ".[test]"
+    if [ "${NNUNETV2_DIFFUSION_ENV:-}" = active ]; then
+        return
+    fi
+    local folder=${NNUNETV2_DIFFUSION_ENV:-$repository/.venv} python=${PYTHON:-python3}
+    if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then
+        echo "$python is $("$python" --version 2>&1), expected Python 3.10 or newer; set PYTHON" >&2
+        exit 1
+    fi
+    [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
+    echo "installing into $folder (several GB with PyTorch on a fresh machine)"
+    "$folder/bin/python" -m pip install --quiet "$repository${1#.}"
+    # a checkout of the same version may have changed since
+    "$folder/bin/python" -m pip install --quiet --no-deps --force-reinstall "$repository"
+    export PATH="$folder/bin:$PATH" VIRTUAL_ENV="$folder"
+}

@@ -1,0 +1,31 @@
+"""A tiny data set, planned and trained once for all tests of the host."""
+
+import socket
+
+import pytest
+from tiny_project import Project, tiny_plans, write_dataset
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory) -> Project:
+    """Two channels, two classes, 2d and 3d_fullres planned and preprocessed by the stock command."""
+    made = Project(tmp_path_factory.mktemp("tiny"), "Dataset901_Tiny")
+    write_dataset(made.raw, cases=6)
+    made.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "3d_fullres", "-np", "1", nnUNet_n_proc_DA="1")
+    tiny_plans(made)
+    return made
+
+
+@pytest.fixture(scope="session")
+def recycled(project) -> Project:
+    """The project after ``nnUNetv2_train -tr nnUNetTrainerRecycleXT --npz``."""
+    project.log = project.train("nnUNetTrainerRecycleXT", "--npz")
+    return project
+
+
+@pytest.fixture
+def unused_port() -> int:
+    """A free TCP port on this machine."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,208 @@
+"""The trainers in this process, on preprocessed data: what no command shows."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+import torch
+from tiny_project import tiny_plans
+
+from nnunetv2_diffusion.planning.settings import SettingsError
+
+STRATEGIES = ["DiffSeg", "SelfCondXt", "SelfCondXtPlus1", "RecycleXtPlus1", "RecycleXT"]
+
+
+@pytest.fixture
+def make_trainer(project, monkeypatch):
+    """Build and initialize a trainer as nnUNetv2_train does."""
+    for variable, value in project.environment().items():
+        if variable.startswith("nnUNet_"):
+            monkeypatch.setitem(os.environ, variable, value)
+
+    def make(name="RecycleXT", configuration="3d_fullres", plans="tiny", edit=None, initialize=True, **settings):
+        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+        content = json.loads((project.preprocessed / f"{plans}.json").read_text())
+        content["continue_training"] = False
+        content["configurations"][configuration]["diffusion"].update(settings)
+        if edit is not None:
+            edit(content["configurations"][configuration])
+        dataset = json.loads((project.preprocessed / "dataset.json").read_text())
+        cls = recursive_find_trainer_class_by_name(f"nnUNetTrainer{name}")
+        trainer = cls(content, configuration, 0, dataset, torch.device("cpu"))
+        if initialize:
+            trainer.initialize()
+        return trainer
+
+    return make
+
+
+def batch_for(trainer, seed=0):
+    """A batch as nnU-Net's loader gives it: bright blobs on noise."""
+    rng = torch.Generator().manual_seed(seed)
+    patch, b = trainer.configuration_manager.patch_size, trainer.batch_size
+    labels = torch.zeros(b, 1, *patch, dtype=torch.int16)
+    middle = tuple(slice(n // 4, 3 * n // 4) for n in patch)
+    labels[(slice(None), 0, *middle)] = 1
+    inner = tuple(slice(2 * n // 5, 3 * n // 5) for n in patch)
+    labels[(slice(None), 0, *inner)] = 2
+    image = torch.randn(b, trainer.num_input_channels, *patch, generator=rng) + labels
+    scales = trainer._get_deep_supervision_scales()
+    if scales is None:
+        return {"data": image, "target": labels, "keys": [f"case_{i}" for i in range(b)]}
+    targets = [
+        torch.nn.functional.interpolate(labels.float(), [round(n * s) for n, s in zip(patch, scale, strict=True)])
+        for scale in scales
+    ]
+    return {"data": image, "target": [t.to(torch.int16) for t in targets], "keys": [f"case_{i}" for i in range(b)]}
+
+
+@pytest.mark.parametrize("recipe", ["nnunet", "paper"])
+@pytest.mark.parametrize("name", [*STRATEGIES, "NoDiff"])
+def test_every_trainer_learns_a_simple_task(make_trainer, name, recipe):
+    trainer = make_trainer(name, recipe=recipe, num_iterations_per_epoch=25, num_epochs=1)
+    torch.manual_seed(0)
+    batch = batch_for(trainer)
+    trainer.on_train_epoch_start()
+    losses = [float(trainer.train_step(batch)["loss"]) for _ in range(25)]
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1 * abs(np.mean(losses[:5]))
+    trainer.on_validation_epoch_start()
+    with torch.no_grad():
+        outputs = trainer.validation_step(batch)
+    trainer.on_validation_epoch_end([outputs])
+    assert np.isfinite(trainer.logger.get_value("val_losses", step=-1))
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+@pytest.mark.parametrize("time_sampling", ["uniform", "importance"])
+def test_drawn_time_steps_respect_the_strategy(make_trainer, name, time_sampling):
+    trainer = make_trainer(name, time_sampling=time_sampling, training_steps=3)
+    told = []
+    original = trainer.network.forward
+
+    def spy(image, x_t=None, t=None, estimate=None, full_resolution_only=False):
+        if not full_resolution_only:
+            told.extend(t.tolist())
+        return original(image, x_t, t, estimate, full_resolution_only)
+
+    trainer.network.forward = spy
+    trainer.on_train_epoch_start()
+    batch = batch_for(trainer)
+    for _ in range(12):
+        trainer.train_step(batch)
+    allowed = {0, 500, 1000} if name in ("DiffSeg", "SelfCondXt") else {0, 500}
+    assert set(told) == allowed, "training indices of a schedule respaced to 3 steps"
+
+
+def test_validation_uses_one_step_and_prediction_the_settings(make_trainer):
+    trainer = make_trainer(steps=4)
+    batch = batch_for(trainer)
+    calls = []
+    run = trainer.network._run
+    trainer.network._run = lambda *args: calls.append(args[2]) or run(*args)
+    trainer.on_validation_epoch_start()
+    with torch.no_grad():
+        trainer.on_validation_epoch_end([trainer.validation_step(batch)])
+    assert len(calls) == 1
+    trainer.network.eval()
+    trainer.set_deep_supervision_enabled(False)
+    with torch.inference_mode():
+        trainer.network(batch["data"][:1])
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize("recipe", ["nnunet", "paper"])
+def test_continued_training_is_identical(make_trainer, tmp_path, recipe):
+    settings = {"recipe": recipe, "time_sampling": "importance", "num_iterations_per_epoch": 3}
+    first = make_trainer("RecycleXT", **settings)
+    batch = batch_for(first)
+    first.on_train_epoch_start()
+    for _ in range(3):
+        first.train_step(batch)
+    first.on_train_epoch_end([{"loss": np.float32(1.0)}])
+    file = tmp_path / "checkpoint_latest.pth"
+    first.save_checkpoint(str(file))
+    second = make_trainer("RecycleXT", **settings)
+    second.load_checkpoint(str(file))
+    assert second.current_epoch == 1
+    assert second.logger.get_value("train_losses", step=None) == first.logger.get_value("train_losses", step=None)
+    first.current_epoch = 1
+    for trainer in (first, second):
+        trainer.on_train_epoch_start()
+        torch.manual_seed(3)
+        trainer.train_step(batch)
+    for key, value in first.network.state_dict().items():
+        assert torch.equal(value, second.network.state_dict()[key]), key
+    assert first.optimizer.param_groups[0]["lr"] == second.optimizer.param_groups[0]["lr"]
+    assert torch.equal(first.time_sampler.loss_sq, second.time_sampler.loss_sq)
+    assert first.time_sampler.count.sum() == 8
+
+
+def test_ignored_voxels_carry_no_ground_truth(make_trainer):
+    trainer = make_trainer("DiffSeg", initialize=False)
+    trainer.label_manager._ignore_label = 2
+    a = torch.randint(0, 2, (1, 1, 4, 4, 4))
+    a[..., 0] = 2
+    trainer.label_manager._all_labels = [0, 1]
+    x = trainer._x_start(a)
+    assert (x[..., 0] == 0).all()
+    assert (x[..., 1:].abs() == 1).all()
+
+
+def test_nan_image_names_the_case(make_trainer):
+    trainer = make_trainer()
+    batch = batch_for(trainer)
+    batch["data"][1, 0, 3, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="case case_1 holds NaN"):
+        trainer.train_step(batch)
+    with pytest.raises(ValueError, match="case case_1 holds NaN"):
+        trainer.validation_step(batch)
+
+
+def test_network_that_cannot_be_extended_is_named_before_training(make_trainer, project):
+    def other(configuration):
+        configuration["architecture"]["network_class_name"] = "some.where.PrimusNet"
+
+    with pytest.raises(NotImplementedError, match=r"some\.where\.PrimusNet.*PlainConvUNet and ResidualEncoderUNet"):
+        make_trainer(edit=other, initialize=False)
+
+
+def test_recycling_needs_two_steps(make_trainer):
+    with pytest.raises(SettingsError, match="at least 2 steps"):
+        make_trainer("RecycleXT", training_steps=1, steps=1, initialize=False)
+
+
+def test_residual_encoder_and_2d(make_trainer):
+    def residual(configuration):
+        architecture = configuration["architecture"]
+        kwargs = architecture["arch_kwargs"]
+        architecture["network_class_name"] = "dynamic_network_architectures.architectures.unet.ResidualEncoderUNet"
+        kwargs["n_blocks_per_stage"] = kwargs.pop("n_conv_per_stage")
+
+    for configuration, edit in (("3d_fullres", residual), ("2d", residual), ("2d", None)):
+        trainer = make_trainer("SelfCondXt", configuration, edit=edit)
+        trainer.on_train_epoch_start()
+        assert np.isfinite(trainer.train_step(batch_for(trainer))["loss"])
+
+
+def test_baseline_is_the_host_with_another_length(make_trainer):
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
+    trainer = make_trainer("Baseline", num_epochs=7)
+    assert (trainer.num_epochs, trainer.num_iterations_per_epoch) == (7, 2)
+    own = set(vars(type(trainer).__mro__[1]))
+    assert {n for n in own if callable(getattr(nnUNetTrainer, n, None))} == {"__init__"}
+
+
+def test_plans_without_section_use_the_defaults(make_trainer, project):
+    trainer = make_trainer(edit=lambda c: c.pop("diffusion"), initialize=False)
+    assert trainer.num_epochs == 1000
+    assert trainer.num_iterations_per_epoch == 250
+
+
+def test_tiny_plans_are_not_rewritten(project):
+    tiny_plans(project)  # same content: accepted
+    with pytest.raises(ValueError, match="holds other plans"):
+        tiny_plans(project, base_features=6)
