@@ -18,6 +18,7 @@ make_environment() { # $1: what to install, "." or ".[test]"
     [ -x "$folder/bin/python" ] || "$python" -m venv "$folder"
     echo "installing into $folder (several GB with PyTorch on a fresh machine)"
     "$folder/bin/python" -m pip install --quiet "$repository${1#.}"
+    rm -rf "$repository/build" # pip builds in the tree: a trainer that was renamed would stay in the wheel
     # a checkout of the same version may have changed since
     "$folder/bin/python" -m pip install --quiet --no-deps --force-reinstall "$repository"
     export PATH="$folder/bin:$PATH" VIRTUAL_ENV="$folder"

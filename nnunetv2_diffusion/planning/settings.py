@@ -139,9 +139,9 @@ def environment_overrides(environ: Mapping[str, str] = os.environ) -> dict[str, 
     """
     overrides: dict[str, Any] = {}
     for variable, text in environ.items():
-        if not variable.startswith(ENVIRONMENT_PREFIX):
+        if not variable.lower().startswith(ENVIRONMENT_PREFIX.lower()):
             continue
-        key = variable.removeprefix(ENVIRONMENT_PREFIX)
+        key = variable[len(ENVIRONMENT_PREFIX) :].lower()  # Windows gives names in upper case
         if key not in ENVIRONMENT_KEYS:
             expected = ", ".join(ENVIRONMENT_PREFIX + k for k in ENVIRONMENT_KEYS)
             raise SettingsError(f"unknown environment variable {variable}; known are {expected}")

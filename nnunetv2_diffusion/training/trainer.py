@@ -10,6 +10,7 @@ from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_diffusion.diffusion import (
     GaussianDiffusion,
@@ -152,7 +153,7 @@ class DiffusionTrainer(nnUNetTrainer):
     @property
     def segmentor(self) -> DiffusionSegmentor:
         """The network without the wrapper of distributed training."""
-        return self.network.module if self.is_ddp else self.network
+        return self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
 
     def _do_i_compile(self) -> bool:
         # nnU-Net would compile the whole module, loop included, and rename its weights; see initialize()

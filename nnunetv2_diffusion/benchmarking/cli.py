@@ -1,0 +1,238 @@
+"""The command line of ``scripts/benchmark``."""
+
+import argparse
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nnunetv2_diffusion.benchmarking import report
+from nnunetv2_diffusion.benchmarking.problem import BenchmarkError, Problem, read_problem, synthetic_problem
+from nnunetv2_diffusion.benchmarking.report import REFERENCE
+from nnunetv2_diffusion.benchmarking.timing import CLOCKS, Stopwatch
+from nnunetv2_diffusion.diffusion import SAMPLERS, SamplingConfig
+
+TRAINERS = (
+    "nnUNetTrainerDiffSeg",
+    "nnUNetTrainerSelfCondXt",
+    "nnUNetTrainerSelfCondXtPlus1",
+    "nnUNetTrainerRecycleXtPlus1",
+    "nnUNetTrainerRecycleXT",
+    "nnUNetTrainerNoDiff",
+)
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}, expected an integer of at least 1")
+    return value
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected e.g. 40x56x40, or 16 for a cube") from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with its two subcommands."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/benchmark", description="Cost of the diffusion trainers as a ratio to stock nnU-Net's."
+    )
+    commands = parser.add_subparsers(dest="what", required=True)
+    train = commands.add_parser(
+        "train-step",
+        help="time and memory of a training step",
+        description="Time nnU-Net's train_step of several trainers on the same batches. Trainers take turns; the "
+        f"ratio is to {REFERENCE}'s step in the same round. On the CPU, peak memory is not measured.",
+    )
+    predict = commands.add_parser(
+        "predict",
+        help="time of network(image)",
+        description="Time network(image) as nnU-Net's predictor calls it, as a ratio to the stock network. The share "
+        "of time outside of the denoising passes is found by timing each pass from within the loop.",
+    )
+    for command, trainers, rounds in ((train, TRAINERS, 10), (predict, ("nnUNetTrainerRecycleXT",), 20)):
+        _add_problem_options(command)
+        _add_run_options(command, trainers, rounds)
+    predict.add_argument("--steps", nargs="+", type=_positive, default=[1, 2, 5], metavar="K", help="default: 1 2 5")
+    predict.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="reverse step (default: ddpm)")
+    predict.add_argument("--samples", type=_positive, default=1, help="masks that are averaged (default: 1)")
+    return parser
+
+
+def _add_problem_options(parser: argparse.ArgumentParser) -> None:
+    shape = parser.add_argument_group("network", "made up in nnU-Net's style; default: its plans for Hippocampus")
+    shape.add_argument("--dim", type=int, choices=(2, 3), help="default: 3")
+    shape.add_argument("--patch", type=_sizes, help="voxels, e.g. 40x56x40, or 16 for a cube")
+    shape.add_argument("--base-features", type=_positive, help="channels of the first stage (default: 32)")
+    shape.add_argument("--classes", type=_positive, help="with background (default: 3)")
+    shape.add_argument("--stages", type=_positive, help="resolutions (default: 4)")
+    shape.add_argument("--resenc", action="store_true", help="ResidualEncoderUNet")
+    shape.add_argument("--batch", type=_positive, help="default: the plans' batch size; predict uses 1")
+    real = parser.add_argument_group("or plans that exist")
+    real.add_argument("--plans", type=Path, metavar="FILE", help="nnUNetPlans.json")
+    real.add_argument("-c", "--configuration", default="3d_fullres", help="default: 3d_fullres")
+    real.add_argument("--dataset-json", type=Path, metavar="FILE", help="needed with --plans")
+
+
+def _add_run_options(parser: argparse.ArgumentParser, trainers: tuple[str, ...], rounds: int) -> None:
+    run = parser.add_argument_group("run")
+    run.add_argument("--trainers", nargs="+", default=list(trainers), help=f"compared with {REFERENCE}")
+    run.add_argument("--rounds", type=_positive, default=rounds, help=f"turns of each (default: {rounds})")
+    run.add_argument(
+        "--warmup", type=int, metavar="N", help="turns before that are not counted (default: 2, on CUDA 10)"
+    )
+    run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    run.add_argument("--threads", type=_positive, help="default: as nnU-Net, all on the CPU and one on CUDA")
+    run.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: processor time of this process, for a CPU that is busy with other work; with --threads 1",
+    )
+    run.add_argument("--json", type=Path, metavar="FILE", help="new file for settings and results")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; returns the exit status.
+
+    Args:
+        argv: arguments after the program's name, None for the process's own.
+
+    Raises:
+        SystemExit: with status 2 and a message on stderr for options or files that cannot be used.
+    """
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.json is not None:
+            _check_new_file(args.json)
+        problem = _problem(args)
+        device = _device(args)
+        with _threads(args.threads, device):
+            content, text = run(args, problem, device)
+    except BenchmarkError as error:
+        parser.error(str(error))
+    print(text)
+    if args.json is not None:
+        with args.json.open("x") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+    return 0
+
+
+def _check_new_file(path: Path) -> None:
+    if path.exists():
+        raise BenchmarkError(f"--json: {path} exists already and is not overwritten; name a new file or remove it")
+    if not path.parent.is_dir():
+        raise BenchmarkError(f"--json: there is no folder {path.parent}; make it first")
+
+
+def _problem(args: argparse.Namespace) -> Problem:
+    """Plans from files or made up; settles the defaults in args."""
+    own = {"dim": 3, "patch": None, "base_features": 32, "classes": 3, "stages": 4}
+    if args.plans is not None:
+        given = [name for name in own if getattr(args, name) is not None] + ["resenc"] * args.resenc
+        if given:
+            raise BenchmarkError(f"--{given[0].replace('_', '-')} cannot be used with --plans, which say it already")
+        if args.dataset_json is None:
+            raise BenchmarkError("--plans needs --dataset-json, the data set's dataset.json")
+        return read_problem(args.plans, args.configuration, args.dataset_json, args.batch)
+    if args.dataset_json is not None:
+        raise BenchmarkError("--dataset-json is used with --plans only")
+    for name, default in own.items():
+        if getattr(args, name) is None:
+            setattr(args, name, default)
+    if args.patch is not None and len(args.patch) == 1:
+        args.patch = args.patch * args.dim
+    return synthetic_problem(
+        args.dim, args.patch, args.batch, args.base_features, args.classes, args.stages, args.resenc
+    )
+
+
+def _device(args: argparse.Namespace) -> torch.device:
+    """The device; settles warm-up turns and threads in args."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BenchmarkError("--device is cuda, but torch finds no CUDA device; expected cpu")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if args.warmup is None:
+        args.warmup = 10 if args.device == "cuda" else 2
+    if args.warmup < 0:
+        raise BenchmarkError(f"--warmup is {args.warmup}, expected 0 or more")
+    if args.clock == "cpu" and args.device == "cuda":
+        raise BenchmarkError("--clock is cpu, but the work is done on cuda; expected wall")
+    args.threads = args.threads or (1 if args.device == "cuda" else os.cpu_count() or 1)
+    return torch.device(args.device)
+
+
+@contextmanager
+def _threads(threads: int, device: torch.device) -> Iterator[None]:
+    """Threads and cuDNN's search for fast algorithms as in nnU-Net's commands; put back at the end."""
+    before = torch.get_num_threads(), torch.backends.cudnn.benchmark
+    torch.set_num_threads(threads)
+    torch.backends.cudnn.benchmark = device.type == "cuda"
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+def run(args: argparse.Namespace, problem: Problem, device: torch.device) -> tuple[dict[str, Any], str]:
+    """Measure; returns what goes into the JSON, and the report as text."""
+    # nnU-Net takes seconds to import: help and errors in options do not wait for it
+    from nnunetv2_diffusion.benchmarking import commands, host
+
+    training = args.what == "train-step"
+    args.trainers = [REFERENCE, *[name for name in dict.fromkeys(args.trainers) if name != REFERENCE]]
+    turns = commands.Turns(device, Stopwatch(device, args.clock), args.rounds, args.warmup)
+    with host.temporary_folders():
+        if training:
+            results = commands.train_steps(problem, args.trainers, turns)
+        else:
+            configs = [SamplingConfig(steps, args.sampler, samples=args.samples) for steps in args.steps]
+            results = commands.predictions(problem, args.trainers, configs, turns)
+    targets = report.train_targets(results) if training else report.predict_targets(results)
+    described = host.describe_problem(problem, None if training else 1)
+    content = {
+        "schema": report.SCHEMA,
+        "command": _command(args),
+        "settings": {**_settings(args), "problem": described},
+        "hardware": report.describe_hardware(device),
+        "versions": report.describe_versions(),
+        "results": results,
+        "targets": [target.to_dict() for target in targets],
+    }
+    rows = report.train_table(results) if training else report.predict_table(results)
+    head = report.header(args.what, args.clock, described, content["hardware"], content["versions"])
+    lines = [head, content["command"], "", rows, "", "targets (median over the rounds):"]
+    return content, "\n".join([*lines, *[target.line() for target in targets]])
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    """Options as they were used; of files only the names, so that a result tells nothing about folders."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("what", "json")}
+    return {name: value.name if isinstance(value, Path) else value for name, value in settings.items()}
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command with every default spelled out, but for where the JSON goes."""
+    words = ["scripts/benchmark", args.what]
+    for name, value in _settings(args).items():
+        if value is None or value is False or (name == "configuration" and args.plans is None):
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, tuple):
+            words.append("x".join(map(str, value)))
+        elif isinstance(value, list):
+            words.extend(map(str, value))
+        elif value is not True:
+            words.append(str(value))
+    return " ".join(words)

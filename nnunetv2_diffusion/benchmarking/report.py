@@ -1,0 +1,182 @@
+"""Targets, tables and the JSON of a run.
+
+The JSON holds ``schema`` (another number when a key goes or changes its meaning), ``command`` with all defaults
+spelled out, ``settings``, ``hardware``, ``versions``, ``results`` and ``targets``. A result has ``seconds`` (median,
+mean, min, max and each of the ``rounds``), ``ratio`` to nnUNetTrainer in the same round, ``peak_memory_bytes`` and
+``peak_memory_ratio`` (null on a CPU); for train-step ``parameters`` and ``parameter_overhead``; for predict ``steps``,
+``passes``, ``pass_ratio`` (mean pass to a stock prediction) and ``outside_share`` (of the time, outside of passes).
+"""
+
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nnunetv2_diffusion
+from nnunetv2_diffusion.compat import installed
+
+SCHEMA = 1
+REFERENCE = "nnUNetTrainer"
+NOT_MEASURED = "not measured"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A goal and what was measured.
+
+    Attributes:
+        name: what has to stay within the limit.
+        limit: largest value that meets it.
+        value: measured; None if it was not.
+    """
+
+    name: str
+    limit: float
+    value: float | None
+
+    @property
+    def met(self) -> bool | None:
+        """None if not measured."""
+        return None if self.value is None else self.value <= self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """As stored in the JSON."""
+        return {**asdict(self), "met": self.met}
+
+    def line(self) -> str:
+        """One line of the report."""
+        if self.value is None:
+            return f"  {self.name} <= {self.limit:g}: {NOT_MEASURED}"
+        return f"  {self.name} <= {self.limit:g}: {self.value:.3f}, {'met' if self.met else 'NOT met'}"
+
+
+def train_targets(results: list[dict[str, Any]]) -> list[Target]:
+    """Goals for training steps, for the trainers that were run."""
+    steps, memory, parameters = [], [], []
+    for result in results:
+        name = result["trainer"]
+        if name == REFERENCE:
+            continue
+        limit = 1.45 if name == "nnUNetTrainerRecycleXT" else 1.25 if "SelfCond" in name else None
+        if limit is not None:
+            steps.append(Target(f"{name}: seconds per step / {REFERENCE}'s", limit, result["ratio"]["median"]))
+        if result["peak_memory_ratio"] is not None:
+            memory.append(Target(f"{name}: peak memory / {REFERENCE}'s", 1.10, result["peak_memory_ratio"]))
+        parameters.append(Target(f"{name}: parameters / {REFERENCE}'s", 1.10, 1 + result["parameter_overhead"]))
+    memory = memory or [Target(f"peak memory on a GPU / {REFERENCE}'s", 1.10, None)]
+    return [*steps, *memory, *parameters]
+
+
+def predict_targets(results: list[dict[str, Any]]) -> list[Target]:
+    """Goals for prediction."""
+    return [
+        Target(
+            f"{r['trainer']}, K = {r['steps']}: share of time outside of the passes",
+            0.03,
+            r["outside_share"]["median"],
+        )
+        for r in results
+        if r["outside_share"] is not None
+    ]
+
+
+def table(columns: list[tuple[str, Callable[[dict], str]]], rows: list[dict]) -> str:
+    """Rows as aligned text; the first column to the left, the others to the right."""
+    lines = [[title for title, _ in columns], *[[cell(row) for _, cell in columns] for row in rows]]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    texts = []
+    for line in lines:
+        cells = [line[0].ljust(widths[0]), *[c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]]
+        texts.append("  ".join(cells))
+    return "\n".join([texts[0], "  ".join("-" * w for w in widths), *texts[1:]])
+
+
+def _spread(values: dict[str, float] | None, scale: float = 1, digits: int = 2) -> str:
+    if values is None:
+        return "-"
+    median, low, high = (f"{scale * values[key]:.{digits}f}" for key in ("median", "min", "max"))
+    return f"{median} ({low}-{high})"
+
+
+def _memory(row: dict) -> str:
+    if row["peak_memory_ratio"] is None:
+        return NOT_MEASURED
+    return f"{row['peak_memory_bytes'] / 2**30:.2f} GiB ({row['peak_memory_ratio']:.3f}x)"
+
+
+def train_table(results: list[dict[str, Any]]) -> str:
+    """One row for each trainer."""
+    return table(
+        [
+            ("trainer", lambda r: r["trainer"]),
+            ("s / step", lambda r: f"{r['seconds']['median']:.4f}"),
+            ("ratio, median (min-max)", lambda r: _spread(r["ratio"])),
+            ("mean", lambda r: f"{r['ratio']['mean']:.2f}"),
+            ("parameters", lambda r: f"{r['parameters']:,}"),
+            ("overhead", lambda r: f"{100 * r['parameter_overhead']:.2f} %"),
+            ("peak memory", _memory),
+        ],
+        results,
+    )
+
+
+def predict_table(results: list[dict[str, Any]]) -> str:
+    """One row for each trainer and number of steps."""
+    return table(
+        [
+            ("network", lambda r: r["trainer"]),
+            ("K", lambda r: "-" if r["steps"] is None else str(r["steps"])),
+            ("s / image", lambda r: f"{r['seconds']['median']:.4f}"),
+            ("ratio, median (min-max)", lambda r: _spread(r["ratio"])),
+            ("one pass / stock's", lambda r: _spread(r["pass_ratio"])),
+            ("outside of passes, %", lambda r: _spread(r["outside_share"], scale=100)),
+            ("peak memory", _memory),
+        ],
+        results,
+    )
+
+
+def header(kind: str, clock: str, problem: dict[str, Any], hardware: dict[str, Any], versions: dict[str, str]) -> str:
+    """What was measured, and where."""
+    features = problem["features"]
+    return (
+        f"{kind}: {problem['network']} {problem['configuration']}, patch {'x'.join(map(str, problem['patch']))}, "
+        f"batch {problem['batch']}, features {features[0]}..{features[-1]} in {len(features)} stages, "
+        f"{problem['outputs']} outputs\n"
+        f"on {hardware['name']}, {hardware['threads']} threads, {clock} time; "
+        + ", ".join(f"{name} {version}" for name, version in versions.items())
+    )
+
+
+def describe_hardware(device: torch.device) -> dict[str, Any]:
+    """Device, processor and threads; nothing that names the machine."""
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        models = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        cpu = models[0] if models else cpu
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+    return {
+        "device": device.type,
+        "name": gpu or cpu,
+        "cpu": cpu,
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": gpu,
+        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if gpu else None,
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "nnunetv2": installed("nnunetv2") or "not installed",
+        "dynamic_network_architectures": installed("dynamic_network_architectures") or "not installed",
+        "nnunetv2_diffusion": nnunetv2_diffusion.__version__,
+    }

@@ -1,0 +1,55 @@
+"""The command ``nnunetv2_diffusion <verb>``."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from nnunetv2_diffusion import __version__
+
+# verb: (module, what it does). A module has add_arguments(parser) and run(arguments) -> exit status. It is imported
+# only when its verb is called, so that --help and doctor work where torch or nnU-Net cannot be imported.
+VERBS = {
+    "doctor": ("nnunetv2_diffusion.doctor", "check this installation, and say what to type where something is wrong"),
+}
+
+
+def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
+    """The parser of the whole command; of all verbs, only the given one gets its arguments (and its import)."""
+    parser = argparse.ArgumentParser(
+        prog="nnunetv2_diffusion", description="Diffusion-based segmentation with a stock nnU-Net v2."
+    )
+    parser.add_argument("--version", action="version", version=f"nnunetv2_diffusion {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for name, (module_name, summary) in VERBS.items():
+        verb_parser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == verb:
+            module = import_module(module_name)
+            module.add_arguments(verb_parser)
+            verb_parser.set_defaults(run=module.run)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        arguments: those of the command line by default.
+
+    Returns:
+        Exit status: 0, or 1 if the verb failed or cannot be imported.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    verb = next((word for word in arguments if not word.startswith("-")), None)  # no option before it takes a value
+    try:
+        parser = build_parser(verb)
+    except Exception as error:
+        print(f"nnunetv2_diffusion {verb} cannot start: {type(error).__name__}: {error}", file=sys.stderr)
+        print("Type: nnunetv2_diffusion doctor", file=sys.stderr)
+        return 1
+    parsed = parser.parse_args(arguments)
+    return parsed.run(parsed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

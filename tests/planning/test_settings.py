@@ -1,0 +1,328 @@
+"""Behaviour of the settings in plans and of their overrides in the environment."""
+
+import json
+import re
+from dataclasses import FrozenInstanceError, fields
+
+import pytest
+
+from nnunetv2_diffusion.planning.settings import (
+    ENVIRONMENT_KEYS,
+    ENVIRONMENT_PREFIX,
+    DiffusionSettings,
+    SettingsError,
+    apply_environment,
+    environment_overrides,
+    parse_settings,
+    read_settings,
+)
+
+FIELDS = {f.name: f for f in fields(DiffusionSettings)}
+OPTIONAL = ("training_steps", "num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
+INTEGERS = [name for name, f in FIELDS.items() if "int" in str(f.type)]
+FLOATS = [name for name, f in FIELDS.items() if f.type is float]
+# a valid value of every field that is not its default
+OTHER = {
+    "timesteps": 500,
+    "beta_start": 2e-4,
+    "beta_end": 0.03,
+    "training_steps": 50,
+    "time_sampling": "importance",
+    "steps": 7,
+    "sampler": "ddim",
+    "eta": 0.5,
+    "samples": 4,
+    "seed": 9,
+    "self_conditioning_probability": 0.25,
+    "time_conditioning": False,
+    "transformer_layers": 2,
+    "transformer_heads": 4,
+    "transformer_width": 1.0,
+    "recipe": "paper",
+    "num_epochs": 10,
+    "num_iterations_per_epoch": 20,
+    "num_val_iterations_per_epoch": 5,
+}
+
+
+# --- defaults --------------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_paper_in_the_host():
+    settings = DiffusionSettings()
+    assert (settings.timesteps, settings.beta_start, settings.beta_end) == (1001, 1e-4, 0.02)
+    assert (settings.steps, settings.sampler, settings.samples, settings.seed) == (5, "ddpm", 1, 0)
+    assert (settings.recipe, settings.time_sampling, settings.time_conditioning) == ("nnunet", "uniform", True)
+    assert settings.self_conditioning_probability == 0.5
+    assert all(getattr(settings, name) is None for name in OPTIONAL)
+
+
+@pytest.mark.parametrize("configuration", [{}, {"diffusion": None}, {"diffusion": {}}, {"patch_size": [8, 8]}])
+def test_plans_without_the_section_use_the_defaults(configuration):
+    assert read_settings(configuration) == DiffusionSettings()
+
+
+def test_what_the_section_sets_is_read_and_the_rest_is_default():
+    settings = read_settings({"diffusion": {"steps": 3, "eta": 0.5}})
+    assert settings == DiffusionSettings(steps=3, eta=0.5)
+    assert settings.timesteps == 1001
+
+
+def test_settings_cannot_be_changed_afterwards():
+    with pytest.raises(FrozenInstanceError):
+        DiffusionSettings().steps = 3
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_has_a_doc(name):
+    assert len(FIELDS[name].metadata["doc"]) > 5
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_setting_can_be_set_alone(name):
+    assert OTHER[name] != FIELDS[name].default
+    assert getattr(parse_settings({name: OTHER[name]}), name) == OTHER[name]
+
+
+@pytest.mark.parametrize("values", [{}, OTHER])
+def test_settings_survive_json(values):
+    settings = DiffusionSettings(**values)
+    assert set(settings.to_dict()) == set(FIELDS)
+    assert parse_settings(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_chain_length_is_that_of_training():
+    assert DiffusionSettings().chain_length == 1001
+    assert DiffusionSettings(training_steps=5).chain_length == 5
+
+
+# --- unknown keys and types ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [("step", "steps"), ("time_steps", "timesteps"), ("Sampler", "sampler"), ("transformer_head", "transformer_heads")],
+)
+def test_an_unknown_key_is_named_with_the_nearest_known_one(key, nearest):
+    with pytest.raises(SettingsError, match=rf"^some plans: unknown setting '{key}' .*did you mean '{nearest}'\?"):
+        parse_settings({key: 5}, "some plans")
+
+
+def test_an_unknown_key_like_no_other_is_named_with_all_known_ones():
+    with pytest.raises(SettingsError, match="unknown setting 'xyzzy'") as error:
+        parse_settings({"xyzzy": 5})
+    assert all(name in str(error.value) for name in FIELDS)
+
+
+@pytest.mark.parametrize("section", [[], "steps", 5, [("steps", 5)]])
+def test_a_section_that_is_no_mapping_is_named(section):
+    with pytest.raises(SettingsError, match=f"^plans: .*{re.escape(repr(section))}, expected a mapping"):
+        read_settings({"diffusion": section})
+
+
+@pytest.mark.parametrize("value", [True, False, 3.0, "3", [3], {}])
+@pytest.mark.parametrize("name", INTEGERS)
+def test_an_integer_is_no_bool_no_float_and_no_text(name, value):
+    expected = "int or null" if name in OPTIONAL else "int"
+    with pytest.raises(SettingsError, match=rf"^here: .*{name} is {re.escape(repr(value))}, expected {expected}$"):
+        parse_settings({name: value}, "here")
+
+
+@pytest.mark.parametrize("value", [True, False, "0.5", [0.5], None])
+@pytest.mark.parametrize("name", FLOATS)
+def test_a_float_is_no_bool_no_text_and_no_null(name, value):
+    with pytest.raises(SettingsError, match=rf"{name} is {re.escape(repr(value))}, expected float$"):
+        parse_settings({name: value})
+
+
+@pytest.mark.parametrize("value", [0, 1, "true", None])
+def test_a_bool_is_no_number_and_no_text(value):
+    with pytest.raises(SettingsError, match=rf"time_conditioning is {value!r}, expected bool$"):
+        parse_settings({"time_conditioning": value})
+
+
+@pytest.mark.parametrize("name", ["time_sampling", "sampler", "recipe"])
+@pytest.mark.parametrize("value", ["", "DDPM", "other"])
+def test_a_choice_is_one_of_the_listed(name, value):
+    choices = ", ".join(FIELDS[name].metadata["choices"])
+    with pytest.raises(SettingsError, match=f"{name} is {value!r}, expected one of {choices}$"):
+        parse_settings({name: value})
+    with pytest.raises(SettingsError, match=f"{name} is 1, expected str$"):
+        parse_settings({name: 1})
+
+
+def test_a_whole_number_is_a_float():
+    assert parse_settings({"eta": 1}).eta == 1
+
+
+@pytest.mark.parametrize("name", [name for name in FIELDS if name not in OPTIONAL])
+def test_null_is_refused_where_it_has_no_meaning(name):
+    with pytest.raises(SettingsError, match=f"{name} is None, expected"):
+        parse_settings({name: None})
+
+
+@pytest.mark.parametrize("name", OPTIONAL)
+def test_null_is_accepted_where_it_has_a_meaning(name):
+    assert getattr(parse_settings({name: None}), name) is None
+
+
+# --- ranges ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("timesteps", 0),
+        ("timesteps", 100_001),
+        ("beta_start", 0.0),
+        ("beta_end", 1.0),
+        ("training_steps", 0),
+        ("steps", 0),
+        ("steps", -1),
+        ("eta", -0.1),
+        ("eta", 1.1),
+        ("samples", 0),
+        ("seed", -1),
+        ("self_conditioning_probability", -0.1),
+        ("self_conditioning_probability", 1.1),
+        ("transformer_layers", -1),
+        ("transformer_heads", 0),
+        ("transformer_width", 0.0),
+        ("transformer_width", 1.5),
+        ("num_epochs", 0),
+        ("num_iterations_per_epoch", 0),
+        ("num_val_iterations_per_epoch", 0),
+    ],
+)
+def test_a_value_out_of_range_is_named(name, value):
+    with pytest.raises(SettingsError, match=rf"{name} is {re.escape(repr(value))}, expected (at least|a value in) "):
+        parse_settings({name: value})
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        {"timesteps": 1, "steps": 1},
+        {"steps": 1001},
+        {"training_steps": 1001},
+        {"training_steps": 5, "steps": 5},
+        {"eta": 0.0},
+        {"eta": 1.0},
+        {"seed": 0},
+        {"self_conditioning_probability": 0.0},
+        {"self_conditioning_probability": 1.0},
+        {"transformer_layers": 0},
+        {"beta_start": 0.01, "beta_end": 0.01},
+    ],
+)
+def test_ends_of_a_range_are_in_it(section):
+    assert parse_settings(section) == DiffusionSettings(**section)
+
+
+@pytest.mark.parametrize("value", [float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", FLOATS)
+def test_infinity_is_out_of_range(name, value):
+    with pytest.raises(SettingsError, match=f"{name} is {value}"):
+        parse_settings({name: value})
+
+
+@pytest.mark.xfail(reason="comparisons with NaN are false, so it is in every range")
+@pytest.mark.parametrize("name", FLOATS)
+def test_nan_is_out_of_range(name):
+    with pytest.raises(SettingsError, match=f"{name} is nan"):
+        parse_settings(json.loads(f'{{"{name}": NaN}}'))
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"timesteps": 4}, r"steps is 5, expected 1 \.\. 4"),
+        ({"timesteps": 1001, "steps": 1002}, r"steps is 1002, expected 1 \.\. 1001"),
+        ({"training_steps": 5, "steps": 6}, r"steps is 6, expected 1 \.\. 5"),
+        ({"timesteps": 10, "training_steps": 11}, "training_steps is 11, expected at most timesteps = 10"),
+        ({"beta_start": 0.05}, r"beta_end is 0\.02, expected at least beta_start = 0\.05"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_named(section, message):
+    with pytest.raises(SettingsError, match=rf"^here: in diffusion, {message}"):
+        parse_settings(section, "here")
+
+
+# --- environment -----------------------------------------------------------------------------------------------------
+
+
+def environ(**values: str) -> dict[str, str]:
+    return {"PATH": "/bin", "nnUNet_raw": "x"} | {ENVIRONMENT_PREFIX + key: value for key, value in values.items()}
+
+
+def test_without_variables_nothing_is_overridden():
+    settings = DiffusionSettings(steps=3)
+    assert environment_overrides(environ()) == {}
+    assert apply_environment(settings, environ()) == settings
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("sampler", "ddim", "ddim"),
+        ("sampler", " DDIM ", "ddim"),
+        ("steps", "7", 7),
+        ("samples", "3", 3),
+        ("seed", "9", 9),
+    ],
+)
+def test_a_variable_overrides_one_setting(key, text, value):
+    assert environment_overrides(environ(**{key: text})) == {key: value}
+    settings = DiffusionSettings(steps=3, eta=0.5)
+    expected = DiffusionSettings(**{**settings.to_dict(), key: value})
+    assert apply_environment(settings, environ(**{key: text})) == expected != settings
+
+
+def test_variables_override_together():
+    found = apply_environment(DiffusionSettings(), environ(sampler="ddim", steps="2", samples="4", seed="1"))
+    assert found == DiffusionSettings(sampler="ddim", steps=2, samples=4, seed=1)
+
+
+def test_variables_of_the_process_are_read_when_asked(monkeypatch):
+    for key in ENVIRONMENT_KEYS:
+        monkeypatch.delenv(ENVIRONMENT_PREFIX + key, raising=False)
+    assert apply_environment(DiffusionSettings()) == DiffusionSettings()
+    monkeypatch.setenv("nnUNet_diffusion_steps", "9")
+    assert environment_overrides() == {"steps": 9}
+    assert apply_environment(DiffusionSettings()).steps == 9
+
+
+@pytest.mark.parametrize("key", ["steps", "samples", "seed"])
+@pytest.mark.parametrize("text", ["", "five", "2.5", "1e3", "none"])
+def test_a_variable_that_is_no_integer_is_named(key, text):
+    with pytest.raises(
+        SettingsError, match=rf"^nnUNet_diffusion_{key} is {re.escape(repr(text))}, expected an integer"
+    ):
+        apply_environment(DiffusionSettings(), environ(**{key: text}))
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "message"),
+    [
+        ("steps", "0", "steps is 0"),
+        ("steps", "1002", "steps is 1002, expected 1"),
+        ("samples", "-1", "samples is -1"),
+        ("seed", "-1", "seed is -1"),
+        ("sampler", "euler", "sampler is 'euler', expected one of ddpm, ddim"),
+        ("sampler", "", "sampler is ''"),
+    ],
+)
+def test_a_variable_with_an_unusable_value_is_named(key, text, message):
+    with pytest.raises(SettingsError, match=rf"environment nnUNet_diffusion_{key}={text}: {message}"):
+        apply_environment(DiffusionSettings(), environ(**{key: text}))
+
+
+@pytest.mark.parametrize("key", ["step", "eta", "timesteps", "STEPS", ""])
+def test_an_unknown_variable_is_named_with_the_known_ones(key):
+    with pytest.raises(SettingsError, match=f"unknown environment variable nnUNet_diffusion_{key};") as error:
+        environment_overrides(environ(**{key: "1"}))
+    assert all(ENVIRONMENT_PREFIX + known in str(error.value) for known in ENVIRONMENT_KEYS)
+
+
+def test_every_key_of_the_environment_is_a_setting():
+    assert set(ENVIRONMENT_KEYS) <= set(FIELDS)
