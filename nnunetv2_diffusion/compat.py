@@ -1,10 +1,12 @@
 """Which versions of the host this package is made for."""
 
+import re
 import sys
 from importlib import metadata
 
 SUPPORTED_NNUNET = "2.8"
 MINIMUM_PYTHON = (3, 10)
+MINIMUM_TORCH = (2, 6)
 
 
 class UnsupportedVersionError(RuntimeError):
@@ -12,11 +14,9 @@ class UnsupportedVersionError(RuntimeError):
 
 
 def _release(version: str) -> tuple[int, ...]:
-    numbers = []
-    for part in version.split("+")[0].split(".")[:3]:
-        digits = "".join(c for c in part if c.isdigit())
-        numbers.append(int(digits) if digits else 0)
-    return tuple(numbers)
+    """Numbers of a version, without what follows them: 2.9.0rc1+cpu -> (2, 9, 0)."""
+    numbers = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(n) for n in numbers[0].split(".")) if numbers else (0,)
 
 
 def version_problems(
@@ -40,6 +40,8 @@ def version_problems(
         problems.append("torch is not installed")
     elif _release(torch)[:2] == (2, 9):
         problems.append(f"torch is {torch}; 2.9 has slow and partly wrong 3D convolutions, use another version")
+    elif _release(torch) < MINIMUM_TORCH:
+        problems.append(f"torch is {torch}, expected {'.'.join(map(str, MINIMUM_TORCH))} or newer, but not 2.9")
     return problems
 
 

@@ -8,6 +8,8 @@ from nnunetv2_diffusion.networks.time_conditioning import ModulatedInstanceNorm,
 from nnunetv2_diffusion.networks.transformer import BottleneckTransformer
 
 SUPPORTED = (PlainConvUNet, ResidualEncoderUNet)
+INSTANCE_NORMS = (nn.InstanceNorm2d, nn.InstanceNorm3d)
+OTHER_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 class UnsupportedArchitectureError(NotImplementedError):
@@ -30,7 +32,7 @@ def _modulate_norms(module: nn.Module) -> list[ModulatedInstanceNorm]:
     replaced: dict[nn.Module, ModulatedInstanceNorm] = {}
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if not isinstance(child, nn.InstanceNorm2d | nn.InstanceNorm3d):
+            if not isinstance(child, INSTANCE_NORMS):
                 continue
             if not child.affine:
                 raise UnsupportedArchitectureError(
@@ -49,11 +51,13 @@ def _check_architecture(network: nn.Module) -> None:
             f"the plans' network is {type(network).__module__}.{type(network).__name__}; the diffusion trainers "
             f"support {' and '.join(c.__name__ for c in SUPPORTED)}. Plan with a stock nnU-Net planner."
         )
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)]
-    if norms:
+    modules = list(network.modules())
+    others = [type(m).__name__ for m in modules if isinstance(m, OTHER_NORMS)]
+    if others or not any(isinstance(m, INSTANCE_NORMS) for m in modules):
         raise UnsupportedArchitectureError(
-            f"the plans' network normalises with {type(norms[0]).__name__}; the diffusion trainers need InstanceNorm, "
-            "as nnU-Net plans it: batch statistics would mix the two passes of a training step"
+            f"the plans' network normalises with {others[0] if others else 'no norm that is known'} (norm_op); the "
+            "diffusion trainers need InstanceNorm, as nnU-Net plans it: it carries the time step, and batch statistics "
+            "would mix the two passes of a training step"
         )
 
 

@@ -192,12 +192,12 @@ class DiffusionSegmentor(DenoisingUNet):
         """Restored with the weights."""
         self.sigmoid = bool(state.item())
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's, but a checkpoint of another network is named as such instead of listing every key."""
-        problem = self._mismatch(state_dict)
-        if problem and kwargs.get("strict", True):
+        problem = self._mismatch(state_dict) if strict else None
+        if problem:
             raise RuntimeError(problem)
-        return super().load_state_dict(state_dict, *args, **kwargs)
+        return super().load_state_dict(state_dict, strict, assign)
 
     def _mismatch(self, state_dict: Mapping[str, Any]) -> str | None:
         """What distinguishes the checkpoint's network from this one, in the terms a user set; None if nothing."""

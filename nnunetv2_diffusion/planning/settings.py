@@ -5,6 +5,7 @@ one prediction by environment variables, because ``nnUNetv2_predict`` passes no 
 """
 
 import difflib
+import json
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
@@ -96,9 +97,20 @@ def _check_value(name: str, value: Any, annotation: Any, meta: Mapping[str, Any]
     if meta["choices"] and value not in meta["choices"]:
         raise SettingsError(f"{name} is {value!r}, expected one of {', '.join(meta['choices'])}")
     low, high = meta["low"], meta["high"]
-    if (low is not None and value < low) or (high is not None and value > high):
+    if value != value or (low is not None and value < low) or (high is not None and value > high):
         limits = f"at least {low}" if high is None else f"a value in [{low}, {high}]"
         raise SettingsError(f"{name} is {value!r}, expected {limits}")
+
+
+def settings_table() -> str:
+    """All settings as a Markdown table; the README holds a copy that a test compares."""
+    rows = ["| key | default | meaning |", "|---|---|---|"]
+    for f in fields(DiffusionSettings):
+        default = json.dumps(f.default)
+        choices = f.metadata["choices"]
+        meaning = f.metadata["doc"] + (f" ({', '.join(choices)})" if choices else "")
+        rows.append(f"| `{f.name}` | {default} | {meaning} |")
+    return "\n".join(rows)
 
 
 def parse_settings(section: Mapping[str, Any] | None, where: str = SECTION) -> DiffusionSettings:

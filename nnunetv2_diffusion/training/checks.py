@@ -1,6 +1,6 @@
 """Looks at plans, labels, images and checkpoints before hours are spent on them."""
 
-import pickle
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,9 @@ def check_labels(datasets: Iterable[Any], labels: LabelManager, folder: str, sho
     Raises:
         ValueError: naming the case, the label and the known ones.
     """
-    known = {-1, 0, *labels.all_labels}  # -1 marks voxels outside of the cropped image
+    known = {-1, 0, *map(int, labels.all_labels)}  # -1 marks voxels outside of the cropped image
     if labels.ignore_label is not None:
-        known.add(labels.ignore_label)
+        known.add(int(labels.ignore_label))
     cases = [(dataset, case) for dataset in datasets for case in dataset.identifiers]
     for dataset, case in tqdm(cases, desc="checking labels", disable=not show_progress, leave=False):
         segmentation = dataset.load_case(case)[1]
@@ -118,13 +118,21 @@ def load_checkpoint_file(path: str | Path) -> dict:
     try:
         with torch.serialization.safe_globals(_safe_types()):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged file can end in nearly any error of the unpickler
         raise CheckpointError(
-            f"{path}: not a checkpoint of tensors and plain data, it was not loaded ({str(error).splitlines()[0]})"
+            f"{path}: damaged, or holds more than tensors and plain data; it was not loaded ({_reason(error)})"
         ) from error
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise CheckpointError(f"{path}: no 'network_weights' in it, expected a checkpoint of an nnU-Net trainer")
     return checkpoint
+
+
+def _reason(error: Exception) -> str:
+    """What an unpickler says, without its advice to load the file unsafely."""
+    refused = re.search(r"WeightsUnpickler error: (.*?)(?: was not an allowed|\n|$)", str(error))
+    if refused:
+        return refused[1]
+    return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
 def check_checkpoint(path: str | Path, trainer_name: str, num_heads: int) -> None:

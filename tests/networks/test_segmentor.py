@@ -277,6 +277,35 @@ def test_a_self_conditioned_network_is_given_the_probabilities_of_the_step_befor
             assert torch.equal(estimate, probabilities(outputs[call - 1], regions))
 
 
+@heads
+@samplers
+@torch.inference_mode()
+def test_a_chain_yields_every_step_from_noise_to_the_prediction(make_awake, image, sampling, regions):
+    network = make_awake(regions, unet={"deep_supervision": True}, **sampling)
+    config = network.sampling
+    noise = ContentNoise(content_hash(image), config.seed, 0, image.device)
+    steps = list(network.chain(image, noise, config))
+    assert [step.t for step in steps] == network.process.respace(config.steps).timestep_map.flip(0).tolist()
+    start = ContentNoise(content_hash(image), config.seed, 0, image.device)((K, *PATCH))
+    assert torch.equal(steps[0].x_t, start)
+    assert [len(step.heads) for step in steps] == [1] * (config.steps - 1) + [2]
+    for step in steps:
+        t = torch.full((2,), step.t)
+        assert torch.equal(step.heads[0], network(image, step.x_t, t)[0])
+    if config.samples == 1:
+        p = probabilities(network(image)[0], regions)
+        torch.testing.assert_close(probabilities(steps[-1].heads[0], regions), p, rtol=0, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_chain_that_is_left_early_changes_nothing(make_awake, image):
+    network = make_awake(unet={"deep_supervision": True})
+    expected = network(image)
+    next(network.chain(image, ContentNoise(content_hash(image), 0, 0, image.device), network.sampling))
+    for found, before in zip(network(image), expected, strict=True):
+        assert torch.equal(found, before)
+
+
 # --- one pass --------------------------------------------------------------------------------------------------------
 
 
@@ -379,10 +408,7 @@ def test_weights_of_a_stock_network_are_not_taken_for_ours(make_segmentor, make_
     "strict",
     [
         {"kwargs": {"strict": False}},
-        pytest.param(
-            {"args": (False,)},
-            marks=pytest.mark.xfail(reason="strict is read from keyword arguments only"),
-        ),
+        {"args": (False,)},
     ],
     ids=["keyword", "positional"],
 )

@@ -1,6 +1,7 @@
 """Laws of the transformer at the bottleneck."""
 
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -49,6 +50,22 @@ def test_layer_is_pre_norm_attention_and_mlp(wake):
     expected = x + layer.attention_out(attended)
     expected = expected + layer.mlp(layer.norm_mlp(expected))
     torch.testing.assert_close(layer(x), expected)
+
+
+@grids
+def test_every_voxel_is_a_token_with_its_position(grid, wake):
+    """Tokens are gathered and put back voxel by voxel here: a transposed layout would mix channels and positions."""
+    transformer = wake(BottleneckTransformer(24, layers=2, heads=2, width=0.5)).double()
+    x = torch.randn(2, 24, *grid, dtype=torch.float64)
+    code = grid_positional_encoding(grid, transformer.width, CPU).reshape(*grid, -1)
+    voxels = list(product(*map(range, grid)))
+    tokens = torch.stack([transformer.enter(x[(..., *voxel)]) + code[voxel] for voxel in voxels], dim=1)
+    for layer in transformer.layers:
+        tokens = layer(tokens)
+    expected = x.clone()
+    for index, voxel in enumerate(voxels):
+        expected[(..., *voxel)] += transformer.leave(transformer.norm(tokens[:, index]))
+    torch.testing.assert_close(transformer(x), expected)
 
 
 @grids

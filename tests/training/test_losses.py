@@ -209,10 +209,11 @@ def test_value_of_the_ignore_label_does_not_matter(label):
 
 
 @kinds
-def test_a_patch_that_is_ignored_altogether_has_a_finite_loss_without_gradient(regions):
+@pytest.mark.parametrize("smooth", [0.0, 1e-5])
+def test_a_patch_that_is_ignored_altogether_has_a_finite_loss_without_gradient(regions, smooth):
     logits = torch.randn(2, K, 6, 5).requires_grad_()
     target = torch.ones(2, K + 1, 6, 5) if regions else torch.full((2, 1, 6, 5), float(IGNORE))
-    loss = SampleDiceCELoss(regions, IGNORE).per_sample(logits, target)
+    loss = SampleDiceCELoss(regions, IGNORE, smooth=smooth).per_sample(logits, target)
     loss.sum().backward()
     assert torch.isfinite(loss).all()
     assert not logits.grad.any()

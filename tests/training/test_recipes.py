@@ -55,10 +55,11 @@ def test_rate_stays_at_the_end_beyond_the_last_step(step):
 
 
 @pytest.mark.parametrize(("iterations", "epochs"), [(1, 1), (10, 1), (50, 2), (1, 100)])
-def test_a_training_shorter_than_the_warm_up_has_a_rate_in_range(iterations, epochs):
+def test_a_training_shorter_than_the_warm_up_rises_to_the_peak(iterations, epochs):
     schedule = make(iterations=iterations, epochs=epochs)
     rates = [schedule.rate(step) for step in range(iterations * epochs + 1)]
     assert rates[0] == pytest.approx(1e-5)
+    assert rates[-1] == pytest.approx(8e-4)
     assert all(1e-5 <= rate <= 8e-4 * (1 + 1e-12) for rate in rates)
     assert all(a < b for a, b in pairwise(rates))
 

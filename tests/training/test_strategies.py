@@ -455,7 +455,10 @@ def bfloat16(cache_enabled: bool = True) -> torch.autocast:
 
 @with_first_pass
 def test_every_parameter_learns_under_autocast_after_a_first_pass(make_trainer, make_segmentor, wake, strategy):
-    """A cached cast that was made without gradient cuts weights off in the trained pass (torch up to about 2.9)."""
+    """With autocast's cache on in the first pass, torch 2.6 leaves most weights without gradient (2.15 does not).
+
+    Casts that were made without gradient would be reused by the trained pass.
+    """
     network = wake(make_segmentor(self_conditioning=strategy.self_conditioning))
     trainer = make_trainer(strategy, network, FixedTimes(torch.tensor([900, 600])))
     trainer._autocast = bfloat16
