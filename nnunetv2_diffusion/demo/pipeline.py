@@ -90,7 +90,7 @@ def plan(job: Job) -> None:
     """Plan and preprocess, then derive plans with a small network and a short training from nnU-Net's."""
     number = job.dataset[len("Dataset") :][:3]
     job.run(
-        "plan", "nnUNetv2_plan_and_preprocess", "-d", number, "-c", job.configuration, "-np", "2",
+        "plan", "nnUNetv2_plan_and_preprocess", "-d", number, "-c", job.configuration, "-np", "2", "-npfp", "2",
         "--verify_dataset_integrity",
     )  # fmt: skip
     stock = json.loads((job.preprocessed / "nnUNetPlans.json").read_text())

@@ -11,7 +11,19 @@ def project(tmp_path_factory) -> Project:
     """Two channels, two classes, 2d and 3d_fullres planned and preprocessed by the stock command."""
     made = Project(tmp_path_factory.mktemp("tiny"), "Dataset901_Tiny")
     write_dataset(made.raw, cases=6)
-    made.run("nnUNetv2_plan_and_preprocess", "-d", "901", "-c", "2d", "3d_fullres", "-np", "1", nnUNet_n_proc_DA="1")
+    made.run(
+        "nnUNetv2_plan_and_preprocess",
+        "-d",
+        "901",
+        "-c",
+        "2d",
+        "3d_fullres",
+        "-np",
+        "1",
+        "-npfp",
+        "1",
+        nnUNet_n_proc_DA="1",
+    )
     tiny_plans(made)
     return made
 

@@ -72,7 +72,9 @@ def regions(tmp_path_factory):
         return labels
 
     write_dataset(made.raw, 6, channels=1, dataset=dataset, edit=edit)
-    made.run("nnUNetv2_plan_and_preprocess", "-d", "902", "-c", "3d_fullres", "-np", "1", nnUNet_n_proc_DA="1")
+    made.run(
+        "nnUNetv2_plan_and_preprocess", "-d", "902", "-c", "3d_fullres", "-np", "1", "-npfp", "1", nnUNet_n_proc_DA="1"
+    )
     tiny_plans(made)
     return made
 
