@@ -11,7 +11,7 @@ import torch
 from nnunetv2_diffusion.demo.data import RawDataError, hold_out
 from nnunetv2_diffusion.demo.phantoms import write_phantoms
 from nnunetv2_diffusion.demo.picture import draw_case, reverse_steps
-from nnunetv2_diffusion.demo.pipeline import Job, dice_scores, plan, train_and_predict
+from nnunetv2_diffusion.demo.pipeline import Job, dice_scores, plan, predict_and_score, train
 
 SYNTHETIC = "Dataset501_Demo"
 BOUND = 0.7  # mean Dice on phantoms; labelling everything as organ scores below 0.2
@@ -31,6 +31,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="new folder for everything; default: the first free demo_output*")
     add("--trainer", default="nnUNetTrainerRecycleXT", help="trainer to show")
     add("--compare", metavar="TRAINER", help="a second trainer, same plans and iterations")
+    add(
+        "--steps", type=int, nargs="+", default=[], metavar="K", help="predict also with these numbers of reverse steps"
+    )
     add("--configuration", "-c", default="3d_fullres", choices=("2d", "3d_fullres"), help="nnU-Net configuration")
     add("--epochs", type=int, default=5, help="length of the training")
     add("--iterations", type=int, default=50, help="optimiser steps of an epoch")
@@ -69,12 +72,12 @@ def make_data(options: argparse.Namespace, out: Path) -> str:
 def print_scores(scores: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
     """Print Dice by class, mean and standard deviation over cases; returns the mean over classes and cases."""
     means = {}
-    for trainer, by_label in scores.items():
-        print(f"\n{trainer}: Dice on {len(next(iter(by_label.values())))} unseen cases")
+    for name, by_label in scores.items():
+        print(f"\n{name}: Dice on {len(next(iter(by_label.values())))} unseen cases")
         for label, values in by_label.items():
             print(f"  class {label}: {np.nanmean(values):.4f} +- {np.nanstd(values):.4f}")
-        means[trainer] = float(np.nanmean([np.nanmean(v) for v in by_label.values()]))
-        print(f"  mean: {means[trainer]:.4f}")
+        means[name] = float(np.nanmean([np.nanmean(v) for v in by_label.values()]))
+        print(f"  mean: {means[name]:.4f}")
     return means
 
 
@@ -125,8 +128,12 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     plan(job)
     trainers = [EQUAL_LENGTH.get(t, t) for t in (options.trainer, options.compare) if t]
-    scores = {trainer: dice_scores(train_and_predict(job, trainer)) for trainer in trainers}
+    for trainer in trainers:
+        train(job, trainer)
+    scores = {trainer: dice_scores(predict_and_score(job, trainer)) for trainer in trainers}
+    by_steps = {f"K = {k}": dice_scores(predict_and_score(job, trainers[0], k)) for k in options.steps}
     means = print_scores(scores)
+    means_by_steps = print_scores(by_steps)
     good = judge(means, options)
     result = {
         "options": {
@@ -134,6 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
         },
         "dataset": name,
         "mean_dice": means,
+        "mean_dice_by_steps": means_by_steps,
         "dice_by_class": {t: {k: v.tolist() for k, v in s.items()} for t, s in scores.items()},
         "seconds": job.seconds,
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {options.device}",

@@ -62,22 +62,25 @@ class Job:
         workers = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "2"}
         return {**workers, **os.environ, **folders}
 
-    def run(self, title: str, *command: str) -> None:
-        """Run a stock command; its output goes to ``<out>/logs/<title>.txt``.
+    def run(self, title: str, *command: str, **variables: str) -> None:
+        """Run a stock command, with variables set; its output goes to ``<out>/logs/<title>.txt``.
 
         Raises:
             SystemExit: with the end of the output, if it fails.
         """
         log = self.out / "logs" / f"{title}.txt"
         log.parent.mkdir(parents=True, exist_ok=True)
-        print("$", " ".join(command), flush=True)
+        print("$", *[f"{k}={v}" for k, v in variables.items()], *command, flush=True)
         start = time.monotonic()
         # the command beside this Python, also if its folder is not on PATH
-        beside = Path(sys.executable).with_name(command[0])
+        beside = Path(sys.executable).parent / command[0]
         program = str(beside) if beside.exists() else command[0]
         with log.open("w") as stream:
             code = subprocess.run(
-                [program, *command[1:]], env=self.environment(), stdout=stream, stderr=subprocess.STDOUT
+                [program, *command[1:]],
+                env={**self.environment(), **variables},
+                stdout=stream,
+                stderr=subprocess.STDOUT,
             ).returncode
         self.seconds[title] = time.monotonic() - start
         if code:
@@ -113,18 +116,37 @@ def write_split(job: Job, validation_cases: int = 4) -> None:
     (job.preprocessed / "splits_final.json").write_text(json.dumps(split, indent=2))
 
 
-def train_and_predict(job: Job, trainer: str) -> Path:
-    """Train fold 0, predict the unseen cases with nnU-Net's commands; returns the folder of masks."""
+def _common(job: Job, trainer: str) -> list[str]:
+    return ["-tr", trainer, "-p", PLANS, "-device", job.device]
+
+
+def train(job: Job, trainer: str) -> None:
+    """Train fold 0 with nnU-Net's command."""
     number = job.dataset[len("Dataset") :][:3]
-    common = ["-tr", trainer, "-p", PLANS, "-device", job.device]
-    job.run(f"train_{trainer}", "nnUNetv2_train", number, job.configuration, "0", *common)
-    predictions = job.out / f"predictions_{trainer}"
+    job.run(f"train_{trainer}", "nnUNetv2_train", number, job.configuration, "0", *_common(job, trainer))
+
+
+def predict_and_score(job: Job, trainer: str, steps: int | None = None) -> Path:
+    """Predict the unseen cases and score them with nnU-Net's commands.
+
+    Args:
+        job: what was trained.
+        trainer: whose model is used.
+        steps: K of the reverse process; None for the plans' setting.
+
+    Returns:
+        the folder of masks and summary.json.
+    """
+    number = job.dataset[len("Dataset") :][:3]
+    name = trainer if steps is None else f"{trainer}_K{steps}"
+    variables = {} if steps is None else {"nnUNet_diffusion_steps": str(steps)}
+    predictions = job.out / f"predictions_{name}"
     job.run(
-        f"predict_{trainer}", "nnUNetv2_predict", "-d", number, "-c", job.configuration, "-f", "0", *common,
-        "-i", str(job.raw / "imagesTs"), "-o", str(predictions), "-npp", "1", "-nps", "1",
+        f"predict_{name}", "nnUNetv2_predict", "-d", number, "-c", job.configuration, "-f", "0", *_common(job, trainer),
+        "-i", str(job.raw / "imagesTs"), "-o", str(predictions), "-npp", "1", "-nps", "1", **variables,
     )  # fmt: skip
     job.run(
-        f"evaluate_{trainer}", "nnUNetv2_evaluate_folder", str(job.raw / "labelsTs"), str(predictions),
+        f"evaluate_{name}", "nnUNetv2_evaluate_folder", str(job.raw / "labelsTs"), str(predictions),
         "-djfile", str(predictions / "dataset.json"), "-pfile", str(predictions / "plans.json"),
     )  # fmt: skip
     return predictions

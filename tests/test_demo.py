@@ -1,0 +1,116 @@
+"""The demo's own parts; the whole of it is marked slow."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from nnunetv2_diffusion.demo import __main__ as demo
+from nnunetv2_diffusion.demo.data import RawDataError, hold_out
+from nnunetv2_diffusion.demo.phantoms import LABELS, make_phantom, write_phantoms
+from nnunetv2_diffusion.demo.pipeline import Job
+
+
+@pytest.fixture
+def raw(tmp_path):
+    folder = tmp_path / "Dataset123_Some"
+    write_phantoms(folder, train_cases=8, test_cases=1, seed=3)
+    return folder
+
+
+def test_the_same_seed_makes_the_same_phantom():
+    first, again, other = (make_phantom(np.random.default_rng(s)) for s in (1, 1, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert first[0].shape != other[0].shape or not np.array_equal(first[0], other[0])
+
+
+def test_phantoms_have_all_labels_and_no_threshold_solves_them():
+    for seed in range(5):
+        image, labels = make_phantom(np.random.default_rng(seed))
+        assert set(np.unique(labels)) == set(LABELS.values())
+        foreground = labels > 0
+        best = max(
+            2 * (foreground & (image > t)).sum() / (foreground.sum() + (image > t).sum()) for t in range(40, 200, 5)
+        )
+        assert best < 0.9
+
+
+def test_everything_labelled_as_organ_is_far_below_the_bound():
+    scores = []
+    for seed in range(5):
+        labels = make_phantom(np.random.default_rng(seed))[1]
+        organ = 2 * (labels == 1).sum() / (labels.size + (labels == 1).sum())
+        scores.append(organ / 2)  # the lesion's Dice is 0
+    assert max(scores) < 0.2 < demo.BOUND
+
+
+def test_held_out_cases_are_not_in_the_training_part(raw, tmp_path):
+    target = tmp_path / "raw" / raw.name
+    hold_out(raw, target, test_cases=3, seed=0)
+    train, test = ({f.name for f in (target / f"labels{part}").iterdir()} for part in ("Tr", "Ts"))
+    assert (len(train), len(test)) == (5, 3)
+    assert not train & test
+    assert train | test == {f.name for f in (raw / "labelsTr").iterdir()}
+    for part, names in (("Tr", train), ("Ts", test)):
+        images = {f.name.replace("_0000.nii.gz", ".nii.gz") for f in (target / f"images{part}").iterdir()}
+        assert images == names
+    assert json.loads((target / "dataset.json").read_text())["numTraining"] == 5
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda f: (f / "dataset.json").unlink(), "no dataset.json"),
+        (lambda f: (f / "dataset.json").write_text("{"), "expected nnU-Net's format"),
+        (lambda f: next((f / "imagesTr").iterdir()).unlink(), "has 0 images, dataset.json names 1 channels"),
+    ],
+)
+def test_raw_data_in_another_layout_is_named(raw, tmp_path, damage, said):
+    damage(raw)
+    with pytest.raises(RawDataError, match=said):
+        hold_out(raw, tmp_path / "out", 2, 0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_few_cases_are_named(raw, tmp_path):
+    with pytest.raises(RawDataError, match="8 labelled cases, cannot hold out 4"):
+        hold_out(raw, tmp_path / "out", 4, 0)
+
+
+def test_an_existing_folder_is_never_written_to(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo_output").mkdir()
+    assert demo.free_folder("demo_output").name == "demo_output_2"
+    with pytest.raises(SystemExit, match="new folder only"):
+        demo.main(["--out", str(tmp_path)])
+    assert list((tmp_path / "demo_output").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("means", "good"),
+    [
+        ({"a": 0.9}, True),
+        ({"a": 0.6}, False),
+        ({"a": 0.80, "b": 0.81}, True),
+        ({"a": 0.80, "b": 0.82}, False),
+    ],
+)
+def test_bounds_decide_the_exit_status(means, good, capsys):
+    assert demo.judge(means, demo.parse_arguments([])) is good
+    assert ("NOT MET" in capsys.readouterr().out) is not good
+
+
+def test_a_command_that_fails_ends_the_demo_with_its_output(tmp_path):
+    job = Job(tmp_path, "Dataset501_Demo", "3d_fullres", 1, 1, 4, 2, "cpu")
+    with pytest.raises(SystemExit, match=r"(?s)ended with status 3; the end of .*failed\.txt:.*the reason"):
+        job.run("failed", sys.executable, "-c", "print('the reason'); raise SystemExit(3)")
+
+
+@pytest.mark.slow
+def test_the_demo_meets_its_bound(tmp_path):
+    out = tmp_path / "demo"
+    assert demo.main(["--out", str(out), "--steps", "1"]) == 0
+    result = json.loads((out / "result.json").read_text())
+    assert result["mean_dice"]["nnUNetTrainerRecycleXT"] >= demo.BOUND
+    assert (out / "demo.png").stat().st_size > 10_000
