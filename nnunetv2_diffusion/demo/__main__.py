@@ -12,6 +12,7 @@ from nnunetv2_diffusion.demo.data import RawDataError, hold_out
 from nnunetv2_diffusion.demo.phantoms import write_phantoms
 from nnunetv2_diffusion.demo.picture import draw_case, reverse_steps
 from nnunetv2_diffusion.demo.pipeline import Job, dice_scores, plan, predict_and_score, train
+from nnunetv2_diffusion.training.recipes import RECIPES
 
 SYNTHETIC = "Dataset501_Demo"
 BOUND = 0.7  # mean Dice on phantoms; labelling everything as organ scores below 0.2
@@ -37,6 +38,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--configuration", "-c", default="3d_fullres", choices=("2d", "3d_fullres"), help="nnU-Net configuration")
     add("--epochs", type=int, default=5, help="length of the training")
     add("--iterations", type=int, default=50, help="optimiser steps of an epoch")
+    add(
+        "--recipe",
+        default="paper",
+        choices=tuple(RECIPES),
+        help="of the diffusion trainers; the paper's is fast in short runs",
+    )
     add("--base-features", type=int, default=8, help="channels of the first stage; nnU-Net plans 32")
     add("--batch-size", type=int, default=2, help="patches in a step")
     add("--test-cases", type=int, help="unseen cases to score; default 6 phantoms, or 10 %% of --raw, 20 at most")
@@ -124,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit(str(error)) from error
     job = Job(
         out, name, options.configuration, options.epochs, options.iterations, options.base_features,
-        options.batch_size, options.device,
+        options.batch_size, options.device, options.recipe,
     )  # fmt: skip
     plan(job)
     trainers = [EQUAL_LENGTH.get(t, t) for t in (options.trainer, options.compare) if t]

@@ -28,6 +28,7 @@ class Job:
         base_features: channels of the first stage.
         batch_size: patches in a step.
         device: as nnU-Net's -device.
+        recipe: of the diffusion trainers; a short training gets further with the paper's than with the host's.
         seconds: filled with the time of every command.
     """
 
@@ -39,6 +40,7 @@ class Job:
     base_features: int
     batch_size: int
     device: str
+    recipe: str = "paper"
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -99,6 +101,7 @@ def plan(job: Job) -> None:
     stock = json.loads((job.preprocessed / "nnUNetPlans.json").read_text())
     network = {"base_features": job.base_features, "batch_size": job.batch_size}
     settings = {
+        "recipe": job.recipe,
         "num_epochs": job.epochs,
         "num_iterations_per_epoch": job.iterations,
         "num_val_iterations_per_epoch": max(5, job.iterations // 10),
