@@ -30,16 +30,16 @@ def make_phantom(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     warp = np.stack([gaussian_filter(rng.normal(size=shape), 4) for _ in range(3)]) * 60
     moved = grid + warp - centre[:, None, None, None]
     organ = ((moved / radii[:, None, None, None]) ** 2).sum(0) < 1
-    lesion_centre = rng.uniform(-0.35, 0.35, 3) * radii
+    lesion_centre = rng.uniform(-0.3, 0.3, 3) * radii
     distance = np.sqrt(((moved - lesion_centre[:, None, None, None]) ** 2).sum(0))
-    lesion = organ & (distance < rng.uniform(3, 4.5))
+    lesion = organ & (distance < rng.uniform(4.5, 6))
     vessels = np.zeros(shape, dtype=bool)
     for _ in range(2):
         axis = rng.integers(0, 2)
         line = rng.uniform(4, shape - 4)
         offset = np.delete(grid - line[:, None, None, None], axis, axis=0)
         vessels |= (offset**2).sum(0) < rng.uniform(1.5, 2.5) ** 2
-    image = 100 + 60 * (organ | vessels) - 35 * lesion
+    image = 100 + 60 * (organ | vessels) - 45 * lesion
     image = gaussian_filter(image.astype(np.float32), 0.7)
     image *= 1 + 0.5 * gaussian_filter(rng.normal(size=shape), 10) * 30
     image += rng.normal(scale=12, size=shape)

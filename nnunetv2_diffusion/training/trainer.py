@@ -181,7 +181,9 @@ class DiffusionTrainer(nnUNetTrainer):
             optimizer, scheduler = super().configure_optimizers()
         else:
             optimizer = paper_optimizer(list(self.network.parameters()))
-            scheduler = WarmupCosine(optimizer, self.num_iterations_per_epoch, self.num_epochs)
+            # the paper's 100 steps are under 1 % of its trainings; in a short one they would be most of it
+            warmup = min(100, self.num_iterations_per_epoch * self.num_epochs // 10)
+            scheduler = WarmupCosine(optimizer, self.num_iterations_per_epoch, self.num_epochs, warmup)
         optimizer.register_state_dict_post_hook(self._save_time_sampler)
         optimizer.register_load_state_dict_pre_hook(self._load_time_sampler)
         return optimizer, scheduler
