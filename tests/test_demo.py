@@ -91,7 +91,7 @@ def test_an_existing_folder_is_never_written_to(tmp_path, monkeypatch):
     ("means", "good"),
     [
         ({"a": 0.9}, True),
-        ({"a": 0.6}, False),
+        ({"a": 0.5}, False),
         ({"a": 0.80, "b": 0.81}, True),
         ({"a": 0.80, "b": 0.82}, False),
     ],
