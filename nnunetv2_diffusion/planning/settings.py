@@ -35,7 +35,7 @@ class DiffusionSettings:
         None, "train on a schedule respaced to so many steps (5 in table 8 of the paper); null: all T", low=1
     )
     time_sampling: str = _setting("uniform", "how training draws t", choices=("uniform", "importance"))
-    steps: int = _setting(5, "K, network passes of one predicted sample", low=1)
+    steps: int = _setting(2, "K, network passes of one predicted sample; 5 in the paper", low=1)
     sampler: str = _setting("ddpm", "reverse step", choices=("ddpm", "ddim"))
     eta: float = _setting(0.0, "DDIM's noise, 0 deterministic to 1 as DDPM", low=0.0, high=1.0)
     samples: int = _setting(1, "masks drawn in a prediction; their probabilities are averaged", low=1)

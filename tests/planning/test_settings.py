@@ -51,7 +51,7 @@ OTHER = {
 def test_defaults_are_those_of_the_paper_in_the_host():
     settings = DiffusionSettings()
     assert (settings.timesteps, settings.beta_start, settings.beta_end) == (1001, 1e-4, 0.02)
-    assert (settings.steps, settings.sampler, settings.samples, settings.seed) == (5, "ddpm", 1, 0)
+    assert (settings.steps, settings.sampler, settings.samples, settings.seed) == (2, "ddpm", 1, 0)  # 5 in the paper
     assert (settings.recipe, settings.time_sampling, settings.time_conditioning) == ("nnunet", "uniform", True)
     assert settings.self_conditioning_probability == 0.5
     assert all(getattr(settings, name) is None for name in OPTIONAL)
@@ -235,7 +235,7 @@ def test_nan_is_out_of_range(name):
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({"timesteps": 4}, r"steps is 5, expected 1 \.\. 4"),
+        ({"timesteps": 1}, r"steps is 2, expected 1 \.\. 1"),
         ({"timesteps": 1001, "steps": 1002}, r"steps is 1002, expected 1 \.\. 1001"),
         ({"training_steps": 5, "steps": 6}, r"steps is 6, expected 1 \.\. 5"),
         ({"timesteps": 10, "training_steps": 11}, "training_steps is 11, expected at most timesteps = 10"),
