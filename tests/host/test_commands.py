@@ -123,7 +123,7 @@ def test_val_reproduces_the_validation(recycled):
     assert json.loads((folder / "summary.json").read_text())["metric_per_case"] == before
 
 
-def test_best_configuration_and_ensemble_with_a_host_trainer(recycled):
+def test_best_configuration_and_ensemble_with_a_host_trainer(recycled, masks):
     recycled.train("nnUNetTrainerBaseline", "--npz")
     recycled.run(
         "nnUNetv2_find_best_configuration", "901", "-p", "tiny", "-c", "3d_fullres", "-f", "0", "-np", "1",
@@ -132,8 +132,7 @@ def test_best_configuration_and_ensemble_with_a_host_trainer(recycled):
     information = recycled.root / "nnUNet_results" / recycled.name / "inference_information.json"
     assert "ensemble" in information.read_text().lower()
     recycled.predict("host", "nnUNetTrainerBaseline", "--save_probabilities", "-npp", "0", "-nps", "0")
-    recycled.predict("ours", TRAINER, "--save_probabilities", "-npp", "0", "-nps", "0")
-    recycled.run("nnUNetv2_ensemble", "-i", recycled.root / "host", recycled.root / "ours", "-o",
+    recycled.run("nnUNetv2_ensemble", "-i", recycled.root / "host", recycled.root / "plain", "-o",
                  recycled.root / "both", "-np", "1")  # fmt: skip
     assert len(list((recycled.root / "both").glob("*.nii.gz"))) == 2
 

@@ -106,6 +106,7 @@ def test_cascade(project):
     plans = json.loads((project.preprocessed / "tiny.json").read_text())
     plans["plans_name"] = "cascade"
     configurations = plans["configurations"]
+    configurations["3d_fullres"]["diffusion"]["steps"] = 1
     low = json.loads(json.dumps(configurations["3d_fullres"]))
     low.update(data_identifier="cascade_3d_lowres", next_stage="3d_cascade_fullres")
     low["spacing"] = [1.25 * s for s in low["spacing"]]

@@ -123,5 +123,7 @@ def tiny_plans(project: Project, name: str = "tiny", base_features: int = 4, **s
     changes = {"base_features": base_features, "batch_size": 2}
     configurations = {c: changes for c in ("2d", "3d_fullres") if c in stock["configurations"]}
     plans = derive_plans(stock, name, configurations, {**lengths, **settings})
+    if "2d" in configurations:
+        plans["configurations"]["2d"]["diffusion"]["steps"] = 1  # many slices; the chain is tested in 3D
     write_plans(plans, project.preprocessed)
     return plans
