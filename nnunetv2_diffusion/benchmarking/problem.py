@@ -50,12 +50,7 @@ def synthetic_problem(
     """
     patch = patch or REFERENCE_SHAPES[dim][0]
     batch = batch or REFERENCE_SHAPES[dim][1]
-    if len(patch) != dim or min(patch) < 4:
-        raise BenchmarkError(f"--patch is {'x'.join(map(str, patch))}, expected {dim} sizes of at least 4 voxels")
-    if classes < 2:
-        raise BenchmarkError(f"--classes is {classes}, expected at least 2: background and one more")
-    if not 2 <= stages <= len(RESENC_BLOCKS):
-        raise BenchmarkError(f"--stages is {stages}, expected 2 .. {len(RESENC_BLOCKS)}")
+    _check_numbers(dim, patch, classes, stages)
     name = "3d_fullres" if dim == 3 else "2d"
     configuration = {
         "data_identifier": f"nnUNetPlans_{name}",
@@ -78,6 +73,15 @@ def synthetic_problem(
     labels = {"background": 0, **{f"class_{i}": i for i in range(1, classes)}}
     dataset_json = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": 0, "file_ending": ".nii.gz"}
     return Problem(plans, name, dataset_json)
+
+
+def _check_numbers(dim: int, patch: tuple[int, ...], classes: int, stages: int) -> None:
+    if len(patch) != dim or min(patch) < 4:
+        raise BenchmarkError(f"--patch is {'x'.join(map(str, patch))}, expected {dim} sizes of at least 4 voxels")
+    if classes < 2:
+        raise BenchmarkError(f"--classes is {classes}, expected at least 2: background and one more")
+    if not 2 <= stages <= len(RESENC_BLOCKS):
+        raise BenchmarkError(f"--stages is {stages}, expected 2 .. {len(RESENC_BLOCKS)}")
 
 
 def _architecture(dim: int, patch: tuple[int, ...], base_features: int, stages: int, resenc: bool) -> dict[str, Any]:
