@@ -139,13 +139,14 @@ def test_trainers_read_the_settings_of_every_configuration(preprocessed):
     plan()
     file = preprocessed / "nnUNetDiffusionPlans.json"
     plans = read(file)
-    plans["configurations"]["3d_fullres"]["diffusion"]["steps"] = 3
+    default = DiffusionSettings().steps
+    plans["configurations"]["3d_fullres"]["diffusion"]["steps"] = default + 1
     file.write_text(json.dumps(plans))
     manager = PlansManager(str(file))
     steps = {
         name: read_settings(manager.get_configuration(name).configuration).steps for name in plans["configurations"]
     }
-    assert steps == {"2d": 5, "3d_lowres": 5, "3d_fullres": 3, "3d_cascade_fullres": 3}
+    assert steps == {"2d": default, "3d_lowres": default, "3d_fullres": default + 1, "3d_cascade_fullres": default + 1}
 
 
 def test_planning_again_keeps_edited_settings(preprocessed):
