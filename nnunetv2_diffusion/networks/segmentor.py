@@ -1,6 +1,6 @@
 """The module behind nnU-Net's one call ``network(image) -> logits``."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,8 +14,7 @@ from nnunetv2_diffusion.diffusion import (
 )
 from nnunetv2_diffusion.diffusion.noise import content_hash
 from nnunetv2_diffusion.networks.denoiser import DenoisingUNet
-
-MIN_PROBABILITY = 1e-6  # |log p| < 14: nnU-Net adds up logits times a weight of 10 in half precision
+from nnunetv2_diffusion.networks.heads import HeadsMixin, average_samples
 
 
 def to_mask(x: torch.Tensor) -> torch.Tensor:
@@ -36,7 +35,7 @@ class ReverseStep(NamedTuple):
     heads: list[torch.Tensor]
 
 
-class DiffusionSegmentor(DenoisingUNet):
+class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
     """A denoising U-Net together with its diffusion process.
 
     ``forward(image, x_t, t)`` is one denoising pass with gradients, for training. ``forward(image)`` is what nnU-Net
@@ -54,6 +53,9 @@ class DiffusionSegmentor(DenoisingUNet):
         ValueError: if sampling wants more steps than the process has.
     """
 
+    min_probability = 1e-6  # |log p| < 14
+    parts = ("time", "transformer")
+
     def __init__(
         self,
         unet: nn.Module,
@@ -66,8 +68,6 @@ class DiffusionSegmentor(DenoisingUNet):
         self.process = process
         self.sampling = sampling
         self.num_heads = mask_channels
-        # nnU-Net does not say at inference whether heads are exclusive classes or regions, so the weights do
-        self.sigmoid = False
         self._run = self.denoise
         if process is not None:
             process.respace(sampling.steps)  # raises now rather than at the first prediction
@@ -75,11 +75,6 @@ class DiffusionSegmentor(DenoisingUNet):
     def compile_denoiser(self, **kwargs: Any) -> None:
         """torch.compile one pass; the loop stays outside and names in the state dict do not change."""
         self._run = torch.compile(self.denoise, **kwargs)
-
-    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Softmax over heads, or sigmoid for regions, in float32."""
-        logits = logits.float()
-        return logits.sigmoid() if self.sigmoid else logits.softmax(1)
 
     def forward(
         self,
@@ -133,18 +128,14 @@ class DiffusionSegmentor(DenoisingUNet):
         """
         config = self.sampling
         hashes = content_hash(image)
-        mean: list[torch.Tensor] = []
-        for sample in range(config.samples):
+
+        def draw(sample: int) -> list[torch.Tensor]:
             noise = ContentNoise(hashes, config.seed, sample, image.device)
             for step in self.chain(image, noise, config):
                 last = step
-            heads = [self.probabilities(logits) for logits in last.heads]
-            if not mean:
-                mean = heads
-            else:
-                for total, new in zip(mean, heads, strict=True):
-                    total += (new - total) / (sample + 1)
-        logits = [self._bounded_logits(p) for p in mean]
+            return [self.probabilities(logits) for logits in last.heads]
+
+        logits = [self.bounded_logits(p) for p in average_samples(draw, config.samples)]
         return logits if self.decoder.deep_supervision else logits[0]
 
     def chain(self, image: torch.Tensor, noise: ContentNoise, config: SamplingConfig) -> Iterator[ReverseStep]:
@@ -178,51 +169,3 @@ class DiffusionSegmentor(DenoisingUNet):
             process, predict_x_start, noise(shape), lambda: noise(shape), config.sampler, config.eta
         ):
             yield current
-
-    def _bounded_logits(self, p: torch.Tensor) -> torch.Tensor:
-        if self.sigmoid:
-            return torch.logit(p, eps=MIN_PROBABILITY)
-        return p.clamp(min=MIN_PROBABILITY).log()
-
-    def get_extra_state(self) -> torch.Tensor:
-        """Stored with the weights, as a tensor like everything that nnU-Net expects there: heads are regions."""
-        return torch.tensor([int(self.sigmoid)])
-
-    def set_extra_state(self, state: torch.Tensor) -> None:
-        """Restored with the weights."""
-        self.sigmoid = bool(state.item())
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, but a checkpoint of another network is named as such instead of listing every key."""
-        problem = self._mismatch(state_dict) if strict else None
-        if problem:
-            raise RuntimeError(problem)
-        return super().load_state_dict(state_dict, strict, assign)
-
-    def _mismatch(self, state_dict: Mapping[str, Any]) -> str | None:
-        """What distinguishes the checkpoint's network from this one, in the terms a user set; None if nothing."""
-        own = self.state_dict()
-        missing = sorted(set(own) - set(state_dict))
-        unknown = sorted(set(state_dict) - set(own))
-        shapes = [k for k in own if k in state_dict and own[k].shape != state_dict[k].shape]
-        if not (missing or unknown or shapes):
-            return None
-        parts = []
-        for part in ("time", "transformer"):
-            here, there = (any(k.startswith(f"{part}.") for k in d) for d in (own, state_dict))
-            if here != there:
-                parts.append(f"it has {'a' if there else 'no'} {part} part, expected {'one' if here else 'none'}")
-        heads = "decoder.seg_layers.0.weight"
-        if heads in shapes:
-            parts.append(f"it segments {len(state_dict[heads])} classes, expected {len(own[heads])}")
-        example = (shapes + missing + unknown)[0]
-        if example in shapes:
-            parts.append(
-                f"{example} has shape {tuple(state_dict[example].shape)}, expected {tuple(own[example].shape)}"
-            )
-        parts.append(f"{len(missing)} keys missing, {len(unknown)} unknown, {len(shapes)} of another shape")
-        return (
-            "the checkpoint belongs to another network (trainer, plans, classes or settings differ): "
-            + "; ".join(parts)
-            + f" (first: {example})"
-        )

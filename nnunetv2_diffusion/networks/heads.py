@@ -1,0 +1,91 @@
+"""What every module behind ``network(image) -> logits`` shares: the meaning of its heads, and readable errors."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+
+class HeadsMixin(nn.Module):
+    """Heads that are exclusive classes or independent regions.
+
+    Set ``sigmoid`` if heads are regions; it is stored with the weights, because nnU-Net does not tell the network at
+    inference. Put it in front of the module class.
+    """
+
+    min_probability: float  # bounds the logits: nnU-Net adds them up, times a weight of 10, in half precision
+    parts: tuple[str, ...] = ()  # names of children that settings can leave out
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.sigmoid = False
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Softmax over heads, or sigmoid for regions, in float32."""
+        logits = logits.float()
+        return logits.sigmoid() if self.sigmoid else logits.softmax(1)
+
+    def bounded_logits(self, p: torch.Tensor) -> torch.Tensor:
+        """Logits whose softmax or sigmoid is p, bounded by ``min_probability``."""
+        if self.sigmoid:
+            return torch.logit(p, eps=self.min_probability)
+        return p.clamp(min=self.min_probability).log()
+
+    def get_extra_state(self) -> torch.Tensor:
+        """Stored with the weights, as a tensor like everything that nnU-Net expects there: heads are regions."""
+        return torch.tensor([int(self.sigmoid)])
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Restored with the weights."""
+        self.sigmoid = bool(state.item())
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch's, but a checkpoint of another network is named as such instead of listing every key."""
+        problem = describe_mismatch(self.state_dict(), state_dict, self.parts) if strict else None
+        if problem:
+            raise RuntimeError(problem)
+        return super().load_state_dict(state_dict, strict, assign)
+
+
+def average_samples(draw: Callable[[int], list[torch.Tensor]], samples: int) -> list[torch.Tensor]:
+    """Mean of ``draw(0) .. draw(samples - 1)``, each a list of tensors, without keeping them all."""
+    mean = draw(0)
+    for sample in range(1, samples):
+        for total, new in zip(mean, draw(sample), strict=True):
+            total += (new - total) / (sample + 1)
+    return mean
+
+
+def describe_mismatch(
+    own: Mapping[str, Any], found: Mapping[str, Any], parts: tuple[str, ...] = ()
+) -> str | None:
+    """What distinguishes a checkpoint's network from this one, in the terms a user set; None if nothing.
+
+    Args:
+        own: state dict of the network.
+        found: state dict of the checkpoint.
+        parts: first components of keys that settings can leave out.
+    """
+    missing = sorted(set(own) - set(found))
+    unknown = sorted(set(found) - set(own))
+    shapes = [k for k in own if k in found and own[k].shape != found[k].shape]
+    if not (missing or unknown or shapes):
+        return None
+    reasons = []
+    for part in parts:
+        here, there = (any(k.startswith(f"{part}.") for k in d) for d in (own, found))
+        if here != there:
+            reasons.append(f"it has {'a' if there else 'no'} {part} part, expected {'one' if here else 'none'}")
+    heads = next((k for k in shapes if k.endswith("decoder.seg_layers.0.weight")), None)
+    if heads:
+        reasons.append(f"it segments {len(found[heads])} classes, expected {len(own[heads])}")
+    example = (shapes + missing + unknown)[0]
+    if example in shapes:
+        reasons.append(f"{example} has shape {tuple(found[example].shape)}, expected {tuple(own[example].shape)}")
+    reasons.append(f"{len(missing)} keys missing, {len(unknown)} unknown, {len(shapes)} of another shape")
+    return (
+        "the checkpoint belongs to another network (trainer, plans, classes or settings differ): "
+        + "; ".join(reasons)
+        + f" (first: {example})"
+    )
