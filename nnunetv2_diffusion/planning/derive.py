@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_diffusion.planning.settings import SECTION, parse_settings
+from nnunetv2_diffusion.planning.settings import SECTION, merge_settings, parse_settings
 
 STOCK_PLANS = ("nnUNetPlans*", "nnUNetResEnc*")
 OVERRIDES = ("patch_size", "batch_size", "base_features", "max_features")
@@ -59,7 +59,7 @@ def add_settings(configurations: Mapping[str, dict], settings: Mapping[str, Any]
             place = f"configuration {name} of {where}"
             present = configuration.get(SECTION)
             parse_settings(present, place)  # a section that is no mapping cannot be merged
-            merged[name] = parse_settings({**(present or {}), **settings}, place).to_dict()
+            merged[name] = parse_settings(merge_settings(present or {}, settings), place).to_dict()
     for name, section in merged.items():
         configurations[name][SECTION] = section
 

@@ -4,65 +4,103 @@ A configuration without the section uses the defaults, so stock plans work as th
 one prediction by environment variables, because ``nnUNetv2_predict`` passes no options on.
 """
 
-import difflib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from nnunetv2_diffusion.planning.schema import S, Settings, SettingsError, parse, setting
+
 SECTION = "diffusion"
+HIDIFF = "hidiff"
 ENVIRONMENT_PREFIX = "nnUNet_diffusion_"
 ENVIRONMENT_KEYS = ("sampler", "steps", "samples", "seed")
 
 
-class SettingsError(ValueError):
-    """A setting is unknown or has a value that cannot be used."""
+@dataclass(frozen=True)
+class HiDiffSettings(Settings):
+    """Settings that HiDiff has of its own: section ``hidiff`` within ``diffusion``.
 
+    The ablation of Chen et al. 2024 (table IX): V1 is collaborative, cross_transformer and binarized false with
+    noise_loss bce; V2 sets collaborative, V3 noise_loss focal, V4 cross_transformer, V5 (default) binarized.
+    """
 
-def _setting(default: Any, doc: str, *, choices: tuple = (), low: Any = None, high: Any = None) -> Any:
-    return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
+    timesteps: int = setting(10, "T, length of the cosine schedule", low=1, high=1000)
+    steps: int = setting(10, "K, refinement steps of a prediction; 0 gives the segmentor's own mask", low=0)
+    sampler: str = setting("ddim", "reverse step", choices=("ddpm", "ddim"))
+    samples: int = setting(1, "masks drawn in a prediction; their probabilities are averaged", low=1)
+    seed: int = setting(0, "seed of the noise in prediction", low=0)
+    binarized: bool = setting(True, "refiner with 1-bit weights and activations")
+    cross_transformer: bool = setting(True, "exchange features with the segmentor by the X-Former")
+    refiner_width: int = setting(32, "channels of the refiner's first stage; 128 in the paper (2D)", low=4)
+    refiner_norm: str = setting("instance", "normalisation in the refiner; paper: batch", choices=("instance", "batch"))
+    noise_loss: str = setting("focal", "loss of the estimated noise beside the KL divergence", choices=("focal", "bce"))
+    focal_gamma: float = setting(2.0, "focusing parameter of the focal loss", low=0.0)
+    lambda_focal: float = setting(1.0, "weight of noise_loss in the diffusion loss", low=0.0)
+    lambda_diffusion: float = setting(1.0, "weight of the diffusion loss for the segmentor", low=0.0)
+    collaborative: bool = setting(True, "train the segmentor as well, by turns; false keeps it frozen")
+    learning_rate: float = setting(1e-4, "of the refiner, at the start of the polynomial decay", low=0.0)
+    segmentor_learning_rate: float = setting(1e-4, "of the segmentor beside the refiner", low=0.0)
+    segmentor_trainer: str = setting(
+        "nnUNetTrainer", "whose checkpoint_final.pth, same plans and fold, is the segmentor's start, if there is one"
+    )
+    segmentor_checkpoint: str | None = setting(None, "an nnU-Net checkpoint to use instead")
+    pretraining_epochs: int | None = setting(
+        None, "epochs for the segmentor alone if there is no checkpoint; null: half of the training", low=0
+    )
+    pretraining_learning_rate: float = setting(8e-4, "of the segmentor in these epochs", low=0.0)
+    merit_variant: str = setting("small", "size of MERIT's backbones", choices=("small", "tiny", "nano"))
+    merit_weights: str | None = setting(
+        None, "MERIT's backbones: null random, timm for its pretrained weights, or a local file"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.steps > self.timesteps:
+            raise SettingsError(f"steps is {self.steps}, expected 0 .. {self.timesteps}, the length of the schedule")
 
 
 @dataclass(frozen=True)
-class DiffusionSettings:
+class DiffusionSettings(Settings):
     """All settings with their defaults. Units and meaning are in each field's ``doc``."""
 
-    timesteps: int = _setting(1001, "T, length of the noise schedule", low=1, high=100_000)
-    beta_start: float = _setting(1e-4, "first beta of the linear schedule", low=1e-8, high=0.999)
-    beta_end: float = _setting(0.02, "last beta of the linear schedule", low=1e-8, high=0.999)
-    training_steps: int | None = _setting(
+    timesteps: int = setting(1001, "T, length of the noise schedule", low=1, high=100_000)
+    beta_start: float = setting(1e-4, "first beta of the linear schedule", low=1e-8, high=0.999)
+    beta_end: float = setting(0.02, "last beta of the linear schedule", low=1e-8, high=0.999)
+    training_steps: int | None = setting(
         None, "train on a schedule respaced to so many steps (5 in table 8 of the paper); null: all T", low=1
     )
-    time_sampling: str = _setting("uniform", "how training draws t", choices=("uniform", "importance"))
-    steps: int = _setting(2, "K, network passes of one predicted sample; 5 in the paper", low=1)
-    sampler: str = _setting("ddpm", "reverse step", choices=("ddpm", "ddim"))
-    eta: float = _setting(0.0, "DDIM's noise, 0 deterministic to 1 as DDPM", low=0.0, high=1.0)
-    samples: int = _setting(1, "masks drawn in a prediction; their probabilities are averaged", low=1)
-    seed: int = _setting(0, "seed of the noise in prediction", low=0)
-    self_conditioning_probability: float = _setting(
+    time_sampling: str = setting("uniform", "how training draws t", choices=("uniform", "importance"))
+    steps: int = setting(2, "K, network passes of one predicted sample; 5 in the paper", low=1)
+    sampler: str = setting("ddpm", "reverse step", choices=("ddpm", "ddim"))
+    eta: float = setting(0.0, "DDIM's noise, 0 deterministic to 1 as DDPM", low=0.0, high=1.0)
+    samples: int = setting(1, "masks drawn in a prediction; their probabilities are averaged", low=1)
+    seed: int = setting(0, "seed of the noise in prediction", low=0)
+    self_conditioning_probability: float = setting(
         0.5, "share of training samples that see the first pass's estimate", low=0.0, high=1.0
     )
-    time_conditioning: bool = _setting(
+    time_conditioning: bool = setting(
         True, "tell the network the time step; false reproduces the published, time-blind network"
     )
-    transformer_layers: int = _setting(1, "self-attention layers at the bottleneck, 0 for none", low=0)
-    transformer_heads: int = _setting(8, "attention heads", low=1)
-    transformer_width: float = _setting(
+    transformer_layers: int = setting(1, "self-attention layers at the bottleneck, 0 for none", low=0)
+    transformer_heads: int = setting(8, "attention heads", low=1)
+    transformer_width: float = setting(
         0.25, "share of the bottleneck's channels that attention works in; 1 in the paper", low=0.01, high=1.0
     )
-    recipe: str = _setting(
+    recipe: str = setting(
         "nnunet",
         "optimiser, schedule and loss: the host's own, or those of Fu et al. 2024",
         choices=("nnunet", "paper"),
     )
-    num_epochs: int | None = _setting(None, "training length; null: nnU-Net's 1000", low=1)
-    num_iterations_per_epoch: int | None = _setting(None, "null: nnU-Net's 250", low=1)
-    num_val_iterations_per_epoch: int | None = _setting(None, "null: nnU-Net's 50", low=1)
+    num_epochs: int | None = setting(None, "training length; null: nnU-Net's 1000", low=1)
+    num_iterations_per_epoch: int | None = setting(None, "null: nnU-Net's 250", low=1)
+    num_val_iterations_per_epoch: int | None = setting(None, "null: nnU-Net's 50", low=1)
+
+    hidiff: HiDiffSettings = field(default_factory=HiDiffSettings, metadata={"doc": "settings of the HiDiff trainers"})
 
     def __post_init__(self) -> None:
-        for f in fields(self):
-            _check_value(f.name, getattr(self, f.name), f.type, f.metadata)
+        super().__post_init__()
         if self.beta_end < self.beta_start:
             raise SettingsError(f"beta_end is {self.beta_end}, expected at least beta_start = {self.beta_start}")
         if self.training_steps is not None and self.training_steps > self.timesteps:
@@ -79,38 +117,24 @@ class DiffusionSettings:
         """Number of time steps that training uses."""
         return self.training_steps or self.timesteps
 
-    def to_dict(self) -> dict[str, Any]:
-        """As stored in plans."""
-        return asdict(self)
 
-
-def _check_value(name: str, value: Any, annotation: Any, meta: Mapping[str, Any]) -> None:
-    """Raise SettingsError unless value has the field's type and lies in its range."""
-    optional = "None" in str(annotation)
-    if value is None and optional:
-        return
-    kind = next(k for k in (bool, int, float, str) if k.__name__ in str(annotation))
-    fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
-    if not fits or (isinstance(value, bool) and kind is not bool):
-        wanted = f"{kind.__name__}{' or null' if optional else ''}"
-        raise SettingsError(f"{name} is {value!r}, expected {wanted}")
-    if meta["choices"] and value not in meta["choices"]:
-        raise SettingsError(f"{name} is {value!r}, expected one of {', '.join(meta['choices'])}")
-    low, high = meta["low"], meta["high"]
-    if value != value or (low is not None and value < low) or (high is not None and value > high):
-        limits = f"at least {low}" if high is None else f"a value in [{low}, {high}]"
-        raise SettingsError(f"{name} is {value!r}, expected {limits}")
-
-
-def settings_table() -> str:
-    """All settings as a Markdown table; the README holds a copy that a test compares."""
+def settings_table(cls: type[Settings] = DiffusionSettings) -> str:
+    """All settings of a section as a Markdown table; the README holds copies that a test compares."""
     rows = ["| key | default | meaning |", "|---|---|---|"]
-    for f in fields(DiffusionSettings):
-        default = json.dumps(f.default)
-        choices = f.metadata["choices"]
+    for f in fields(cls):
+        default = "{}" if f.name == HIDIFF else json.dumps(f.default)
+        choices = f.metadata.get("choices")
         meaning = f.metadata["doc"] + (f" ({', '.join(choices)})" if choices else "")
         rows.append(f"| `{f.name}` | {default} | {meaning} |")
     return "\n".join(rows)
+
+
+def merge_settings(present: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A section with the changes in it; its ``hidiff`` section is merged and not replaced."""
+    merged = {**present, **changes}
+    if isinstance(present.get(HIDIFF), Mapping) and isinstance(changes.get(HIDIFF), Mapping):
+        merged[HIDIFF] = {**present[HIDIFF], **changes[HIDIFF]}
+    return merged
 
 
 def parse_settings(section: Mapping[str, Any] | None, where: str = SECTION) -> DiffusionSettings:
@@ -123,19 +147,9 @@ def parse_settings(section: Mapping[str, Any] | None, where: str = SECTION) -> D
     Raises:
         SettingsError: for an unknown key (naming the nearest known one) or a value that cannot be used.
     """
-    section = {} if section is None else section
-    if not isinstance(section, Mapping):
-        raise SettingsError(f"{where}: {SECTION} is {section!r}, expected a mapping of settings")
-    known = [f.name for f in fields(DiffusionSettings)]
-    for key in section:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise SettingsError(f"{where}: unknown setting {key!r} in {SECTION}; {hint}")
-    try:
-        return DiffusionSettings(**section)
-    except SettingsError as error:
-        raise SettingsError(f"{where}: in {SECTION}, {error}") from None
+    if isinstance(section, Mapping) and HIDIFF in section:
+        section = {**section, HIDIFF: parse(HiDiffSettings, section[HIDIFF], where, f"{SECTION}.{HIDIFF}")}
+    return parse(DiffusionSettings, section, where, SECTION)
 
 
 def read_settings(configuration: Mapping[str, Any], name: str = "plans") -> DiffusionSettings:
@@ -167,17 +181,15 @@ def environment_overrides(environ: Mapping[str, str] = os.environ) -> dict[str, 
     return overrides
 
 
-def apply_environment(settings: DiffusionSettings, environ: Mapping[str, str] = os.environ) -> DiffusionSettings:
-    """Settings with the environment's overrides, validated as a whole.
+def apply_environment(settings: S, environ: Mapping[str, str] = os.environ) -> S:
+    """Settings of a trainer with the environment's overrides, validated as a whole.
 
     Raises:
         SettingsError: naming the variables if the result cannot be used.
     """
     overrides = environment_overrides(environ)
-    if not overrides:
-        return settings
     try:
-        return DiffusionSettings(**{**settings.to_dict(), **overrides})
+        return replace(settings, **overrides)
     except SettingsError as error:
         names = ", ".join(f"{ENVIRONMENT_PREFIX}{k}={v}" for k, v in overrides.items())
         raise SettingsError(f"environment {names}: {error}") from None

@@ -2,22 +2,27 @@
 
 import json
 import re
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
 from nnunetv2_diffusion.planning.settings import (
     ENVIRONMENT_KEYS,
     ENVIRONMENT_PREFIX,
+    HIDIFF,
     DiffusionSettings,
+    HiDiffSettings,
     SettingsError,
     apply_environment,
     environment_overrides,
+    merge_settings,
     parse_settings,
     read_settings,
+    settings_table,
 )
 
-FIELDS = {f.name: f for f in fields(DiffusionSettings)}
+FIELDS = {f.name: f for f in fields(DiffusionSettings) if f.name != HIDIFF}
+HIDIFF_FIELDS = {f.name: f for f in fields(HiDiffSettings)}
 OPTIONAL = ("training_steps", "num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 INTEGERS = [name for name, f in FIELDS.items() if "int" in str(f.type)]
 FLOATS = [name for name, f in FIELDS.items() if f.type is float]
@@ -87,7 +92,7 @@ def test_every_setting_can_be_set_alone(name):
 @pytest.mark.parametrize("values", [{}, OTHER])
 def test_settings_survive_json(values):
     settings = DiffusionSettings(**values)
-    assert set(settings.to_dict()) == set(FIELDS)
+    assert set(settings.to_dict()) == {*FIELDS, HIDIFF}
     assert parse_settings(json.loads(json.dumps(settings.to_dict()))) == settings
 
 
@@ -273,7 +278,7 @@ def test_without_variables_nothing_is_overridden():
 def test_a_variable_overrides_one_setting(key, text, value):
     assert environment_overrides(environ(**{key: text})) == {key: value}
     settings = DiffusionSettings(steps=3, eta=0.5)
-    expected = DiffusionSettings(**{**settings.to_dict(), key: value})
+    expected = replace(settings, **{key: value})
     assert apply_environment(settings, environ(**{key: text})) == expected != settings
 
 
@@ -333,3 +338,81 @@ def test_an_unknown_variable_is_named_with_the_known_ones(key):
 
 def test_every_key_of_the_environment_is_a_setting():
     assert set(ENVIRONMENT_KEYS) <= set(FIELDS)
+
+
+# --- section hidiff --------------------------------------------------------------------------------------------------
+
+HIDIFF_OTHER = {
+    "timesteps": 20,
+    "steps": 0,
+    "sampler": "ddpm",
+    "samples": 3,
+    "seed": 5,
+    "binarized": False,
+    "cross_transformer": False,
+    "refiner_width": 128,
+    "refiner_norm": "batch",
+    "noise_loss": "bce",
+    "focal_gamma": 1.0,
+    "lambda_focal": 0.5,
+    "lambda_diffusion": 0.0,
+    "collaborative": False,
+    "learning_rate": 1e-3,
+    "segmentor_learning_rate": 2e-4,
+    "segmentor_trainer": "nnUNetTrainerBaseline",
+    "segmentor_checkpoint": "somewhere.pth",
+    "pretraining_epochs": 4,
+    "pretraining_learning_rate": 1e-2,
+    "merit_variant": "nano",
+    "merit_weights": "timm",
+}
+
+
+def test_defaults_of_hidiff_are_the_papers():
+    own = DiffusionSettings().hidiff
+    assert (own.timesteps, own.steps, own.sampler) == (10, 10, "ddim")
+    assert (own.binarized, own.cross_transformer, own.noise_loss, own.collaborative) == (True, True, "focal", True)
+    assert (own.focal_gamma, own.lambda_focal, own.lambda_diffusion) == (2, 1, 1)
+    assert (own.learning_rate, own.segmentor_learning_rate) == (1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("name", HIDIFF_FIELDS)
+def test_every_setting_of_hidiff_can_be_set_alone_and_survives_json(name):
+    assert HIDIFF_OTHER[name] != HIDIFF_FIELDS[name].default
+    settings = parse_settings({HIDIFF: {name: HIDIFF_OTHER[name]}})
+    assert settings == DiffusionSettings(hidiff=HiDiffSettings(**{name: HIDIFF_OTHER[name]}))
+    assert parse_settings(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+def test_an_unknown_key_of_hidiff_is_named_with_its_section():
+    with pytest.raises(SettingsError, match=r"^plans: unknown setting 'binarised' in diffusion\.hidiff; did you mean"):
+        parse_settings({HIDIFF: {"binarised": True}}, "plans")
+
+
+@pytest.mark.parametrize("section", [[], 3, "steps"])
+def test_a_hidiff_section_that_is_no_mapping_is_named(section):
+    with pytest.raises(SettingsError, match=r"diffusion\.hidiff is .*expected a mapping"):
+        parse_settings({HIDIFF: section})
+
+
+@pytest.mark.parametrize("steps", [-1, 11])
+def test_steps_of_hidiff_are_within_its_schedule(steps):
+    with pytest.raises(SettingsError, match=f"in diffusion.hidiff, steps is {steps}, expected"):
+        parse_settings({HIDIFF: {"steps": steps}})
+
+
+def test_the_environment_sets_the_sampling_of_hidiff():
+    environ = {"nnUNet_diffusion_steps": "0", "nnUNet_diffusion_seed": "3"}
+    assert apply_environment(HiDiffSettings(), environ) == HiDiffSettings(steps=0, seed=3)
+    with pytest.raises(SettingsError, match=r"^environment nnUNet_diffusion_steps=11: steps is 11, expected 0 \.\. 10"):
+        apply_environment(HiDiffSettings(), {"nnUNet_diffusion_steps": "11"})
+
+
+def test_changes_to_hidiff_keep_its_other_settings():
+    merged = merge_settings({"steps": 3, HIDIFF: {"seed": 1, "steps": 2}}, {HIDIFF: {"steps": 4}})
+    assert merged == {"steps": 3, HIDIFF: {"seed": 1, "steps": 4}}
+
+
+def test_the_table_of_hidiff_lists_every_setting():
+    table = settings_table(HiDiffSettings)
+    assert all(f"| `{name}` | {json.dumps(f.default)} |" in table for name, f in HIDIFF_FIELDS.items())
