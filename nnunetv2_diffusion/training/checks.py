@@ -147,7 +147,8 @@ def check_checkpoint(path: str | Path, trainer_name: str, num_heads: int) -> Non
         raise CheckpointError(
             f"{path}: written by trainer {found}, expected {trainer_name}. Continue with -tr {found}, or move the file."
         )
-    heads = checkpoint["network_weights"].get("decoder.seg_layers.0.weight")
+    weights = checkpoint["network_weights"]
+    heads = next((w for key, w in weights.items() if key.endswith("decoder.seg_layers.0.weight")), None)
     if heads is not None and len(heads) != num_heads:
         raise CheckpointError(
             f"{path}: its network segments {len(heads)} classes or regions, dataset.json defines {num_heads}"

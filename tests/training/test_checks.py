@@ -339,12 +339,14 @@ def test_a_checkpoint_without_trainer_name_is_named(checkpoint, tmp_path):
 
 
 def test_the_look_at_a_checkpoint_is_what_the_trainer_does_first(saved, monkeypatch):
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+
     from nnunetv2_diffusion.training import DiffusionTrainer
 
     trainer = object.__new__(DiffusionTrainer)
     trainer.label_manager = SimpleNamespace(num_segmentation_heads=3)
     loaded = []
-    monkeypatch.setattr(DiffusionTrainer.__mro__[1], "load_checkpoint", lambda self, name: loaded.append(name))
+    monkeypatch.setattr(nnUNetTrainer, "load_checkpoint", lambda self, name: loaded.append(name))
     with pytest.raises(CheckpointError, match="expected DiffusionTrainer"):
         trainer.load_checkpoint(str(saved))
     assert not loaded
