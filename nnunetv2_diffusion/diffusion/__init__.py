@@ -1,9 +1,17 @@
 """Diffusion processes on tensors: no network and no nnU-Net is known here."""
 
+from nnunetv2_diffusion.diffusion.bernoulli import BernoulliDiffusion
+from nnunetv2_diffusion.diffusion.bernoulli_loss import noise_loss, variational_bound
 from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion
 from nnunetv2_diffusion.diffusion.noise import ContentNoise
-from nnunetv2_diffusion.diffusion.sampling import SAMPLERS, SamplingConfig, reverse_process
-from nnunetv2_diffusion.diffusion.schedules import linear_beta_schedule
+from nnunetv2_diffusion.diffusion.process import DiffusionProcess
+from nnunetv2_diffusion.diffusion.sampling import (
+    SAMPLERS,
+    SamplingConfig,
+    bernoulli_reverse_process,
+    reverse_process,
+)
+from nnunetv2_diffusion.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule
 from nnunetv2_diffusion.diffusion.time_sampling import (
     TIME_SAMPLERS,
     ImportanceTimeSampler,
@@ -13,11 +21,17 @@ from nnunetv2_diffusion.diffusion.time_sampling import (
 __all__ = [
     "SAMPLERS",
     "TIME_SAMPLERS",
+    "BernoulliDiffusion",
     "ContentNoise",
+    "DiffusionProcess",
     "GaussianDiffusion",
     "ImportanceTimeSampler",
     "SamplingConfig",
     "UniformTimeSampler",
+    "bernoulli_reverse_process",
+    "cosine_beta_schedule",
     "linear_beta_schedule",
+    "noise_loss",
     "reverse_process",
+    "variational_bound",
 ]

@@ -1,36 +1,12 @@
-"""Gaussian diffusion in x0-parametrisation (Ho et al. 2020, Song et al. 2021, Fu et al. 2024 section 3).
-
-Time is 0-based here: index t = 0 .. T-1 is the papers' t+1. All coefficients are float64 and are cast where
-they meet a tensor, because 1 - alphas_cumprod loses its digits in float32 at the first indices.
-"""
+"""Gaussian diffusion in x0-parametrisation (Ho et al. 2020, Song et al. 2021, Fu et al. 2024 section 3)."""
 
 import torch
 
+from nnunetv2_diffusion.diffusion.process import DiffusionProcess
 
-class GaussianDiffusion:
-    """Noising process q and the reverse steps that an estimate of x_start allows.
 
-    Args:
-        betas: float64 tensor of shape (T,), each in (0, 1).
-        timestep_map: LongTensor of shape (T,), the training index that each index of this chain stands for;
-            default 0 .. T-1. A respaced process carries the kept indices, which is what a network must be told.
-
-    Raises:
-        ValueError: if betas is not one-dimensional, empty or outside (0, 1), or the map has another length.
-    """
-
-    def __init__(self, betas: torch.Tensor, timestep_map: torch.Tensor | None = None):
-        betas = torch.as_tensor(betas, dtype=torch.float64)
-        if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
-            raise ValueError(f"betas must be a non-empty 1D tensor in (0, 1), got {betas}")
-        self.betas = betas
-        self.num_timesteps = len(betas)
-        self.timestep_map = torch.arange(self.num_timesteps) if timestep_map is None else timestep_map.long()
-        if self.timestep_map.shape != betas.shape:
-            raise ValueError(f"timestep_map has shape {tuple(self.timestep_map.shape)}, expected {tuple(betas.shape)}")
-        self.alphas_cumprod = torch.cumprod(1 - betas, dim=0)
-        self.alphas_cumprod_prev = torch.cat([betas.new_ones(1), self.alphas_cumprod[:-1]])
-        self._set_posterior()
+class GaussianDiffusion(DiffusionProcess):
+    """Noising process q and the reverse steps that an estimate of x_start allows."""
 
     def _set_posterior(self) -> None:
         remaining = 1 - self.alphas_cumprod
@@ -41,11 +17,6 @@ class GaussianDiffusion:
         self.posterior_mean_coef_start[0] = 1
         self.posterior_mean_coef_t[0] = 0
         self.posterior_variance[0] = 0
-
-    def _at(self, coefficients: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Coefficients at t (B,), shaped to broadcast over x (B, K, *spatial), in x's dtype and device."""
-        values = coefficients.to(t.device)[t].to(x.dtype).to(x.device)
-        return values.reshape(-1, *[1] * (x.ndim - 1))
 
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Draw x_t ~ q(x_t | x_start), eq. 2.
@@ -128,30 +99,3 @@ class GaussianDiffusion:
         if eta > 0:
             x_prev = x_prev + self._at(variance.sqrt(), t, x_t) * noise
         return x_prev
-
-    def respace(self, num_timesteps: int) -> "GaussianDiffusion":
-        """Shorter chain over evenly spaced indices, with the same alphas_cumprod at them.
-
-        Args:
-            num_timesteps: K in 1 .. T. K = 1 keeps the last index; otherwise the first and the last are kept.
-
-        Returns:
-            GaussianDiffusion with K steps; its ``timestep_map`` holds the training indices.
-
-        Raises:
-            ValueError: if K is not in 1 .. T.
-        """
-        if not 1 <= num_timesteps <= self.num_timesteps:
-            raise ValueError(f"number of steps must be in 1 .. {self.num_timesteps}, got {num_timesteps}")
-        last = self.num_timesteps - 1
-        if num_timesteps == 1:
-            kept = torch.tensor([last])
-        else:
-            kept = torch.linspace(0, last, num_timesteps, dtype=torch.float64).round().long()
-        alphas_cumprod = self.alphas_cumprod[kept]
-        previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])
-        respaced = GaussianDiffusion(1 - alphas_cumprod / previous, self.timestep_map[kept])
-        respaced.alphas_cumprod = alphas_cumprod  # not the rounded product of rounded ratios
-        respaced.alphas_cumprod_prev = previous
-        respaced._set_posterior()
-        return respaced

@@ -1,13 +1,19 @@
-"""The reverse process: K calls of an x_start estimator."""
+"""The reverse processes: K calls of an estimator."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from nnunetv2_diffusion.diffusion.bernoulli import BernoulliDiffusion
 from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion
 
 SAMPLERS = ("ddpm", "ddim")
+
+
+def _check_sampler(sampler: str) -> None:
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,7 @@ class SamplingConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler is {self.sampler!r}, expected one of {', '.join(SAMPLERS)}")
+        _check_sampler(self.sampler)
         for name in ("steps", "samples"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -60,8 +65,7 @@ def reverse_process(
     Yields:
         x_start estimates, first to last. The last one is the result: both reverse steps return it at index 0.
     """
-    if sampler not in SAMPLERS:
-        raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
+    _check_sampler(sampler)
     for index in reversed(range(process.num_timesteps)):
         # kept on the CPU: looking up coefficients then needs no transfer from the device
         t = torch.full((len(x_t),), index, dtype=torch.long)
@@ -73,3 +77,38 @@ def reverse_process(
             x_t = process.ddpm_step(x_start, x_t, t, noise())
         else:
             x_t = process.ddim_step(x_start, x_t, t, noise() if eta > 0 else None, eta)
+
+
+def bernoulli_reverse_process(
+    process: BernoulliDiffusion,
+    predict_eps: Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor],
+    y_t: torch.Tensor,
+    prior: torch.Tensor,
+    uniform: Callable[[], torch.Tensor],
+    sampler: str = "ddpm",
+) -> Iterator[torch.Tensor]:
+    """Run the chain from a draw of the prior and yield the soft estimate of y_start of every step.
+
+    Both samplers are stochastic.
+
+    Args:
+        process: the chain, usually ``process.respace(K)``.
+        predict_eps: called as (y_t, t, is_last) with t the **training** index (B,) of the step; returns the estimate
+            of P(y_t != y_start), probabilities.
+        y_t: start, (B, K, *spatial), values 0 or 1, drawn from B(prior).
+        prior: same shape, probabilities.
+        uniform: returns fresh uniform draws in [0, 1) of y_t's shape; called in every step but the last.
+        sampler: "ddpm" (``BernoulliDiffusion.p_mean``) or "ddim" (``BernoulliDiffusion.ddim_mean``).
+
+    Yields:
+        |y_t - eps|, first to last. The last one is the result: both reverse steps return it at index 0.
+    """
+    _check_sampler(sampler)
+    reverse_mean = process.p_mean if sampler == "ddpm" else process.ddim_mean
+    for index in reversed(range(process.num_timesteps)):
+        t = torch.full((len(y_t),), index, dtype=torch.long)  # on the CPU, as above
+        eps = predict_eps(y_t, process.timestep_map[t], index == 0)
+        yield process.predict_y_start(y_t, eps)
+        if index == 0:
+            return
+        y_t = (uniform() < reverse_mean(eps, y_t, prior, t)).to(y_t.dtype)

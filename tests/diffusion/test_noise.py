@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nnunetv2_diffusion.diffusion import ContentNoise
-from nnunetv2_diffusion.diffusion.noise import content_hash
+from nnunetv2_diffusion.diffusion.noise import _positions, content_hash
 
 CPU = torch.device("cpu")
 SHAPE = (3, 4, 5)
@@ -19,6 +19,11 @@ def noise_of(image, seed=0, sample=0, shape=SHAPE, calls=1):
     """Noise of the last of some calls, (B, *shape)."""
     source = ContentNoise(content_hash(image), seed, sample, CPU)
     return [source(shape) for _ in range(calls)][-1]
+
+
+def uniform_of(image, seed=0, sample=0, shape=SHAPE):
+    """First uniform noise of the streams, (B, *shape)."""
+    return ContentNoise(content_hash(image), seed, sample, CPU).uniform(shape)
 
 
 def two_dots():
@@ -107,6 +112,46 @@ def test_another_process_makes_the_same_noise():
         check=True,
     )
     assert result.stdout.strip() == str(noise_of(image, seed=5, sample=1, shape=(2, 3)).tolist())
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (torch.linspace(-1, 1, 24).reshape(2, 1, 3, 4), [12974468730364030750, 10596661058400766956]),
+        (torch.linspace(-1, 1, 30).reshape(2, 1, 3, 5), [13579077841267261649, 17945815822642343567]),
+        (torch.zeros(1, 1, 4), [1507938732534546606]),
+    ],
+    ids=["12 voxels", "15 voxels", "4 voxels"],
+)
+def test_hashes_are_those_of_former_versions(image, expected):
+    # predictions are made from them: another hash would change every result
+    assert content_hash(image) == expected
+
+
+def test_hashes_do_not_depend_on_the_sizes_hashed_before():
+    images = [torch.linspace(-1, 1, size).reshape(1, 1, size) for size in (5, 6, 7, 8)]
+    expected = [content_hash(image) for image in images]
+    for _ in range(3):
+        assert [content_hash(image) for image in reversed(images)] == expected[::-1]
+        assert [content_hash(image) for image in images] == expected
+
+
+def test_positions_of_voxels_are_made_once_for_images_of_one_size_and_few_sizes_are_kept():
+    _positions.cache_clear()
+    for _ in range(5):
+        content_hash(torch.randn(2, 1, 6, 7))
+    assert _positions.cache_info().misses == 1
+    for size in range(1, 20):
+        content_hash(torch.randn(1, 1, size))
+    assert _positions.cache_info().currsize <= 2
+
+
+def test_positions_made_in_inference_mode_serve_images_outside_of_it():
+    image = torch.randn(1, 1, 11)
+    _positions.cache_clear()
+    with torch.inference_mode():
+        expected = content_hash(image)
+    assert content_hash(image.clone().requires_grad_()) == expected
 
 
 # ---- what makes it differ
@@ -216,6 +261,63 @@ def test_seeds_of_neighbouring_streams_are_spread():
     first = torch.stack([noise_of(image, seed, sample, (1,)) for seed in range(50) for sample in range(40)]).double()
     assert abs(first.mean().item()) < 5 * 2000**-0.5
     assert abs(first.var().item() - 1) < 5 * (2 / 2000) ** 0.5
+
+
+# ---- uniform noise
+
+
+def test_uniform_noise_is_float32_of_the_shape_asked_for_whatever_the_default_dtype():
+    image = torch.randn(2, 1, 6)
+    expected = uniform_of(image, shape=(3, 4, 5, 6))
+    assert expected.shape == (2, 3, 4, 5, 6)
+    assert expected.dtype == torch.float32
+    torch.set_default_dtype(torch.float16)
+    try:
+        actual = uniform_of(image, shape=(3, 4, 5, 6))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(actual, expected)
+
+
+def test_uniform_noise_is_uniform_on_0_to_1_without_1():
+    noise = uniform_of(torch.randn(1, 1, 6), shape=(400_000,))
+    assert noise.min() >= 0
+    assert noise.max() < 1
+    standard_error = 400_000**-0.5
+    for power in (1, 2, 3, 4):
+        variance = 1 / (2 * power + 1) - 1 / (power + 1) ** 2
+        moment = (noise.double() ** power).mean().item()
+        assert abs(moment - 1 / (power + 1)) < 5 * variance**0.5 * standard_error
+
+
+def test_uniform_noise_of_an_image_does_not_depend_on_the_rest_of_the_batch():
+    images = torch.randn(4, 2, 6, 7)
+    together = uniform_of(images)
+    assert torch.equal(uniform_of(images[[3, 1]]), together[[3, 1]])
+    assert not any(torch.equal(a, b) for a, b in combinations(together, 2))
+
+
+def test_uniform_noise_differs_by_seed_and_sample():
+    image = torch.randn(1, 1, 6, 7)
+    noises = [uniform_of(image, seed, sample) for seed in (0, 1, -1) for sample in (0, 1)]
+    assert not any(torch.equal(a, b) for a, b in combinations(noises, 2))
+
+
+def test_uniform_and_normal_noise_are_drawn_from_the_same_streams():
+    image = torch.randn(2, 1, 6)
+    source, other = (ContentNoise(content_hash(image), 0, 0, CPU) for _ in range(2))
+    before = source.uniform(SHAPE)
+    after = source(SHAPE)
+    assert torch.equal(other.uniform(SHAPE), before)
+    assert torch.equal(other(SHAPE), after)
+    assert not torch.equal(noise_of(image), after)  # the uniform draw has moved the stream on
+    assert not torch.equal(source.uniform(SHAPE), before)
+
+
+def test_uniform_noise_leaves_the_global_random_state_alone():
+    before = torch.get_rng_state()
+    uniform_of(torch.zeros(1, 1, 6))
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # ---- bad input

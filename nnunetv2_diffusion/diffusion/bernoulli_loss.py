@@ -1,0 +1,108 @@
+"""Losses of Bernoulli diffusion, in bits per element (Chen et al. 2024, equations 11 and 12).
+
+They take the network's logits: a probability that float32 rounds to 0 or 1 has lost the gradient that would correct
+it. Results are at least float32; the operations used are those that autocast leaves in float32.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+
+from nnunetv2_diffusion.diffusion.bernoulli import BernoulliDiffusion, to_common_float
+
+# Far below every probability of a step t > 0. Zeros occur at t = 0 alone, whose KL is not used but must be finite.
+_MIN_PROBABILITY = 1e-30
+
+
+def _mean_in_bits(nats: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+    """Mean over all but the first axis, of the voxels that are valid (B, 1, *spatial); 0 where a sample has none."""
+    if valid is None:
+        return nats.flatten(1).mean(1) / math.log(2)
+    expected = (len(nats), 1, *nats.shape[2:])
+    if valid.shape != expected:
+        raise ValueError(f"valid has shape {tuple(valid.shape)}, expected {expected}")
+    valid = valid.bool()
+    total = torch.where(valid, nats, 0).flatten(1).sum(1)
+    return total / (valid.flatten(1).sum(1).clamp(min=1) * nats.shape[1]) / math.log(2)
+
+
+def variational_bound(
+    process: BernoulliDiffusion,
+    eps_logits: torch.Tensor,
+    y_start: torch.Tensor,
+    y_t: torch.Tensor,
+    prior: torch.Tensor,
+    t: torch.Tensor,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """KL(q(y_{t-1} | y_t, y_start) || p(y_{t-1} | y_t)), eq. 11; at t = 0 -log p(y_start | y_0 = y_t).
+
+    Gradients reach the logits through p, and the prior through both distributions.
+
+    Args:
+        process: the chain that made y_t.
+        eps_logits: the network's output, (B, K, *spatial); its sigmoid estimates P(y_t != y_start).
+        y_start: same shape, values 0 or 1.
+        y_t: same shape, values 0 or 1.
+        prior: same shape, probabilities.
+        t: LongTensor (B,).
+        valid: (B, 1, *spatial), nonzero where voxels count; default everywhere.
+
+    Returns:
+        (B,) bits, mean over channels and valid voxels; finite for finite logits. At least 0 up to rounding.
+
+    Raises:
+        ValueError: if shapes differ.
+    """
+    eps_logits, y_start, y_t, prior = to_common_float(eps_logits=eps_logits, y_start=y_start, y_t=y_t, prior=prior)
+    logits = (1 - 2 * y_t) * eps_logits  # of the estimated y_start, |y_t - eps|
+    likelihood = _log_odds(*process.step_likelihood(y_t, prior, t))
+    q_logits = likelihood + _log_odds(*process.previous_marginal(y_start, 1 - y_start, prior, t))
+    p_logits = likelihood + _log_odds(*process.previous_marginal(logits.sigmoid(), (-logits).sigmoid(), prior, t))
+    kl = _binary_kl(q_logits, p_logits)
+    decoder = F.binary_cross_entropy_with_logits(logits, y_start, reduction="none")
+    last = (t == 0).to(kl.device).reshape(-1, *[1] * (kl.ndim - 1))
+    return _mean_in_bits(torch.where(last, decoder, kl), valid)  # both finite: where passes on the NaN of either
+
+
+def _log_odds(zero: torch.Tensor, one: torch.Tensor) -> torch.Tensor:
+    return one.clamp(min=_MIN_PROBABILITY).log() - zero.clamp(min=_MIN_PROBABILITY).log()
+
+
+def _binary_kl(q_logits: torch.Tensor, p_logits: torch.Tensor) -> torch.Tensor:
+    """KL of two Bernoulli distributions in nats, elementwise: cross-entropy minus entropy, which keep few tensors."""
+    q = q_logits.sigmoid()
+    cross_entropy = F.binary_cross_entropy_with_logits(p_logits, q, reduction="none")
+    return cross_entropy - F.binary_cross_entropy_with_logits(q_logits, q, reduction="none")
+
+
+def noise_loss(
+    eps_logits: torch.Tensor,
+    y_start: torch.Tensor,
+    y_t: torch.Tensor,
+    gamma: float = 2.0,
+    valid: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Focal loss between the estimated noise and |y_t - y_start|, eq. 12: -(1 - p)^gamma log p, p that of the truth.
+
+    Args:
+        eps_logits: the network's output, (B, K, *spatial).
+        y_start: same shape, values 0 or 1.
+        y_t: same shape, values 0 or 1.
+        gamma: at least 0, which is the binary cross-entropy.
+        valid: (B, 1, *spatial), nonzero where voxels count; default everywhere.
+
+    Returns:
+        (B,) bits, mean over channels and valid voxels.
+
+    Raises:
+        ValueError: if gamma is negative or shapes differ.
+    """
+    if not gamma >= 0:
+        raise ValueError(f"gamma must be at least 0, got {gamma}")
+    eps_logits, y_start, y_t = to_common_float(eps_logits=eps_logits, y_start=y_start, y_t=y_t)
+    logits = (2 * (y_t - y_start).abs() - 1) * eps_logits  # of being right
+    # in logarithms: the power of a probability that was rounded to 0 has no gradient, or a NaN for gamma < 1
+    focus = (gamma * F.logsigmoid(-logits)).exp()
+    return _mean_in_bits(-focus * F.logsigmoid(logits), valid)
