@@ -57,9 +57,7 @@ def average_samples(draw: Callable[[int], list[torch.Tensor]], samples: int) -> 
     return mean
 
 
-def describe_mismatch(
-    own: Mapping[str, Any], found: Mapping[str, Any], parts: tuple[str, ...] = ()
-) -> str | None:
+def describe_mismatch(own: Mapping[str, Any], found: Mapping[str, Any], parts: tuple[str, ...] = ()) -> str | None:
     """What distinguishes a checkpoint's network from this one, in the terms a user set; None if nothing.
 
     Args:

@@ -1,0 +1,223 @@
+"""HiDiff behind the host's call: which mask comes out, from which noise, and what reaches which network."""
+
+import pytest
+import torch
+
+from nnunetv2_diffusion.diffusion import BernoulliDiffusion, SamplingConfig, cosine_beta_schedule
+from nnunetv2_diffusion.networks.discriminative import UNetSegmentor, cumulative_strides
+from nnunetv2_diffusion.networks.hybrid import HybridSegmentor, match_features, refiner_topology
+
+
+@pytest.fixture
+def make_hybrid(make_unet, geometries):
+    def make(geometry="2d", classes=3, steps=3, sampler="ddim", samples=1, seed=0, unet=None, **kwargs):
+        shape = geometries[geometry]
+        segmentor = UNetSegmentor(
+            make_unet(geometry=geometry, classes=classes, **{"deep_supervision": False, **(unet or {})})
+        )
+        return HybridSegmentor(
+            segmentor,
+            1,
+            classes,
+            [list(k) for k in shape.kernel_sizes],
+            [list(s) for s in shape.strides],
+            BernoulliDiffusion(cosine_beta_schedule(10)),
+            SamplingConfig(steps, sampler, samples=samples, seed=seed) if steps else None,
+            width=8,
+            **kwargs,
+        ).eval()
+
+    return make
+
+
+def image_for(geometries, geometry="2d", batch=2):
+    return torch.randn(batch, 1, *geometries[geometry].patch)
+
+
+@pytest.mark.parametrize("geometry", ["2d", "2d_anisotropic", "3d", "3d_anisotropic"])
+@pytest.mark.parametrize("binarized", [True, False])
+def test_prediction_has_the_shape_of_nnunets_and_is_bounded(make_hybrid, geometries, geometry, binarized):
+    hybrid = make_hybrid(geometry, binarized=binarized)
+    image = image_for(geometries, geometry)
+    with torch.inference_mode():
+        logits = hybrid(image)
+    assert logits.shape == (2, 3, *geometries[geometry].patch)
+    assert logits.dtype == torch.float32
+    assert logits.min() >= -9.22
+    assert logits.max() <= 0
+
+
+def test_zero_steps_give_the_segmentors_own_logits(make_hybrid, geometries):
+    hybrid = make_hybrid(steps=0)
+    image = image_for(geometries)
+    with torch.inference_mode():
+        assert torch.equal(hybrid(image), hybrid.segmentor(image).logits)
+
+
+def test_untrained_refiner_leaves_a_sure_prior_alone(make_hybrid, geometries):
+    hybrid = make_hybrid(steps=10)
+    head = hybrid.segmentor.decoder.seg_layers[-1]
+    head.weight.data *= 200  # probabilities near 0 and 1
+    image = image_for(geometries)
+    with torch.inference_mode():
+        prior, refined = hybrid.segmentor(image).logits, hybrid(image)
+    sure = prior.softmax(1).amax(1) > 0.999
+    assert sure.float().mean() > 0.5
+    assert (prior.argmax(1) == refined.argmax(1))[sure].float().mean() > 0.97
+
+
+def oracle(hybrid, truth):
+    """A refiner that knows the mask."""
+
+    def forward(image, y_t, prior, t, features):
+        return (y_t != truth.expand_as(y_t)).float() * 80 - 40
+
+    hybrid.refiner.forward = forward
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_an_oracle_refiner_gives_the_mask_whatever_the_prior(make_hybrid, geometries, sampler, regions, steps):
+    hybrid = make_hybrid(steps=steps, sampler=sampler)
+    hybrid.sigmoid = regions
+    labels = torch.randint(3, (1, *geometries["2d"].patch))
+    truth = torch.nn.functional.one_hot(labels, 3).movedim(-1, 1).float()
+    oracle(hybrid, truth)
+    with torch.inference_mode():
+        logits = hybrid(image_for(geometries))
+    assert torch.equal((hybrid.probabilities(logits) > 0.5).float(), truth.expand(2, -1, -1, -1))
+
+
+def test_samples_are_averaged_as_probabilities(make_hybrid, geometries):
+    image = image_for(geometries)
+    hybrid = make_hybrid(steps=2)
+    found = []
+    with torch.inference_mode():
+        output = hybrid.segmentor(image)
+        from nnunetv2_diffusion.diffusion import ContentNoise
+        from nnunetv2_diffusion.diffusion.noise import content_hash
+
+        for sample in range(4):
+            noise = ContentNoise(content_hash(image), 0, sample, image.device)
+            *_, last = hybrid.chain(image, output, noise, hybrid.sampling)
+            found.append(last.y_start)
+        hybrid.sampling = SamplingConfig(2, "ddim", samples=4)
+        mean = hybrid(image).exp()
+    torch.testing.assert_close(mean, torch.stack(found).mean(0).clamp(min=1e-4))
+    assert not torch.equal(found[0], found[1])
+
+
+def test_prediction_depends_on_content_and_seed_and_not_on_the_batch(make_hybrid, geometries):
+    hybrid = make_hybrid(steps=2, seed=1)
+    image = image_for(geometries, batch=3)
+    with torch.inference_mode():
+        together = hybrid(image)
+        alone = torch.cat([hybrid(image[i : i + 1]) for i in (2, 1, 0)]).flip(0)
+        hybrid.sampling = SamplingConfig(2, "ddim", seed=2)
+        other = hybrid(image)
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+    assert not torch.equal(together, other)
+
+
+def test_a_chain_yields_every_step_with_its_training_time(make_hybrid, geometries):
+    from nnunetv2_diffusion.diffusion import ContentNoise
+
+    hybrid = make_hybrid()
+    image = image_for(geometries)
+    with torch.inference_mode():
+        output = hybrid.segmentor(image)
+        steps = list(hybrid.chain(image, output, ContentNoise([1, 2], 0, 0, image.device), SamplingConfig(5, "ddim")))
+    assert [step.t for step in steps] == [9, 7, 4, 2, 0]
+    for step in steps:
+        assert set(step.y_t.unique().tolist()) <= {0.0, 1.0}
+        assert step.y_start.min() >= 0
+        assert step.y_start.max() <= 1
+
+
+def test_deep_supervision_gives_a_list_with_and_without_refinement(make_hybrid, geometries):
+    hybrid = make_hybrid(unet={"deep_supervision": True})
+    image = image_for(geometries)
+    with torch.inference_mode():
+        refined = hybrid(image)
+        hybrid.sampling = None
+        prior = hybrid(image)
+        hybrid.set_deep_supervision(False)
+        assert isinstance(hybrid(image), torch.Tensor)
+    assert [x.shape for x in refined] == [x.shape for x in prior]
+    assert len(prior) == 2
+
+
+def test_stock_names_are_kept_within_the_segmentor(make_hybrid, make_unet):
+    stock = make_unet().state_dict()
+    ours = make_hybrid(unet={"deep_supervision": True}).segmentor.state_dict()
+    assert stock.keys() == ours.keys()
+
+
+def test_regions_survive_the_state_dict_and_another_network_is_named(make_hybrid):
+    regions, classes = make_hybrid(), make_hybrid()
+    regions.sigmoid = True
+    classes.load_state_dict(regions.state_dict())
+    assert classes.sigmoid
+    with pytest.raises(RuntimeError, match="segments 4 classes, expected 3"):
+        classes.load_state_dict(make_hybrid(classes=4).state_dict())
+
+
+def test_a_nan_image_is_refused(make_hybrid, geometries):
+    image = image_for(geometries)
+    image[1, 0, 3, 3] = float("nan")
+    with pytest.raises(ValueError, match="image 1 of the batch has 1 NaN"):
+        make_hybrid()(image)
+
+
+def test_too_many_steps_are_refused_when_the_network_is_built(make_hybrid):
+    with pytest.raises(ValueError, match=r"1 \.\. 10, got 11"):
+        make_hybrid(steps=11)
+
+
+def test_features_enter_at_their_own_stride():
+    strides = [[1, 1], [2, 2], [2, 2], [2, 1], [2, 2]]
+    assert cumulative_strides(strides) == [(1, 1), (2, 2), (4, 4), (8, 4), (16, 8)]
+    assert match_features(cumulative_strides(strides), strides) == {2: 2, 3: 3, 4: 4}
+    assert match_features([(4, 4), (8, 8), (16, 16), (32, 32)], [[1, 1]] + [[2, 2]] * 5) == {2: 0, 3: 1, 4: 2, 5: 3}
+    assert match_features([(1,), (2,)], [[1], [2]]) == {1: 1}
+
+
+def test_topology_is_that_of_the_plans_down_to_six_stages():
+    kernels, strides = refiner_topology(
+        {"kernel_sizes": [[1, 3, 3]] + [[3, 3, 3]] * 7, "strides": [1] + [[1, 2, 2]] * 7}
+    )
+    assert kernels == [[1, 3, 3]] + [[3, 3, 3]] * 5
+    assert strides == [[1, 1, 1]] + [[1, 2, 2]] * 5
+
+
+def test_features_of_another_grid_are_resampled(make_hybrid, geometries):
+    hybrid = make_hybrid()
+    image = image_for(geometries)
+    features = [torch.randn(2, c, 6, 7) for c in hybrid.segmentor.feature_channels]
+    prior = torch.full((2, 3, *geometries["2d"].patch), 0.3)
+    eps = hybrid.estimate_noise(image, (prior > 0.5).float(), prior, torch.zeros(2, dtype=torch.long), features)
+    assert eps.shape == prior.shape
+
+
+@pytest.mark.parametrize("cross_transformer", [True, False])
+def test_the_refiner_has_a_cross_transformer_only_if_wanted(make_hybrid, geometries, cross_transformer):
+    hybrid = make_hybrid(cross_transformer=cross_transformer)
+    names = " ".join(hybrid.refiner.state_dict())
+    assert ("transformer" in names) == cross_transformer
+    with torch.inference_mode():
+        assert torch.isfinite(hybrid(image_for(geometries))).all()
+
+
+def test_gradient_of_the_noise_reaches_prior_and_features(make_hybrid, geometries):
+    hybrid = make_hybrid()
+    for name, parameter in hybrid.refiner.named_parameters():
+        if "weight" in name:
+            parameter.data += 0.05 * torch.randn_like(parameter)  # zero-initialised branches let nothing through
+    image = image_for(geometries)
+    output = hybrid.segmentor(image)
+    prior = hybrid.prior(output.logits)
+    eps = hybrid.estimate_noise(image, (prior > 0.5).float(), prior, torch.tensor([1, 8]), output.features)
+    used = [output.features[i] for i in hybrid.matches.values()]
+    gradients = torch.autograd.grad(eps.square().sum(), [output.logits, *used])
+    assert all(g.abs().sum() > 0 for g in gradients)
