@@ -97,8 +97,15 @@ def test_an_existing_folder_is_never_written_to(tmp_path, monkeypatch):
     ],
 )
 def test_bounds_decide_the_exit_status(means, good, capsys):
-    assert demo.judge(means, demo.parse_arguments([])) is good
+    assert demo.judge(means, {}, demo.parse_arguments([])) is good
     assert ("NOT MET" in capsys.readouterr().out) is not good
+
+
+@pytest.mark.parametrize(("refined", "good"), [(0.799, True), (0.797, False), (0.9, True)])
+def test_a_refined_mask_may_not_be_worse_than_the_prior(refined, good, capsys):
+    options = demo.parse_arguments(["--trainer", "nnUNetTrainerHiDiff"])
+    assert demo.judge({"nnUNetTrainerHiDiff": refined}, {"K = 0": 0.8}, options) is good
+    assert "refined - prior" in capsys.readouterr().out
 
 
 def test_a_command_that_fails_ends_the_demo_with_its_output(tmp_path):

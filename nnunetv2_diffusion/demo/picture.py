@@ -1,5 +1,6 @@
 """One picture of a case: image, ground truth, prediction and the steps of the reverse process."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -14,7 +15,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunetv2_diffusion.diffusion import ContentNoise, SamplingConfig
 from nnunetv2_diffusion.diffusion.noise import content_hash
-from nnunetv2_diffusion.networks import DiffusionSegmentor
+from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
 
 COLOURS = plt.get_cmap("tab10")
 
@@ -57,16 +58,25 @@ def reverse_steps(
         [str(f) for f in images], None, predictor.plans_manager, configuration, predictor.dataset_json
     )[:3]
     patch = _central_patch(data, configuration.patch_size)[None].to(device)
-    if not isinstance(network, DiffusionSegmentor) or network.process is None:
-        return _middle(patch[0, 0]), []
-    config = SamplingConfig(steps)
-    found = []
     with torch.inference_mode():
-        noise = ContentNoise(content_hash(patch), 0, 0, patch.device)
-        for step in network.chain(patch, noise, config):
-            labels = _label_map(network.probabilities(step.heads[0])[0], network.sigmoid)
-            found.append((step.t, _middle(step.x_t[0, -1].clamp(-1, 1)), _middle(labels)))
+        found = [
+            (t, _middle(state), _middle(_label_map(probabilities[0], network.sigmoid)))
+            for t, state, probabilities in _chain(network, patch, steps)
+        ]
     return _middle(patch[0, 0]), found
+
+
+def _chain(
+    network: torch.nn.Module, patch: torch.Tensor, steps: int
+) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    """Training time, noisy mask of the last class in [-1, 1] and probabilities of every step; none without a chain."""
+    noise = ContentNoise(content_hash(patch), 0, 0, patch.device)
+    if isinstance(network, HybridSegmentor):
+        for step in network.chain(patch, network.segmentor(patch), noise, SamplingConfig(steps, "ddim")):
+            yield step.t, 2 * step.y_t[0, -1] - 1, step.y_start
+    elif isinstance(network, DiffusionSegmentor) and network.process is not None:
+        for step in network.chain(patch, noise, SamplingConfig(steps)):
+            yield step.t, step.x_t[0, -1].clamp(-1, 1), network.probabilities(step.heads[0])
 
 
 def _label_map(probabilities: torch.Tensor, sigmoid: bool) -> torch.Tensor:

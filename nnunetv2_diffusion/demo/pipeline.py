@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_diffusion.planning.derive import derive_plans, write_plans
+from nnunetv2_diffusion.planning.settings import HIDIFF
 
 PLANS = "demoPlans"
+# the paper's rate of 1e-4 is for tens of thousands of iterations
+SHORT_HIDIFF = {"refiner_width": 16, "learning_rate": 2e-3, "segmentor_learning_rate": 4e-4}
 
 
 @dataclass
@@ -105,6 +108,7 @@ def plan(job: Job) -> None:
         "num_epochs": job.epochs,
         "num_iterations_per_epoch": job.iterations,
         "num_val_iterations_per_epoch": max(5, job.iterations // 10),
+        HIDIFF: SHORT_HIDIFF,
     }
     write_plans(derive_plans(stock, PLANS, {job.configuration: network}, settings), job.preprocessed)
     write_split(job)

@@ -1,8 +1,11 @@
 """A tiny data set, planned and trained once for all tests of the host."""
 
+import json
+import os
 import socket
 
 import pytest
+import torch
 from tiny_project import Project, tiny_plans, write_dataset
 
 
@@ -33,6 +36,31 @@ def recycled(project) -> Project:
     """The project after ``nnUNetv2_train -tr nnUNetTrainerRecycleXT --npz``."""
     project.log = project.train("nnUNetTrainerRecycleXT", "--npz")
     return project
+
+
+@pytest.fixture
+def make_trainer(project, monkeypatch):
+    """Build and initialize a trainer as nnUNetv2_train does."""
+    for variable, value in project.environment().items():
+        if variable.startswith("nnUNet_"):
+            monkeypatch.setitem(os.environ, variable, value)
+
+    def make(name="RecycleXT", configuration="3d_fullres", plans="tiny", edit=None, initialize=True, **settings):
+        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+        content = json.loads((project.preprocessed / f"{plans}.json").read_text())
+        content["continue_training"] = False
+        content["configurations"][configuration]["diffusion"].update(settings)
+        if edit is not None:
+            edit(content["configurations"][configuration])
+        dataset = json.loads((project.preprocessed / "dataset.json").read_text())
+        cls = recursive_find_trainer_class_by_name(f"nnUNetTrainer{name}")
+        trainer = cls(content, configuration, 0, dataset, torch.device("cpu"))
+        if initialize:
+            trainer.initialize()
+        return trainer
+
+    return make
 
 
 @pytest.fixture

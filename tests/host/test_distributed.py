@@ -35,7 +35,7 @@ def _worker(rank, environment, plans_file, dataset_file, name, settings, out):
     torch.manual_seed(100)  # same initial weights; DDP would broadcast rank 0's anyway
     trainer.initialize()
     torch.manual_seed(rank)
-    from test_trainer import batch_for
+    from tiny_project import batch_for
 
     trainer.on_train_epoch_start()
     for step in range(4):
@@ -46,7 +46,8 @@ def _worker(rank, environment, plans_file, dataset_file, name, settings, out):
         for _ in range(1 + rank):
             trainer.validation_step(batch_for(trainer))
     weights = trainer.network.module.state_dict()
-    torch.save({"weights": weights, "history": trainer.time_sampler.state_dict()}, out / f"rank{rank}.pt")
+    history = trainer.time_sampler.state_dict() if hasattr(trainer, "time_sampler") else {}
+    torch.save({"weights": weights, "history": history}, out / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
 
@@ -56,6 +57,7 @@ def _worker(rank, environment, plans_file, dataset_file, name, settings, out):
     [
         ("nnUNetTrainerRecycleXT", {"time_sampling": "importance"}),
         ("nnUNetTrainerSelfCondXt", {"recipe": "paper"}),
+        ("nnUNetTrainerHiDiff", {"hidiff": {"refiner_width": 4, "pretraining_epochs": 0, "learning_rate": 1e-2}}),
     ],
 )
 def test_two_processes_train_one_network(project, tmp_path, name, settings, unused_port):

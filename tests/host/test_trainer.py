@@ -1,61 +1,13 @@
 """The trainers in this process, on preprocessed data: what no command shows."""
 
-import json
-import os
-
 import numpy as np
 import pytest
 import torch
-from tiny_project import tiny_plans
+from tiny_project import batch_for, tiny_plans
 
 from nnunetv2_diffusion.planning.settings import SettingsError
 
 STRATEGIES = ["DiffSeg", "SelfCondXt", "SelfCondXtPlus1", "RecycleXtPlus1", "RecycleXT"]
-
-
-@pytest.fixture
-def make_trainer(project, monkeypatch):
-    """Build and initialize a trainer as nnUNetv2_train does."""
-    for variable, value in project.environment().items():
-        if variable.startswith("nnUNet_"):
-            monkeypatch.setitem(os.environ, variable, value)
-
-    def make(name="RecycleXT", configuration="3d_fullres", plans="tiny", edit=None, initialize=True, **settings):
-        from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
-        content = json.loads((project.preprocessed / f"{plans}.json").read_text())
-        content["continue_training"] = False
-        content["configurations"][configuration]["diffusion"].update(settings)
-        if edit is not None:
-            edit(content["configurations"][configuration])
-        dataset = json.loads((project.preprocessed / "dataset.json").read_text())
-        cls = recursive_find_trainer_class_by_name(f"nnUNetTrainer{name}")
-        trainer = cls(content, configuration, 0, dataset, torch.device("cpu"))
-        if initialize:
-            trainer.initialize()
-        return trainer
-
-    return make
-
-
-def batch_for(trainer, seed=0):
-    """A batch as nnU-Net's loader gives it: bright blobs on noise."""
-    rng = torch.Generator().manual_seed(seed)
-    patch, b = trainer.configuration_manager.patch_size, trainer.batch_size
-    labels = torch.zeros(b, 1, *patch, dtype=torch.int16)
-    middle = tuple(slice(n // 4, 3 * n // 4) for n in patch)
-    labels[(slice(None), 0, *middle)] = 1
-    inner = tuple(slice(2 * n // 5, 3 * n // 5) for n in patch)
-    labels[(slice(None), 0, *inner)] = 2
-    image = torch.randn(b, trainer.num_input_channels, *patch, generator=rng) + labels
-    scales = trainer._get_deep_supervision_scales()
-    if scales is None:
-        return {"data": image, "target": labels, "keys": [f"case_{i}" for i in range(b)]}
-    targets = [
-        torch.nn.functional.interpolate(labels.float(), [round(n * s) for n, s in zip(patch, scale, strict=True)])
-        for scale in scales
-    ]
-    return {"data": image, "target": [t.to(torch.int16) for t in targets], "keys": [f"case_{i}" for i in range(b)]}
 
 
 @pytest.mark.parametrize("recipe", ["nnunet", "paper"])

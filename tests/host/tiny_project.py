@@ -9,6 +9,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+import torch
 
 from nnunetv2_diffusion.planning.derive import derive_plans, write_plans
 
@@ -120,6 +121,7 @@ def tiny_plans(project: Project, name: str = "tiny", base_features: int = 4, **s
     """Derive and write plans with a tiny network from the stock ones."""
     stock = json.loads((project.preprocessed / "nnUNetPlans.json").read_text())
     lengths = {"num_epochs": 2, "num_iterations_per_epoch": 2, "num_val_iterations_per_epoch": 1, "steps": 2}
+    lengths["hidiff"] = {"refiner_width": 4, "steps": 2, "pretraining_epochs": 1}
     changes = {"base_features": base_features, "batch_size": 2}
     configurations = {c: changes for c in ("2d", "3d_fullres") if c in stock["configurations"]}
     plans = derive_plans(stock, name, configurations, {**lengths, **settings})
@@ -127,3 +129,23 @@ def tiny_plans(project: Project, name: str = "tiny", base_features: int = 4, **s
         plans["configurations"]["2d"]["diffusion"]["steps"] = 1  # many slices; the chain is tested in 3D
     write_plans(plans, project.preprocessed)
     return plans
+
+
+def batch_for(trainer, seed=0):
+    """A batch as nnU-Net's loader gives it: bright blobs on noise."""
+    rng = torch.Generator().manual_seed(seed)
+    patch, b = trainer.configuration_manager.patch_size, trainer.batch_size
+    labels = torch.zeros(b, 1, *patch, dtype=torch.int16)
+    middle = tuple(slice(n // 4, 3 * n // 4) for n in patch)
+    labels[(slice(None), 0, *middle)] = 1
+    inner = tuple(slice(2 * n // 5, 3 * n // 5) for n in patch)
+    labels[(slice(None), 0, *inner)] = 2
+    image = torch.randn(b, trainer.num_input_channels, *patch, generator=rng) + labels
+    scales = trainer._get_deep_supervision_scales()
+    if scales is None:
+        return {"data": image, "target": labels, "keys": [f"case_{i}" for i in range(b)]}
+    targets = [
+        torch.nn.functional.interpolate(labels.float(), [round(n * s) for n, s in zip(patch, scale, strict=True)])
+        for scale in scales
+    ]
+    return {"data": image, "target": [t.to(torch.int16) for t in targets], "keys": [f"case_{i}" for i in range(b)]}
