@@ -38,6 +38,28 @@ def recycled(project) -> Project:
     return project
 
 
+@pytest.fixture(scope="session")
+def regions(tmp_path_factory):
+    """Overlapping regions with an ignore label in half of the training cases."""
+    made = Project(tmp_path_factory.mktemp("regions"), "Dataset902_Regions")
+    dataset = {
+        "labels": {"background": 0, "whole": [1, 2], "inner": 2, "ignore": 3},
+        "regions_class_order": [1, 2],
+    }
+
+    def edit(labels, index):
+        if index < 6 and index % 2:
+            labels[:, :6] = 3
+        return labels
+
+    write_dataset(made.raw, 6, channels=1, dataset=dataset, edit=edit)
+    made.run(
+        "nnUNetv2_plan_and_preprocess", "-d", "902", "-c", "3d_fullres", "-np", "1", "-npfp", "1", nnUNet_n_proc_DA="1"
+    )
+    tiny_plans(made)
+    return made
+
+
 @pytest.fixture
 def make_trainer(project, monkeypatch):
     """Build and initialize a trainer as nnUNetv2_train does."""

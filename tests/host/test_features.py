@@ -3,9 +3,8 @@
 import json
 
 import numpy as np
-import pytest
 import torch
-from tiny_project import Project, tiny_plans, write_dataset
+from tiny_project import tiny_plans
 
 TRAINER = "nnUNetTrainerRecycleXT"
 SEQUENTIAL = ("-npp", "0", "-nps", "0")
@@ -55,28 +54,6 @@ def test_typo_in_the_plans_stops_before_anything_is_written(project):
     assert "unknown setting 'setps'" in printed
     assert "did you mean 'steps'" in printed
     assert not project.model(TRAINER, plans="typo").exists()
-
-
-@pytest.fixture(scope="module")
-def regions(tmp_path_factory):
-    """Overlapping regions with an ignore label in half of the training cases."""
-    made = Project(tmp_path_factory.mktemp("regions"), "Dataset902_Regions")
-    dataset = {
-        "labels": {"background": 0, "whole": [1, 2], "inner": 2, "ignore": 3},
-        "regions_class_order": [1, 2],
-    }
-
-    def edit(labels, index):
-        if index < 6 and index % 2:
-            labels[:, :6] = 3
-        return labels
-
-    write_dataset(made.raw, 6, channels=1, dataset=dataset, edit=edit)
-    made.run(
-        "nnUNetv2_plan_and_preprocess", "-d", "902", "-c", "3d_fullres", "-np", "1", "-npfp", "1", nnUNet_n_proc_DA="1"
-    )
-    tiny_plans(made)
-    return made
 
 
 def test_regions_with_ignore_label(regions):

@@ -5,7 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-from tiny_project import Project, tiny_plans, write_dataset
+from tiny_project import tiny_plans
 
 TRAINER = "nnUNetTrainerHiDiff"
 SEQUENTIAL = ("-npp", "0", "-nps", "0")
@@ -70,6 +70,7 @@ def test_steps_0_gives_the_segmentors_own_mask_and_more_steps_another(trained, m
     assert prior.keys() == masks.keys()
 
 
+@pytest.mark.slow  # the same without the command: test_hybrid_trainer.py
 def test_continuing_goes_on_where_it_ended(trained):
     plans = tiny_plans(trained, "hidiff_longer")
     trained.train(TRAINER, plans="hidiff_longer")
@@ -86,26 +87,13 @@ def test_continuing_goes_on_where_it_ended(trained):
 
 
 def test_2d_trains_and_predicts(project):
-    project.train(TRAINER, configuration="2d")
+    project.train(TRAINER, configuration="2d", nnUNet_diffusion_steps="1")
     assert len(project.predict("hidiff_2d", TRAINER, *SEQUENTIAL, configuration="2d", nnUNet_diffusion_steps="1")) == 2
 
 
-def test_regions_with_ignore_label(tmp_path_factory):
-    made = Project(tmp_path_factory.mktemp("hidiff_regions"), "Dataset903_Regions")
-    labels = {"background": 0, "whole": [1, 2], "inner": 2, "ignore": 3}
-
-    def edit(labels, index):
-        if index < 6 and index % 2:
-            labels[:, :6] = 3
-        return labels
-
-    write_dataset(made.raw, 6, channels=1, dataset={"labels": labels, "regions_class_order": [1, 2]}, edit=edit)
-    made.run(
-        "nnUNetv2_plan_and_preprocess", "-d", "903", "-c", "3d_fullres", "-np", "1", "-npfp", "1", nnUNet_n_proc_DA="1"
-    )
-    tiny_plans(made)
-    made.train(TRAINER)
-    assert len(made.predict("regions", TRAINER, "--save_probabilities", *SEQUENTIAL)) == 2
-    p = np.load(next((made.root / "regions").glob("*.npz")))["probabilities"]
+def test_regions_with_ignore_label(regions):
+    regions.train(TRAINER, nnUNet_diffusion_steps="1")
+    assert len(regions.predict("hidiff", TRAINER, "--save_probabilities", *SEQUENTIAL)) == 2
+    p = np.load(next((regions.root / "hidiff").glob("*.npz")))["probabilities"]
     assert len(p) == 2
     assert not np.allclose(p.sum(0), 1, atol=1e-2)

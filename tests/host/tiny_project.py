@@ -81,7 +81,14 @@ class Project:
         folders = {v: str(self.root / v) for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("nnUNet_")}
         # no worker processes for augmentation, one for export: they cost more than the work
-        return {**inherited, "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", **folders, **extra}
+        return {
+            **inherited,
+            "nnUNet_n_proc_DA": "0",
+            "nnUNet_def_n_proc": "1",
+            "OMP_NUM_THREADS": "1",
+            **folders,
+            **extra,
+        }
 
     def run(self, *command: str, fails: bool = False, **environment: str) -> str:
         """Run one of nnU-Net's commands from this Python's environment; returns what it printed."""
