@@ -23,6 +23,7 @@ TRAINERS = (
     "nnUNetTrainerRecycleXtPlus1",
     "nnUNetTrainerRecycleXT",
     "nnUNetTrainerNoDiff",
+    "nnUNetTrainerHiDiff",
 )
 
 
@@ -58,7 +59,18 @@ def build_parser() -> argparse.ArgumentParser:
         description="Time network(image) as nnU-Net's predictor calls it, as a ratio to the stock network. The share "
         "of time outside of the denoising passes is found by timing each pass from within the loop.",
     )
-    for command, trainers, rounds in ((train, TRAINERS, 10), (predict, ("nnUNetTrainerRecycleXT",), 20)):
+    refiner = commands.add_parser(
+        "refiner",
+        help="HiDiff's refiner, real and binary, beside its segmentor",
+        description="Parameters, multiply-accumulates and storage by counting, and the time of one pass by the clock, "
+        "of the segmentor and of one refinement step, real-valued and binarised.",
+    )
+    refiner.add_argument("--width", type=_positive, default=32, help="channels of the first stage (default: 32)")
+    for command, trainers, rounds in (
+        (refiner, (), 10),
+        (train, TRAINERS, 10),
+        (predict, ("nnUNetTrainerRecycleXT",), 20),
+    ):
         _add_problem_options(command)
         _add_run_options(command, trainers, rounds)
     predict.add_argument("--steps", nargs="+", type=_positive, default=[1, 2, 5], metavar="K", help="default: 1 2 5")
@@ -84,7 +96,8 @@ def _add_problem_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_run_options(parser: argparse.ArgumentParser, trainers: tuple[str, ...], rounds: int) -> None:
     run = parser.add_argument_group("run")
-    run.add_argument("--trainers", nargs="+", default=list(trainers), help=f"compared with {REFERENCE}")
+    if trainers:
+        run.add_argument("--trainers", nargs="+", default=list(trainers), help=f"compared with {REFERENCE}")
     run.add_argument("--rounds", type=_positive, default=rounds, help=f"turns of each (default: {rounds})")
     run.add_argument(
         "--warmup", type=int, metavar="N", help="turns before that are not counted (default: 2, on CUDA 10)"
@@ -190,17 +203,11 @@ def run(args: argparse.Namespace, problem: Problem, device: torch.device) -> tup
     # nnU-Net takes seconds to import: help and errors in options do not wait for it
     from nnunetv2_diffusion.benchmarking import commands, host
 
-    training = args.what == "train-step"
-    args.trainers = [REFERENCE, *[name for name in dict.fromkeys(args.trainers) if name != REFERENCE]]
-    turns = commands.Turns(device, Stopwatch(device, args.clock), args.rounds, args.warmup)
     with host.temporary_folders():
-        if training:
-            results = commands.train_steps(problem, args.trainers, turns)
-        else:
-            configs = [SamplingConfig(steps, args.sampler, samples=args.samples) for steps in args.steps]
-            results = commands.predictions(problem, args.trainers, configs, turns)
-    targets = report.train_targets(results) if training else report.predict_targets(results)
-    described = host.describe_problem(problem, None if training else 1)
+        results, targets, rows = _measure(
+            args, problem, commands.Turns(device, Stopwatch(device, args.clock), args.rounds, args.warmup)
+        )
+    described = host.describe_problem(problem, None if args.what == "train-step" else 1)
     content = {
         "schema": report.SCHEMA,
         "command": _command(args),
@@ -210,10 +217,28 @@ def run(args: argparse.Namespace, problem: Problem, device: torch.device) -> tup
         "results": results,
         "targets": [target.to_dict() for target in targets],
     }
-    rows = report.train_table(results) if training else report.predict_table(results)
     head = report.header(args.what, args.clock, described, content["hardware"], content["versions"])
-    lines = [head, content["command"], "", rows, "", "targets (median over the rounds):"]
-    return content, "\n".join([*lines, *[target.line() for target in targets]])
+    lines = [head, content["command"], "", rows]
+    if targets:
+        lines += ["", "targets (median over the rounds):", *[target.line() for target in targets]]
+    return content, "\n".join(lines)
+
+
+def _measure(args: argparse.Namespace, problem: Problem, turns: Any) -> tuple[list[dict], list[report.Target], str]:
+    """Results, targets and table of a subcommand."""
+    from nnunetv2_diffusion.benchmarking import commands
+    from nnunetv2_diffusion.benchmarking.refiner import refiner_steps
+
+    if args.what == "refiner":
+        results, rows = refiner_steps(problem, args.width, turns)
+        return results, [], rows
+    args.trainers = [REFERENCE, *[name for name in dict.fromkeys(args.trainers) if name != REFERENCE]]
+    if args.what == "train-step":
+        results = commands.train_steps(problem, args.trainers, turns)
+        return results, report.train_targets(results), report.train_table(results)
+    configs = [SamplingConfig(steps, args.sampler, samples=args.samples) for steps in args.steps]
+    results = commands.predictions(problem, args.trainers, configs, turns)
+    return results, report.predict_targets(results), report.predict_table(results)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from nnunetv2_diffusion.benchmarking.timing import (
     summary,
 )
 from nnunetv2_diffusion.diffusion import SamplingConfig
-from nnunetv2_diffusion.networks import DiffusionSegmentor
+from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
 
 DIFFERENT_INPUTS = 4
 
@@ -69,7 +69,7 @@ def train_steps(problem: Problem, trainers: list[str], turns: Turns) -> list[dic
     return [
         {
             "trainer": name,
-            **_costs(measured[name], measured[REFERENCE]),
+            **costs(measured[name], measured[REFERENCE]),
             "parameters": parameters[name],
             "parameter_overhead": parameters[name] / parameters[REFERENCE] - 1,
         }
@@ -89,7 +89,7 @@ def _enough_compiled_graphs(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _costs(measured: list[Measurement], reference: list[Measurement]) -> dict[str, Any]:
+def costs(measured: list[Measurement], reference: list[Measurement]) -> dict[str, Any]:
     """What is reported for training and prediction alike."""
     seconds = [m.seconds for m in measured]
     peak, reference_peak = peak_bytes(measured), peak_bytes(reference)
@@ -130,7 +130,7 @@ def predictions(
         {
             "trainer": names[name],
             "steps": subject.sampling.steps if subject.sampling else None,
-            **_costs(measured[name], measured[REFERENCE]),
+            **costs(measured[name], measured[REFERENCE]),
             **_passes(measured[name], measured[REFERENCE]),
         }
         for name, subject in subjects.items()
@@ -145,13 +145,14 @@ def _ways_to_predict(
     stopwatch: Stopwatch,
 ) -> list[Prediction]:
     """One subject for each sampling, or a single one for a network without a loop."""
-    if not isinstance(network, DiffusionSegmentor) or network.process is None:
+    if not isinstance(network, (DiffusionSegmentor, HybridSegmentor)) or network.process is None:
         return [Prediction(trainer, network, images)]
     longest = network.process.num_timesteps
     for config in configs:
         if config.steps > longest:
             raise BenchmarkError(f"--steps is {config.steps}, expected 1 .. {longest}, the schedule of {trainer}")
-    passes = PassTimer(network, stopwatch)
+    # of HiDiff's, the segmentor is no pass of the loop; ``scripts/benchmark refiner`` times the parts
+    passes = PassTimer(network, stopwatch) if isinstance(network, DiffusionSegmentor) else None
     return [Prediction(f"{trainer}, K = {c.steps}", network, images, c, passes) for c in configs]
 
 

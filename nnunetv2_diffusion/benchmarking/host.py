@@ -98,6 +98,8 @@ def create_trainer(name: str, problem: Problem, device: torch.device) -> nnUNetT
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "case.b2nd").touch()  # nnU-Net infers the file format of its cases from the folder
         trainer.initialize()
+    if hasattr(trainer, "pretraining_epochs"):
+        trainer.pretraining_epochs = 0  # a step of both networks, and not of the segmentor alone
     trainer.network.train()
     return trainer
 

@@ -6,6 +6,7 @@ with ordinary floating-point numbers, no faster than real-valued ones.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,17 +86,11 @@ def count_cost(module: nn.Module, *inputs: Any) -> Cost:
     Convolutions and matrix products are counted, whatever runs them; elementwise operations are not. If the first
     input is on the meta device, so is the whole pass: nothing is computed, and the module stays where it is.
     """
-    state: dict[str, torch.Tensor] = dict(module.named_parameters()) | dict(module.named_buffers())
-    if inputs[0].is_meta:
-        state = {name: tensor.detach().to("meta") for name, tensor in state.items()}
-    modes = {part: part.training for part in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad(), _binary_counter(module) as binary, FlopCounterMode(display=False) as flops:
-            torch.func.functional_call(module, state, inputs)
-    finally:
-        for part, training in modes.items():
-            part.training = training
+    # a copy: swapping parameters in place goes wrong where a module is registered twice, as nnU-Net's norms are
+    copy = deepcopy(module).to("meta") if inputs[0].is_meta else deepcopy(module)
+    copy.eval()
+    with torch.no_grad(), _binary_counter(copy) as binary, FlopCounterMode(display=False) as flops:
+        copy(*inputs)
     weights = [part.weight for part in module.modules() if isinstance(part, BinaryConv)]
     return Cost(
         parameters=sum(parameter.numel() for parameter in module.parameters()),
