@@ -66,6 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         "of the segmentor and of one refinement step, real-valued and binarised.",
     )
     refiner.add_argument("--width", type=_positive, default=32, help="channels of the first stage (default: 32)")
+    refiner.add_argument("--paper", action="store_true", help="only count, for the setting of the paper")
     for command, trainers, rounds in (
         (refiner, (), 10),
         (train, TRAINERS, 10),
@@ -124,6 +125,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
+    if getattr(args, "paper", False):
+        from nnunetv2_diffusion.benchmarking.refiner import paper_counts
+
+        print(paper_counts())
+        return 0
     try:
         if args.json is not None:
             _check_new_file(args.json)

@@ -12,6 +12,7 @@ from nnunetv2_diffusion.benchmarking.host import build_network, make_images
 from nnunetv2_diffusion.benchmarking.problem import Problem
 from nnunetv2_diffusion.benchmarking.report import table
 from nnunetv2_diffusion.networks.cost import Cost, cost_table, count_cost, refiner_cost, refiner_inputs
+from nnunetv2_diffusion.networks.merit import Merit
 from nnunetv2_diffusion.networks.refiner import Refiner
 from nnunetv2_diffusion.planning.settings import HIDIFF, SECTION
 
@@ -84,6 +85,21 @@ def refiner_steps(problem: Problem, width: int, turns: Turns) -> tuple[list[dict
         {"part": s.name, **costs(measured[s.name], measured[SEGMENTOR]), **_counts(counted[s.name])} for s in subjects
     ]
     return results, _report(results, counted)
+
+
+def paper_counts() -> str:
+    """Counts of the paper's setting, MERIT and 9 classes at 256 x 256, as a table; nothing is timed."""
+    with torch.device("meta"):
+        merit = Merit(1, 9, (256, 256))
+        strides = [[1, 1]] + [[2, 2]] * 5
+        channels = dict(zip(range(2, 6), merit.feature_channels, strict=True))
+        refiners = {
+            kind: Refiner(1, 9, [[3, 3]] * 6, strides, channels, width=128, norm="batch", binarized=binarized)
+            for kind, binarized in KINDS.items()
+        }
+    segmentor = count_cost(merit, torch.zeros(1, 1, 256, 256, device="meta"))
+    tables = [f"{kind}:\n{cost_table(refiner_cost(r, (256, 256)), segmentor)}" for kind, r in refiners.items()]
+    return "\n\n".join(["setting of the paper: MERIT, 9 classes, 1 channel, 256 x 256, width 128", *tables])
 
 
 def _inputs(refiner: Refiner, images: list[torch.Tensor]) -> list[tuple]:

@@ -8,7 +8,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nnunetv2_diffusion.diffusion import BernoulliDiffusion, ContentNoise, SamplingConfig, bernoulli_reverse_process
+from nnunetv2_diffusion.diffusion import (
+    BernoulliDiffusion,
+    ContentNoise,
+    SamplingConfig,
+    bernoulli_reverse_process,
+    focal_to_probability,
+)
 from nnunetv2_diffusion.diffusion.noise import content_hash
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput, cumulative_strides
 from nnunetv2_diffusion.networks.heads import HeadsMixin, average_samples
@@ -78,6 +84,7 @@ class HybridSegmentor(HeadsMixin):
         norm: "instance" or "batch", in the refiner.
         binarized: 1-bit weights and activations in the refiner.
         cross_transformer: exchange features at the bottleneck by the X-Former.
+        focal_gamma: of the focal loss that the refiner is trained with; 0 if its outputs are probabilities as they are.
 
     Raises:
         ValueError: if sampling wants more steps than the process has.
@@ -99,9 +106,11 @@ class HybridSegmentor(HeadsMixin):
         norm: str = "instance",
         binarized: bool = True,
         cross_transformer: bool = True,
+        focal_gamma: float = 0.0,
     ):
         super().__init__()
         self.segmentor = segmentor
+        self.focal_gamma = focal_gamma
         self.num_heads = num_heads
         self.process = process
         self.sampling = sampling
@@ -210,7 +219,8 @@ class HybridSegmentor(HeadsMixin):
 
         def predict_eps(y_t: torch.Tensor, t: torch.Tensor, is_last: bool) -> torch.Tensor:
             seen.append((y_t, int(t[0])))
-            return self.estimate_noise(image, y_t, prior, t, output.features).float().sigmoid()
+            eps = self.estimate_noise(image, y_t, prior, t, output.features).float().sigmoid()
+            return focal_to_probability(eps, self.focal_gamma)
 
         for y_start in bernoulli_reverse_process(
             process, predict_eps, y_t, prior, lambda: noise.uniform(shape), config.sampler

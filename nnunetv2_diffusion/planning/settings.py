@@ -37,6 +37,9 @@ class HiDiffSettings(Settings):
     refiner_norm: str = setting("instance", "normalisation in the refiner; paper: batch", choices=("instance", "batch"))
     noise_loss: str = setting("focal", "loss of the estimated noise beside the KL divergence", choices=("focal", "bce"))
     focal_gamma: float = setting(2.0, "focusing parameter of the focal loss", low=0.0)
+    calibrated: bool = setting(
+        True, "turn what the focal loss makes of probabilities back before sampling; paper: false"
+    )
     lambda_focal: float = setting(1.0, "weight of noise_loss in the diffusion loss", low=0.0)
     lambda_diffusion: float = setting(1.0, "weight of the diffusion loss for the segmentor", low=0.0)
     collaborative: bool = setting(True, "train the segmentor as well, by turns; false keeps it frozen")

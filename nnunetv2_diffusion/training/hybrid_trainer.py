@@ -161,6 +161,7 @@ class HybridTrainer(PlannedTrainer):
             settings.refiner_norm,
             settings.binarized,
             settings.cross_transformer,
+            settings.focal_gamma if settings.noise_loss == "focal" and settings.calibrated else 0.0,
         )
 
     def _compile(self) -> None:

@@ -6,7 +6,13 @@ import math
 import pytest
 import torch
 
-from nnunetv2_diffusion.diffusion import BernoulliDiffusion, cosine_beta_schedule, noise_loss, variational_bound
+from nnunetv2_diffusion.diffusion import (
+    BernoulliDiffusion,
+    cosine_beta_schedule,
+    focal_to_probability,
+    noise_loss,
+    variational_bound,
+)
 
 
 @pytest.fixture(scope="module")
@@ -287,3 +293,21 @@ def test_gradients_match_the_reference(reference):
     gradients = torch.autograd.grad((bound + focal).mean(), (eps, prior))
     close(gradients[0], g["grad_loss_eps_hat"], rtol=1e-5, atol=1e-5)
     close(gradients[1], g["grad_loss_prior_direct"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 3.5])
+@pytest.mark.parametrize("eta", [1e-6, 1e-3, 0.1, 0.5, 0.8, 0.999])
+def test_the_minimiser_of_the_focal_loss_is_mapped_to_the_true_probability(gamma, eta):
+    logits = torch.linspace(-20, 20, 400_001, dtype=torch.float64)
+    p, q = logits.sigmoid(), (-logits).sigmoid()
+    risk = -eta * q**gamma * p.log() - (1 - eta) * p**gamma * q.log()
+    found = focal_to_probability(p[risk.argmin()], gamma)
+    assert abs(float(found) - eta) < 1e-3 * eta * (1 - eta) + 1e-9
+
+
+def test_focal_probabilities_keep_their_order_and_ends():
+    p = torch.linspace(0, 1, 101)
+    eta = focal_to_probability(p, 2.0)
+    assert eta[[0, 50, 100]].tolist() == pytest.approx([0, 0.5, 1])
+    assert (eta.diff() >= 0).all()
+    assert torch.isfinite(focal_to_probability(torch.tensor([0.0, 1e-30, 1 - 1e-7, 1.0]), 2.0)).all()

@@ -70,6 +70,27 @@ def test_steps_0_gives_the_segmentors_own_mask_and_more_steps_another(trained, m
     assert prior.keys() == masks.keys()
 
 
+def test_a_packed_checkpoint_gives_the_same_network_bit_for_bit(trained, tmp_path, capsys):
+    import torch
+
+    from nnunetv2_diffusion.cli import main
+    from nnunetv2_diffusion.packing import checkpoint_network
+    from nnunetv2_diffusion.training.checks import load_checkpoint_file
+
+    source = trained.model(TRAINER) / "fold_0" / "checkpoint_final.pth"
+    packed, back = tmp_path / "packed.pth", tmp_path / "checkpoint_final.pth"
+    assert main(["pack", "-i", str(source), "-o", str(packed)]) == 0
+    assert main(["unpack", "-i", str(packed), "-o", str(back)]) == 0
+    assert main(["pack", "-i", str(source), "-o", str(packed)]) == 1
+    assert "exists; it is not overwritten" in capsys.readouterr().err
+    assert main(["unpack", "-i", str(source), "-o", str(tmp_path / "x")]) == 1
+    assert packed.stat().st_size < source.stat().st_size
+    image = torch.randn(1, 2, 16, 16, 16)
+    with torch.inference_mode():
+        masks = [checkpoint_network(load_checkpoint_file(file))(image) for file in (source, back)]
+    assert torch.equal(*masks)
+
+
 @pytest.mark.slow  # the same without the command: test_hybrid_trainer.py
 def test_continuing_goes_on_where_it_ended(trained):
     plans = tiny_plans(trained, "hidiff_longer")

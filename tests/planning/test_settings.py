@@ -354,6 +354,7 @@ HIDIFF_OTHER = {
     "refiner_norm": "batch",
     "noise_loss": "bce",
     "focal_gamma": 1.0,
+    "calibrated": False,
     "lambda_focal": 0.5,
     "lambda_diffusion": 0.0,
     "collaborative": False,
