@@ -1,7 +1,12 @@
 """Diffusion processes on tensors: no network and no nnU-Net is known here."""
 
 from nnunetv2_diffusion.diffusion.bernoulli import BernoulliDiffusion
-from nnunetv2_diffusion.diffusion.bernoulli_loss import focal_to_probability, noise_loss, variational_bound
+from nnunetv2_diffusion.diffusion.bernoulli_loss import (
+    focal_logits,
+    focal_to_probability,
+    noise_loss,
+    variational_bound,
+)
 from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion
 from nnunetv2_diffusion.diffusion.noise import ContentNoise
 from nnunetv2_diffusion.diffusion.process import DiffusionProcess
@@ -30,6 +35,7 @@ __all__ = [
     "UniformTimeSampler",
     "bernoulli_reverse_process",
     "cosine_beta_schedule",
+    "focal_logits",
     "focal_to_probability",
     "linear_beta_schedule",
     "noise_loss",

@@ -5,7 +5,9 @@ it. Results are at least float32; the operations used are those that autocast le
 """
 
 import math
+from functools import lru_cache
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -13,6 +15,9 @@ from nnunetv2_diffusion.diffusion.bernoulli import BernoulliDiffusion, to_common
 
 # Far below every probability of a step t > 0. Zeros occur at t = 0 alone, whose KL is not used but must be finite.
 _MIN_PROBABILITY = 1e-30
+
+TABLE_EPS = 1e-5
+TABLE_LIMIT = math.log((1 - TABLE_EPS) / TABLE_EPS)
 
 
 def _mean_in_bits(nats: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -125,12 +130,44 @@ def focal_to_probability(p: torch.Tensor, gamma: float) -> torch.Tensor:
     p = p if p.dtype == torch.float64 else p.float()
     if gamma == 0:
         return p
+    return torch.sigmoid(_true_log_odds(p, gamma))
+
+
+def _true_log_odds(p: torch.Tensor, gamma: float) -> torch.Tensor:
+    """log of [p / phi(p)] / [(1 - p) / phi(1 - p)] with phi(v) = (1 - v)^gamma - gamma (1 - v)^(gamma - 1) v log v."""
     tiny = torch.finfo(p.dtype).tiny
 
-    def weight(v: torch.Tensor) -> torch.Tensor:
-        """phi: (1 - v)^gamma - gamma (1 - v)^(gamma - 1) v log v, at least tiny."""
-        return ((1 - v) ** gamma - gamma * (1 - v) ** (gamma - 1) * v * v.clamp(min=tiny).log()).clamp(min=tiny)
+    def log_phi(v: torch.Tensor) -> torch.Tensor:
+        phi = (1 - v) ** gamma - gamma * (1 - v) ** (gamma - 1) * v * v.clamp(min=tiny).log()
+        return phi.clamp(min=tiny).log()
 
-    # p / phi(p) against (1 - p) / phi(1 - p), multiplied by both denominators
-    noise, none = p * weight(1 - p), (1 - p) * weight(p)
-    return noise / (noise + none)
+    q = 1 - p
+    return p.clamp(min=tiny).log() - log_phi(p) - q.clamp(min=tiny).log() + log_phi(q)
+
+
+def focal_logits(eta: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Logits that the focal loss would train where noise has probability eta: the inverse of focal_to_probability.
+
+    Args:
+        eta: probabilities, used between 1e-5 and 1 - 1e-5.
+        gamma: of the focal loss; 0 returns the logits of eta.
+
+    Returns:
+        float32 logits, shape of eta; from a table, to about 1e-4.
+    """
+    logits = torch.logit(eta.float(), eps=TABLE_EPS)
+    if gamma == 0:
+        return logits
+    table = _focal_table(gamma).to(eta.device)
+    place = (logits / TABLE_LIMIT + 1) * ((len(table) - 1) / 2)
+    below = place.floor().clamp(0, len(table) - 2).long()
+    return torch.lerp(table[below], table[below + 1], place - below)
+
+
+@lru_cache(maxsize=4)
+def _focal_table(gamma: float) -> torch.Tensor:
+    """Focal logits at 4001 equally spaced logits of the true probability, -TABLE_LIMIT .. TABLE_LIMIT."""
+    focal = torch.linspace(-30, 30, 60_001, dtype=torch.float64)
+    true = _true_log_odds(focal.sigmoid(), gamma)
+    wanted = torch.linspace(-TABLE_LIMIT, TABLE_LIMIT, 4001, dtype=torch.float64)
+    return torch.from_numpy(np.interp(wanted.numpy(), true.numpy(), focal.numpy())).float()

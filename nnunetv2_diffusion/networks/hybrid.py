@@ -13,6 +13,7 @@ from nnunetv2_diffusion.diffusion import (
     ContentNoise,
     SamplingConfig,
     bernoulli_reverse_process,
+    focal_logits,
     focal_to_probability,
 )
 from nnunetv2_diffusion.diffusion.noise import content_hash
@@ -21,6 +22,7 @@ from nnunetv2_diffusion.networks.heads import HeadsMixin, average_samples
 from nnunetv2_diffusion.networks.refiner import Refiner
 
 MAX_STAGES = 6  # the paper's refiner goes down to 1/32; deeper maps of a 2D network have few voxels left
+SUREST = 1e-3  # probability that is left to the refiner where the prior is 0 or 1
 FIRST_CONDITION = 2  # features enter from the third stage on, as in the published refiner (1/4 and coarser)
 
 
@@ -85,6 +87,7 @@ class HybridSegmentor(HeadsMixin):
         binarized: 1-bit weights and activations in the refiner.
         cross_transformer: exchange features at the bottleneck by the X-Former.
         focal_gamma: of the focal loss that the refiner is trained with; 0 if its outputs are probabilities as they are.
+        prior_residual: the refiner's output is added to what the prior says of the noise, see ``prior_logits``.
 
     Raises:
         ValueError: if sampling wants more steps than the process has.
@@ -107,9 +110,11 @@ class HybridSegmentor(HeadsMixin):
         binarized: bool = True,
         cross_transformer: bool = True,
         focal_gamma: float = 0.0,
+        prior_residual: bool = True,
     ):
         super().__init__()
         self.segmentor = segmentor
+        self.prior_residual = prior_residual
         self.focal_gamma = focal_gamma
         self.num_heads = num_heads
         self.process = process
@@ -121,9 +126,11 @@ class HybridSegmentor(HeadsMixin):
         channels = {stage: segmentor.feature_channels[index] for stage, index in self.matches.items()}
         if not cross_transformer:
             channels.pop(len(strides) - 1)
+        start = {"noise_probability": 0.5} if prior_residual else {}  # adds nothing to the prior's logits
         self.refiner = Refiner(
-            image_channels, num_heads, kernel_sizes, strides, channels, width, norm, binarized, cross_transformer
-        )
+            image_channels, num_heads, kernel_sizes, strides, channels, width, norm, binarized, cross_transformer,
+            **start,
+        )  # fmt: skip
 
     def compile_parts(self) -> None:
         """torch.compile both networks in place; the loop stays outside and names in the state dict do not change."""
@@ -147,7 +154,22 @@ class HybridSegmentor(HeadsMixin):
             t: training time index (B,), 0-based.
             features: of the segmentor, fine to coarse.
         """
-        return self.refiner(image, y_t, prior, t.to(image.device), self._conditions(image, features))
+        logits = self.refiner(image, y_t, prior, t.to(image.device), self._conditions(image, features))
+        if self.prior_residual:
+            logits = logits.float() + self.prior_logits(y_t, prior, t)
+        return logits
+
+    @torch.no_grad()
+    def prior_logits(self, y_t: torch.Tensor, prior: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Logits of the noise in y_t as far as prior and t tell.
+
+        If the mask is drawn from the prior, Bayes gives P(y_t is wrong) = (1 - alphas_cumprod) |prior - y_t|. Before
+        training, refinement then draws masks from the prior, and one step (K = 1) returns the prior itself. Without
+        it, an undertrained refiner lets y_T's speckle pass, and takes it for truth in the next step.
+        """
+        with torch.autocast(prior.device.type, enabled=False):
+            sure = prior.float().clamp(SUREST, 1 - SUREST)  # the refiner can still overrule a prior of 0 or 1
+            return focal_logits(self.process.noise_probability(y_t, sure, t), self.focal_gamma)
 
     def _conditions(self, image: torch.Tensor, features: list[torch.Tensor]) -> dict[int, torch.Tensor]:
         """Features on the grids of the stages that they enter."""

@@ -183,11 +183,11 @@ class DecoderStage(nn.Module):
         return self.block(torch.cat([x, skip], dim=1), embedding)
 
 
-def _make_head(width: int, num_heads: int, kernel: Sequence[int]) -> nn.Sequential:
-    """Real-valued last layer; says the prior probability of noise everywhere at the start (Lin et al. 2017, 4.1)."""
+def _make_head(width: int, num_heads: int, kernel: Sequence[int], probability: float) -> nn.Sequential:
+    """Real-valued last layer; says one probability of noise everywhere at the start (Lin et al. 2017, 4.1)."""
     conv = _same_conv(width, num_heads, kernel)
     nn.init.zeros_(conv.weight)
-    nn.init.constant_(conv.bias, math.log(NOISE_PROBABILITY / (1 - NOISE_PROBABILITY)))
+    nn.init.constant_(conv.bias, math.log(probability / (1 - probability)))
     # groups of one channel would be instance norm, and cancel the last block's offset
     return nn.Sequential(nn.GroupNorm(math.gcd(GROUPS, width // 4), width), nn.SiLU(), conv)
 
@@ -221,7 +221,7 @@ class Refiner(nn.Module):
     """Predicts where a noisy mask differs from the true one.
 
     Stages, kernels and strides are those of nnU-Net's plans. Stage i has width * (1, 1, 2, 2, 4, 4, 4, ...) channels.
-    Untrained, it says that nearly no voxel is wrong.
+    Untrained, it says that few voxels are wrong.
 
     Args:
         image_channels: of the image.
@@ -235,6 +235,7 @@ class Refiner(nn.Module):
         binarized: binary weights and activations in all but the first and the last layer, the time path and the
             blocks on the segmentor's features.
         cross_transformer: whether there is one at the bottleneck, if there is a feature for it.
+        noise_probability: what it says everywhere before training, in (0, 1).
 
     Attributes:
         condition_channels: the features that forward expects, as above.
@@ -254,6 +255,7 @@ class Refiner(nn.Module):
         norm: str = "instance",
         binarized: bool = True,
         cross_transformer: bool = True,
+        noise_probability: float = NOISE_PROBABILITY,
     ):
         super().__init__()
         _check_plan(kernel_sizes, strides, condition_channels, width)
@@ -265,6 +267,7 @@ class Refiner(nn.Module):
         }
         self.style = BlockStyle(EMBEDDING * width, binarized, norm)
         self._build(width, [tuple(kernel) for kernel in kernel_sizes])
+        self.head = _make_head(width, num_heads, kernel_sizes[0], noise_probability)
 
     def _build(self, width: int, kernels: list[tuple[int, ...]]) -> None:
         last, style, conditions = len(kernels) - 1, self.style, self.condition_channels
@@ -278,7 +281,6 @@ class Refiner(nn.Module):
         )
         self.bottleneck = Bottleneck(channels[-1], kernels[-1], conditions.get(last), style)
         self.decoder = nn.ModuleList(DecoderStage(pairs[i][::-1], kernels[i], style) for i in reversed(range(last)))
-        self.head = _make_head(width, self.num_heads, kernels[0])
 
     def forward(
         self,

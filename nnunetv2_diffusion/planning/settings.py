@@ -35,6 +35,7 @@ class HiDiffSettings(Settings):
     cross_transformer: bool = setting(True, "exchange features with the segmentor by the X-Former")
     refiner_width: int = setting(32, "channels of the refiner's first stage; 128 in the paper (2D)", low=4)
     refiner_norm: str = setting("instance", "normalisation in the refiner; paper: batch", choices=("instance", "batch"))
+    prior_residual: bool = setting(True, "add the refiner's output to what the prior says of the noise; paper: false")
     noise_loss: str = setting("focal", "loss of the estimated noise beside the KL divergence", choices=("focal", "bce"))
     focal_gamma: float = setting(2.0, "focusing parameter of the focal loss", low=0.0)
     calibrated: bool = setting(
@@ -62,6 +63,8 @@ class HiDiffSettings(Settings):
         super().__post_init__()
         if self.steps > self.timesteps:
             raise SettingsError(f"steps is {self.steps}, expected 0 .. {self.timesteps}, the length of the schedule")
+        if self.refiner_width % 4:
+            raise SettingsError(f"refiner_width is {self.refiner_width}, expected a multiple of 4")
 
 
 @dataclass(frozen=True)

@@ -162,6 +162,7 @@ class HybridTrainer(PlannedTrainer):
             settings.binarized,
             settings.cross_transformer,
             settings.focal_gamma if settings.noise_loss == "focal" and settings.calibrated else 0.0,
+            settings.prior_residual,
         )
 
     def _compile(self) -> None:

@@ -9,6 +9,7 @@ import torch
 from nnunetv2_diffusion.diffusion import (
     BernoulliDiffusion,
     cosine_beta_schedule,
+    focal_logits,
     focal_to_probability,
     noise_loss,
     variational_bound,
@@ -311,3 +312,11 @@ def test_focal_probabilities_keep_their_order_and_ends():
     assert eta[[0, 50, 100]].tolist() == pytest.approx([0, 0.5, 1])
     assert (eta.diff() >= 0).all()
     assert torch.isfinite(focal_to_probability(torch.tensor([0.0, 1e-30, 1 - 1e-7, 1.0]), 2.0)).all()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
+def test_focal_logits_are_the_inverse(gamma):
+    eta = torch.logit(torch.linspace(1e-4, 1 - 1e-4, 999)).sigmoid()
+    back = focal_to_probability(focal_logits(eta, gamma).sigmoid(), gamma)
+    torch.testing.assert_close(back, eta, rtol=2e-3, atol=1e-6)
+    assert torch.isfinite(focal_logits(torch.tensor([0.0, 1.0]), gamma)).all()

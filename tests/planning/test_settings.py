@@ -352,6 +352,7 @@ HIDIFF_OTHER = {
     "cross_transformer": False,
     "refiner_width": 128,
     "refiner_norm": "batch",
+    "prior_residual": False,
     "noise_loss": "bce",
     "focal_gamma": 1.0,
     "calibrated": False,
