@@ -146,6 +146,34 @@ def test_command_in_the_json_spells_out_every_setting(predict):
     assert "--steps 1 3 --sampler ddim --samples 2" in command
 
 
+@pytest.fixture(scope="module")
+def refiner(tmp_path_factory):
+    return run(tmp_path_factory.mktemp("refiner"), ["refiner", "--width", "8", "--stages", "3", *TINY, *SHORT])
+
+
+def test_refiner_is_counted_and_timed_real_and_binary_beside_its_segmentor(refiner):
+    content, text, _ = refiner
+    parts = {row["part"]: row for row in content["results"]}
+    assert list(parts) == ["segmentor", "refiner, real", "refiner, binary"]
+    assert parts["segmentor"]["ratio"]["median"] == 1
+    real, binary = parts["refiner, real"], parts["refiner, binary"]
+    assert real["binary_parameters"] == real["binary_macs"] == 0
+    assert binary["binary_macs"] > binary["macs"] > 0
+    assert binary["binary_macs"] + binary["macs"] == pytest.approx(real["macs"], rel=0.01)  # time offsets differ
+    assert binary["packed_bytes"] < binary["storage_bytes"]
+    assert "torch does not run binary layers faster" in text
+    assert content["targets"] == []
+
+
+def test_hidiff_is_timed_with_both_phases_and_by_steps(tmp_path):
+    trained = run(tmp_path, [*TRAIN, "--trainers", "nnUNetTrainerHiDiff"])[0]["results"]
+    assert [row["trainer"] for row in trained] == ["nnUNetTrainer", "nnUNetTrainerHiDiff"]
+    (tmp_path / "result.json").unlink()
+    content, _, _ = run(tmp_path, [*PREDICT, "--trainers", "nnUNetTrainerHiDiff", "--steps", "1", "2"])
+    assert [row["steps"] for row in content["results"]] == [None, 1, 2]
+    assert content["targets"] == []  # its segmentor is no pass of the loop
+
+
 def test_json_names_no_folder(either):
     content, _, path = either
     text = json.dumps(content)

@@ -62,6 +62,11 @@ def synthetic_problem(
         "architecture": _architecture(dim, patch, base_features, stages, resenc),
         "batch_dice": dim == 2,
     }
+    return _problem(name, configuration, classes)
+
+
+def _problem(name: str, configuration: dict[str, Any], classes: int) -> Problem:
+    """Plans of one configuration, and the dataset.json that goes with them."""
     plans = {
         "dataset_name": "Dataset999_Benchmark",
         "plans_name": "nnUNetPlans",

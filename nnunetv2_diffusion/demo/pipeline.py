@@ -15,7 +15,7 @@ from nnunetv2_diffusion.planning.settings import HIDIFF
 
 PLANS = "demoPlans"
 # the paper's rate of 1e-4 is for tens of thousands of iterations
-SHORT_HIDIFF = {"refiner_width": 16, "learning_rate": 2e-3, "segmentor_learning_rate": 4e-4}
+SHORT_HIDIFF = {"refiner_width": 8, "learning_rate": 2e-3, "segmentor_learning_rate": 4e-4}
 
 
 @dataclass

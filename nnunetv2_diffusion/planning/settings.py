@@ -95,7 +95,7 @@ class DiffusionSettings(Settings):
         0.25, "share of the bottleneck's channels that attention works in; 1 in the paper", low=0.01, high=1.0
     )
     recipe: str = setting(
-        "nnunet",
+        "paper",
         "optimiser, schedule and loss: the host's own, or those of Fu et al. 2024",
         choices=("nnunet", "paper"),
     )

@@ -135,13 +135,20 @@ def test_plans_are_nnunets_plus_settings_and_stock_plans_stay_untouched(preproce
     assert without_settings(plans) == read(preprocessed / "nnUNetPlans.json")
 
 
-def test_trainers_read_the_settings_of_every_configuration(preprocessed):
+def plan_and_edit(preprocessed, configuration, **settings):
+    """Plan, then set diffusion settings of a configuration in the file, which is returned."""
     plan()
     file = preprocessed / "nnUNetDiffusionPlans.json"
     plans = read(file)
-    default = DiffusionSettings().steps
-    plans["configurations"]["3d_fullres"]["diffusion"]["steps"] = default + 1
+    plans["configurations"][configuration]["diffusion"] = settings  # the rest may be left out
     file.write_text(json.dumps(plans))
+    return file
+
+
+def test_trainers_read_the_settings_of_every_configuration(preprocessed):
+    default = DiffusionSettings().steps
+    file = plan_and_edit(preprocessed, "3d_fullres", steps=default + 1)
+    plans = read(file)
     manager = PlansManager(str(file))
     steps = {
         name: read_settings(manager.get_configuration(name).configuration).steps for name in plans["configurations"]
@@ -150,11 +157,7 @@ def test_trainers_read_the_settings_of_every_configuration(preprocessed):
 
 
 def test_planning_again_keeps_edited_settings(preprocessed):
-    plan()
-    file = preprocessed / "nnUNetDiffusionPlans.json"
-    plans = read(file)
-    plans["configurations"]["2d"]["diffusion"] = {"steps": 2}  # the rest may be left out
-    file.write_text(json.dumps(plans))
+    file = plan_and_edit(preprocessed, "2d", steps=2)
     plan()
     again = read(file)["configurations"]
     assert again["2d"]["diffusion"] == DiffusionSettings(steps=2).to_dict()
@@ -162,11 +165,7 @@ def test_planning_again_keeps_edited_settings(preprocessed):
 
 
 def test_planning_again_refuses_settings_that_cannot_be_used_and_keeps_the_file(preprocessed):
-    plan()
-    file = preprocessed / "nnUNetDiffusionPlans.json"
-    plans = read(file)
-    plans["configurations"]["2d"]["diffusion"]["stepps"] = 2
-    file.write_text(json.dumps(plans))
+    plan_and_edit(preprocessed, "2d", stepps=2)
     before = hashes(preprocessed)
     with pytest.raises(SettingsError, match=r"2d of .*nnUNetDiffusionPlans.json.*'stepps'.*'steps'"):
         plan()

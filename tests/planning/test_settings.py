@@ -43,7 +43,7 @@ OTHER = {
     "transformer_layers": 2,
     "transformer_heads": 4,
     "transformer_width": 1.0,
-    "recipe": "paper",
+    "recipe": "nnunet",
     "num_epochs": 10,
     "num_iterations_per_epoch": 20,
     "num_val_iterations_per_epoch": 5,
@@ -57,7 +57,7 @@ def test_defaults_are_those_of_the_paper_in_the_host():
     settings = DiffusionSettings()
     assert (settings.timesteps, settings.beta_start, settings.beta_end) == (1001, 1e-4, 0.02)
     assert (settings.steps, settings.sampler, settings.samples, settings.seed) == (2, "ddpm", 1, 0)  # 5 in the paper
-    assert (settings.recipe, settings.time_sampling, settings.time_conditioning) == ("nnunet", "uniform", True)
+    assert (settings.recipe, settings.time_sampling, settings.time_conditioning) == ("paper", "uniform", True)
     assert settings.self_conditioning_probability == 0.5
     assert all(getattr(settings, name) is None for name in OPTIONAL)
 
