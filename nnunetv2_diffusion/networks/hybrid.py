@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -132,10 +132,10 @@ class HybridSegmentor(HeadsMixin):
             **start,
         )  # fmt: skip
 
-    def compile_parts(self) -> None:
+    def compile_parts(self, **kwargs: Any) -> None:
         """torch.compile both networks in place; the loop stays outside and names in the state dict do not change."""
-        self.segmentor.compile()
-        self.refiner.compile()
+        self.segmentor.compile(**kwargs)
+        self.refiner.compile(**kwargs)
 
     def prior(self, logits: torch.Tensor) -> torch.Tensor:
         """f(image): probabilities of the segmentor's logits, float32 also under autocast."""

@@ -247,3 +247,14 @@ def test_gradient_of_the_noise_reaches_prior_and_features(make_hybrid, geometrie
     used = [output.features[i] for i in hybrid.matches.values()]
     gradients = torch.autograd.grad(eps.square().sum(), [output.logits, *used])
     assert all(g.abs().sum() > 0 for g in gradients)
+
+
+def test_compiled_parts_keep_their_names_and_their_results(make_hybrid, geometries):
+    hybrid = make_hybrid(steps=2)
+    image = image_for(geometries)
+    names = list(hybrid.state_dict())
+    with torch.no_grad():
+        expected = hybrid(image)
+        hybrid.compile_parts(backend="eager")
+        torch.testing.assert_close(hybrid(image), expected)
+    assert list(hybrid.state_dict()) == names
