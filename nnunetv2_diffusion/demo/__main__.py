@@ -115,9 +115,9 @@ def judge(means: dict[str, float], by_steps: dict[str, float], options: argparse
     return good
 
 
-def seconds_per_case(job: Job, cases: int) -> dict[str, float]:
+def seconds_per_case(job: Job) -> dict[str, float]:
     """Of every prediction, start of the command included; printed as well."""
-    prefix = "predict_"
+    prefix, cases = "predict_", len(list((job.raw / "labelsTs").iterdir()))
     result = {k.removeprefix(prefix): s / cases for k, s in job.seconds.items() if k.startswith(prefix)}
     print("\nseconds per case:", ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.items()))
     return result
@@ -134,6 +134,30 @@ def draw(job: Job, trainers: list[str]) -> Path:
     picture = job.out / "demo.png"
     draw_case(picture, images, truth, ending, masks, steps)
     return picture
+
+
+def write_result(
+    job: Job,
+    options: argparse.Namespace,
+    scores: dict[str, dict[str, np.ndarray]],
+    means: dict[str, float],
+    means_by_steps: dict[str, float],
+) -> None:
+    """Write all numbers, with the options, hardware and versions that they belong to, to ``<out>/result.json``."""
+    result = {
+        "options": {
+            k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("raw", "out")
+        },
+        "dataset": job.dataset,
+        "mean_dice": means,
+        "mean_dice_by_steps": means_by_steps,
+        "dice_by_class": {t: {k: v.tolist() for k, v in s.items()} for t, s in scores.items()},
+        "seconds": job.seconds,
+        "seconds_per_case": seconds_per_case(job),
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {options.device}",
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+    }
+    (job.out / "result.json").write_text(json.dumps(result, indent=2))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -161,20 +185,7 @@ def main(arguments: list[str] | None = None) -> int:
     means = print_scores(scores)
     means_by_steps = print_scores(by_steps)
     good = judge(means, means_by_steps, options)
-    result = {
-        "options": {
-            k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("raw", "out")
-        },
-        "dataset": name,
-        "mean_dice": means,
-        "mean_dice_by_steps": means_by_steps,
-        "dice_by_class": {t: {k: v.tolist() for k, v in s.items()} for t, s in scores.items()},
-        "seconds": job.seconds,
-        "seconds_per_case": seconds_per_case(job, len(next(iter(scores[trainers[0]].values())))),
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {options.device}",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
-    }
-    (out / "result.json").write_text(json.dumps(result, indent=2))
+    write_result(job, options, scores, means, means_by_steps)
     print(f"\npicture: {draw(job, trainers)}\nnumbers: {out / 'result.json'}")
     return 0 if good else 1
 
