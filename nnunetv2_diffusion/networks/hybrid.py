@@ -68,6 +68,18 @@ def match_features(
     }
 
 
+def _slow_alone(image: torch.Tensor) -> bool:
+    """On a CPU, PyTorch convolves one small volume four times as slowly as each of two."""
+    return len(image) == 1 and image.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def _twice(refiner: Refiner, *given: Any) -> torch.Tensor:
+    """Result for a batch of one, computed in a batch of two."""
+    *tensors, features = given
+    doubled = [torch.cat([x, x]) for x in tensors]
+    return refiner(*doubled, {stage: torch.cat([f, f]) for stage, f in features.items()})[:1]
+
+
 class HybridSegmentor(HeadsMixin):
     """Segmentor f, refiner g and the process between f(image) and the mask.
 
@@ -154,7 +166,8 @@ class HybridSegmentor(HeadsMixin):
             t: training time index (B,), 0-based.
             features: of the segmentor, fine to coarse.
         """
-        logits = self.refiner(image, y_t, prior, t.to(image.device), self._conditions(image, features))
+        given = (image, y_t, prior, t.to(image.device), self._conditions(image, features))
+        logits = _twice(self.refiner, *given) if _slow_alone(image) else self.refiner(*given)
         if self.prior_residual:
             logits = logits.float() + self.prior_logits(y_t, prior, t)
         return logits
