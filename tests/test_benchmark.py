@@ -304,6 +304,7 @@ def test_trainer_that_cannot_be_used_is_not_replaced_by_another(monkeypatch):
 
 def test_all_trainers_get_the_same_cases():
     problem = synthetic_problem(patch=(16, 16, 16), batch=2, base_features=8)
+    problem.plans["configurations"]["3d_fullres"]["diffusion"] = {"recipe": "nnunet"}  # deep supervision as the host
     with host.temporary_folders():
         first, second = (
             host.make_batches(host.create_trainer(name, problem, CPU), 2)

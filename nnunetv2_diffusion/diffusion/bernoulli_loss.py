@@ -160,7 +160,7 @@ def focal_logits(eta: torch.Tensor, gamma: float) -> torch.Tensor:
         return logits
     table = _focal_table(gamma).to(eta.device)
     place = (logits / TABLE_LIMIT + 1) * ((len(table) - 1) / 2)
-    below = place.floor().clamp(0, len(table) - 2).long()
+    below = place.nan_to_num().floor().clamp(0, len(table) - 2).long()  # NaN stays NaN, and is named by the trainer
     return torch.lerp(table[below], table[below + 1], place - below)
 
 

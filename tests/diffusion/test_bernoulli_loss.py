@@ -320,3 +320,4 @@ def test_focal_logits_are_the_inverse(gamma):
     back = focal_to_probability(focal_logits(eta, gamma).sigmoid(), gamma)
     torch.testing.assert_close(back, eta, rtol=2e-3, atol=1e-6)
     assert torch.isfinite(focal_logits(torch.tensor([0.0, 1.0]), gamma)).all()
+    assert focal_logits(torch.tensor([float("nan")]), gamma).isnan().all()
