@@ -10,7 +10,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
-from nnunetv2_diffusion.networks.binary_weights import pack, unpack
+from nnunetv2_diffusion.networks.binary_weights import pack, read_packed, unpack
 from nnunetv2_diffusion.training.checks import CheckpointError, load_checkpoint_file
 
 FOR_PREDICTION = ("init_args", "trainer_name", "inference_allowed_mirroring_axes")
@@ -74,12 +74,7 @@ def unpack_checkpoint(source: Path, target: Path) -> None:
         ValueError: if source is not such a file.
         FileExistsError: if target exists.
     """
-    try:
-        packed = torch.load(source, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file can end in nearly any error of the unpickler
-        raise ValueError(f"{source}: damaged, or not written by nnunetv2_diffusion pack") from error
+    packed = read_packed(source)
     try:
         weights = unpack(packed)
     except ValueError as error:

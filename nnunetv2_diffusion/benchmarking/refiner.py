@@ -10,7 +10,7 @@ from torch import nn
 from nnunetv2_diffusion.benchmarking.commands import DIFFERENT_INPUTS, Turns, costs
 from nnunetv2_diffusion.benchmarking.host import build_network, make_images
 from nnunetv2_diffusion.benchmarking.problem import Problem
-from nnunetv2_diffusion.benchmarking.report import table
+from nnunetv2_diffusion.benchmarking.report import spread, table
 from nnunetv2_diffusion.networks.cost import Cost, cost_table, count_cost, refiner_cost, refiner_inputs
 from nnunetv2_diffusion.networks.merit import Merit
 from nnunetv2_diffusion.networks.refiner import Refiner
@@ -129,13 +129,9 @@ def _report(results: list[dict[str, Any]], counted: dict[str, Cost]) -> str:
         [
             ("part", lambda r: r["part"]),
             ("s / pass", lambda r: f"{r['seconds']['median']:.4f}"),
-            ("ratio to the segmentor, median (min-max)", lambda r: _spread(r["ratio"])),
+            ("ratio to the segmentor, median (min-max)", lambda r: spread(r["ratio"])),
         ],
         results,
     )
     by_kind = [f"{kind}:\n{cost_table(counted[f'refiner, {kind}'], counted[SEGMENTOR])}" for kind in KINDS]
     return "\n\n".join([times, *by_kind])
-
-
-def _spread(values: dict[str, float]) -> str:
-    return f"{values['median']:.2f} ({values['min']:.2f}-{values['max']:.2f})"

@@ -95,7 +95,8 @@ def table(columns: list[tuple[str, Callable[[dict], str]]], rows: list[dict]) ->
     return "\n".join([texts[0], "  ".join("-" * w for w in widths), *texts[1:]])
 
 
-def _spread(values: dict[str, float] | None, scale: float = 1, digits: int = 2) -> str:
+def spread(values: dict[str, float] | None, scale: float = 1, digits: int = 2) -> str:
+    """Median and range of scaled values, "-" for None."""
     if values is None:
         return "-"
     median, low, high = (f"{scale * values[key]:.{digits}f}" for key in ("median", "min", "max"))
@@ -114,7 +115,7 @@ def train_table(results: list[dict[str, Any]]) -> str:
         [
             ("trainer", lambda r: r["trainer"]),
             ("s / step", lambda r: f"{r['seconds']['median']:.4f}"),
-            ("ratio, median (min-max)", lambda r: _spread(r["ratio"])),
+            ("ratio, median (min-max)", lambda r: spread(r["ratio"])),
             ("mean", lambda r: f"{r['ratio']['mean']:.2f}"),
             ("parameters", lambda r: f"{r['parameters']:,}"),
             ("overhead", lambda r: f"{100 * r['parameter_overhead']:.2f} %"),
@@ -131,9 +132,9 @@ def predict_table(results: list[dict[str, Any]]) -> str:
             ("network", lambda r: r["trainer"]),
             ("K", lambda r: "-" if r["steps"] is None else str(r["steps"])),
             ("s / image", lambda r: f"{r['seconds']['median']:.4f}"),
-            ("ratio, median (min-max)", lambda r: _spread(r["ratio"])),
-            ("one pass / stock's", lambda r: _spread(r["pass_ratio"])),
-            ("outside of passes, %", lambda r: _spread(r["outside_share"], scale=100)),
+            ("ratio, median (min-max)", lambda r: spread(r["ratio"])),
+            ("one pass / stock's", lambda r: spread(r["pass_ratio"])),
+            ("outside of passes, %", lambda r: spread(r["outside_share"], scale=100)),
             ("peak memory", _memory),
         ],
         results,

@@ -86,7 +86,13 @@ def save_packed(module: nn.Module, path: str | Path) -> None:
         torch.save(packed, file)
 
 
-def _read(path: str | Path) -> Any:
+def read_packed(path: str | Path) -> Any:
+    """Content of a file of tensors and plain data.
+
+    Raises:
+        OSError: it cannot be opened.
+        ValueError: it is damaged, or holds more.
+    """
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
@@ -102,7 +108,7 @@ def load_packed(module: nn.Module, path: str | Path) -> None:
         FileNotFoundError: there is no such file.
         ValueError: the file is of another kind or of another architecture; the module is as before.
     """
-    packed = _read(path)
+    packed = read_packed(path)
     try:
         state = unpack(packed)
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
