@@ -5,13 +5,9 @@ import sys
 from pathlib import Path
 
 import torch
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import nn
 
+from nnunetv2_diffusion.checkpoints import CheckpointError, checkpoint_network, load_checkpoint_file
 from nnunetv2_diffusion.networks.binary_weights import pack, read_packed, unpack
-from nnunetv2_diffusion.training.checks import CheckpointError, load_checkpoint_file
 
 FOR_PREDICTION = ("init_args", "trainer_name", "inference_allowed_mirroring_axes")
 
@@ -33,23 +29,6 @@ def run(arguments: argparse.Namespace) -> int:
     sizes = [file.stat().st_size / 2**20 for file in (arguments.input, arguments.output)]
     print(f"{arguments.output}: {sizes[1]:.1f} MiB, from {sizes[0]:.1f} MiB")
     return 0
-
-
-def checkpoint_network(checkpoint: dict) -> nn.Module:
-    """The network of an nnU-Net checkpoint with its weights, on the CPU and in eval mode."""
-    arguments = checkpoint["init_args"]
-    plans = PlansManager(arguments["plans"])
-    configuration = plans.get_configuration(arguments["configuration"])
-    trainer = recursive_find_trainer_class_by_name(checkpoint["trainer_name"])
-    network = trainer.build_network_architecture(
-        plans,
-        configuration,
-        determine_num_input_channels(plans, configuration, arguments["dataset_json"]),
-        plans.get_label_manager(arguments["dataset_json"]).num_segmentation_heads,
-        enable_deep_supervision=False,
-    )
-    network.load_state_dict(checkpoint["network_weights"])
-    return network.eval()
 
 
 def pack_checkpoint(source: Path, target: Path) -> None:

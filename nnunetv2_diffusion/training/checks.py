@@ -1,8 +1,6 @@
-"""Looks at plans, labels, images and checkpoints before hours are spent on them."""
+"""Looks at plans, labels and images before hours are spent on them."""
 
-import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,10 +12,6 @@ from tqdm import tqdm
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.denoiser import SUPPORTED
 from nnunetv2_diffusion.planning.settings import read_settings
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used here."""
 
 
 def check_plans(plans: dict, configuration: str) -> None:
@@ -93,63 +87,4 @@ def check_images(batch: dict, images: torch.Tensor) -> None:
         raise ValueError(
             f"the preprocessed image of case {', '.join(cases)} holds NaN or infinite values, expected finite ones. "
             "Check the input image with nnUNetv2_plan_and_preprocess --verify_dataset_integrity and preprocess again."
-        )
-
-
-def _safe_types() -> list:
-    """What nnU-Net stores in a checkpoint beyond tensors and plain types: numpy scalars of its log."""
-    scalar = type(np.float64(0)).__reduce__(np.float64(0))[0]  # numpy's reconstructor, whose module moved in numpy 2
-    names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
-    dtypes = [type(np.dtype(t)) for t in (np.float16, np.float32, np.float64, np.int32, np.int64, bool)]
-    return [*[(scalar, name) for name in names], np.dtype, *dtypes]
-
-
-def load_checkpoint_file(path: str | Path) -> dict:
-    """Read an nnU-Net checkpoint without running code from it; tensors stay on disk until used.
-
-    Args:
-        path: a checkpoint written by an nnU-Net trainer.
-
-    Raises:
-        CheckpointError: if the file is missing, damaged, or holds more than tensors and plain data.
-    """
-    if not Path(path).is_file():
-        raise CheckpointError(f"{path}: no such file, expected a checkpoint")
-    try:
-        with torch.serialization.safe_globals(_safe_types()):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file can end in nearly any error of the unpickler
-        raise CheckpointError(
-            f"{path}: damaged, or holds more than tensors and plain data; it was not loaded ({_reason(error)})"
-        ) from error
-    if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
-        raise CheckpointError(f"{path}: no 'network_weights' in it, expected a checkpoint of an nnU-Net trainer")
-    return checkpoint
-
-
-def _reason(error: Exception) -> str:
-    """What an unpickler says, without its advice to load the file unsafely."""
-    refused = re.search(r"WeightsUnpickler error: (.*?)(?: was not an allowed|\n|$)", str(error))
-    if refused:
-        return refused[1]
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
-
-
-def check_checkpoint(path: str | Path, trainer_name: str, num_heads: int) -> None:
-    """Raise unless a checkpoint was written by this trainer for as many classes.
-
-    Raises:
-        CheckpointError: naming what was found and expected.
-    """
-    checkpoint = load_checkpoint_file(path)
-    found = checkpoint.get("trainer_name")
-    if found != trainer_name:
-        raise CheckpointError(
-            f"{path}: written by trainer {found}, expected {trainer_name}. Continue with -tr {found}, or move the file."
-        )
-    weights = checkpoint["network_weights"]
-    heads = next((w for key, w in weights.items() if key.endswith("decoder.seg_layers.0.weight")), None)
-    if heads is not None and len(heads) != num_heads:
-        raise CheckpointError(
-            f"{path}: its network segments {len(heads)} classes or regions, dataset.json defines {num_heads}"
         )

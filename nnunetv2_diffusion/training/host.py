@@ -10,6 +10,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunetv2_diffusion.checkpoints import check_checkpoint
 from nnunetv2_diffusion.networks.heads import HeadsMixin
 from nnunetv2_diffusion.planning.schema import S
 from nnunetv2_diffusion.planning.settings import (
@@ -180,9 +181,7 @@ class PlannedTrainer(nnUNetTrainer):
                 and plain data.
         """
         if isinstance(filename_or_checkpoint, str):
-            checks.check_checkpoint(
-                filename_or_checkpoint, type(self).__name__, self.label_manager.num_segmentation_heads
-            )
+            check_checkpoint(filename_or_checkpoint, type(self).__name__, self.label_manager.num_segmentation_heads)
         super().load_checkpoint(filename_or_checkpoint)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:

@@ -11,6 +11,7 @@ from torch import distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.diffusion import (
     BernoulliDiffusion,
     SamplingConfig,
@@ -186,7 +187,7 @@ class HybridTrainer(PlannedTrainer):
             self.pretraining_epochs = 0
             self.print_to_log_file(f"segmentor: {file}")
         elif not own.collaborative and not self.pretraining_epochs:
-            raise checks.CheckpointError(
+            raise CheckpointError(
                 "collaborative is false and pretraining_epochs is 0, but there is no checkpoint of a segmentor: its "
                 f"random weights would stay. Train -tr {own.segmentor_trainer} first, or set segmentor_checkpoint"
             )

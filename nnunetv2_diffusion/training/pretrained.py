@@ -7,8 +7,8 @@ from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 
+from nnunetv2_diffusion.checkpoints import CheckpointError, load_checkpoint_file
 from nnunetv2_diffusion.networks.heads import describe_mismatch
-from nnunetv2_diffusion.training.checks import CheckpointError, load_checkpoint_file
 
 
 def find_segmentor(trainer: nnUNetTrainer, segmentor_trainer: str | None, checkpoint: str | None) -> Path | None:

@@ -40,7 +40,7 @@ def test_training_writes_what_nnunet_writes(recycled):
 
 
 def test_checkpoint_holds_only_tensors_and_plain_data(recycled):
-    from nnunetv2_diffusion.training.checks import load_checkpoint_file
+    from nnunetv2_diffusion.checkpoints import load_checkpoint_file
 
     checkpoint = load_checkpoint_file(recycled.model(TRAINER) / "fold_0" / "checkpoint_final.pth")
     assert checkpoint["trainer_name"] == TRAINER

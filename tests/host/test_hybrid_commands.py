@@ -34,7 +34,7 @@ def test_the_log_says_where_the_segmentor_is_from_and_what_the_refiner_brings(tr
 
 
 def test_checkpoint_holds_both_networks_and_both_optimisers_as_plain_data(trained):
-    from nnunetv2_diffusion.training.checks import load_checkpoint_file
+    from nnunetv2_diffusion.checkpoints import load_checkpoint_file
 
     checkpoint = load_checkpoint_file(trained.model(TRAINER) / "fold_0" / "checkpoint_final.pth")
     parts = {key.split(".")[0] for key in checkpoint["network_weights"]}
@@ -73,9 +73,9 @@ def test_steps_0_gives_the_segmentors_own_mask_and_more_steps_another(trained, m
 def test_a_packed_checkpoint_gives_the_same_network_bit_for_bit(trained, tmp_path, capsys):
     import torch
 
+    from nnunetv2_diffusion.checkpoints import load_checkpoint_file
     from nnunetv2_diffusion.cli import main
     from nnunetv2_diffusion.packing import checkpoint_network
-    from nnunetv2_diffusion.training.checks import load_checkpoint_file
 
     source = trained.model(TRAINER) / "fold_0" / "checkpoint_final.pth"
     packed, back = tmp_path / "packed.pth", tmp_path / "checkpoint_final.pth"
@@ -99,7 +99,7 @@ def test_continuing_goes_on_where_it_ended(trained):
     (trained.preprocessed / "hidiff_longer.json").write_text(json.dumps(plans))
     printed = trained.train(TRAINER, "--c", plans="hidiff_longer")
     assert "it is trained alone" not in printed
-    from nnunetv2_diffusion.training.checks import load_checkpoint_file
+    from nnunetv2_diffusion.checkpoints import load_checkpoint_file
 
     file = trained.model(TRAINER, plans="hidiff_longer") / "fold_0" / "checkpoint_final.pth"
     checkpoint = load_checkpoint_file(file)

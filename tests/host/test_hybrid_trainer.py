@@ -5,8 +5,8 @@ import pytest
 import torch
 from tiny_project import batch_for
 
+from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.planning.settings import SettingsError
-from nnunetv2_diffusion.training.checks import CheckpointError
 from nnunetv2_diffusion.training.hybrid_trainer import frozen
 
 SMALL = {"refiner_width": 8}

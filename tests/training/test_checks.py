@@ -13,16 +13,10 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from torch import nn
 
+from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint, load_checkpoint_file
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.planning.settings import SettingsError
-from nnunetv2_diffusion.training.checks import (
-    CheckpointError,
-    check_checkpoint,
-    check_images,
-    check_labels,
-    check_plans,
-    load_checkpoint_file,
-)
+from nnunetv2_diffusion.training.checks import check_images, check_labels, check_plans
 
 # --- plans -----------------------------------------------------------------------------------------------------------
 
