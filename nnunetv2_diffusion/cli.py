@@ -11,6 +11,7 @@ from nnunetv2_diffusion import __version__
 # only when its verb is called, so that --help and doctor work where torch or nnU-Net cannot be imported.
 VERBS = {
     "doctor": ("nnunetv2_diffusion.doctor", "check this installation, and say what to type where something is wrong"),
+    "predict": ("nnunetv2_diffusion.inference.predict", "predict as nnU-Net does, with samples and uncertainty"),
     "pack": ("nnunetv2_diffusion.packing", "store a binarised HiDiff checkpoint with 1-bit weights"),
     "unpack": ("nnunetv2_diffusion.packing", "make a checkpoint for nnU-Net's predictor from a packed one"),
 }

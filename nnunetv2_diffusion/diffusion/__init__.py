@@ -9,11 +9,14 @@ from nnunetv2_diffusion.diffusion.bernoulli_loss import (
 )
 from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion
 from nnunetv2_diffusion.diffusion.noise import ContentNoise
+from nnunetv2_diffusion.diffusion.position_noise import PositionNoise
 from nnunetv2_diffusion.diffusion.process import DiffusionProcess
 from nnunetv2_diffusion.diffusion.sampling import (
     SAMPLERS,
     SamplingConfig,
     bernoulli_reverse_process,
+    bernoulli_reverse_step,
+    gaussian_reverse_step,
     reverse_process,
 )
 from nnunetv2_diffusion.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule
@@ -31,12 +34,15 @@ __all__ = [
     "DiffusionProcess",
     "GaussianDiffusion",
     "ImportanceTimeSampler",
+    "PositionNoise",
     "SamplingConfig",
     "UniformTimeSampler",
     "bernoulli_reverse_process",
+    "bernoulli_reverse_step",
     "cosine_beta_schedule",
     "focal_logits",
     "focal_to_probability",
+    "gaussian_reverse_step",
     "linear_beta_schedule",
     "noise_loss",
     "reverse_process",

@@ -8,7 +8,7 @@ import torch
 _MASK64 = (1 << 64) - 1
 
 
-def _splitmix64(value: int) -> int:
+def splitmix64(value: int) -> int:
     """One round of Steele et al.'s SplitMix64: spreads nearby integers over all 64 bits."""
     value = (value + 0x9E3779B97F4A7C15) & _MASK64
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
@@ -69,7 +69,7 @@ class ContentNoise:
     def __init__(self, hashes: Sequence[int], seed: int, sample: int, device: torch.device):
         self.generators = []
         for value in hashes:
-            key = _splitmix64(value ^ _splitmix64(seed ^ _splitmix64(sample)))
+            key = splitmix64(value ^ splitmix64(seed ^ splitmix64(sample)))
             self.generators.append(torch.Generator(device).manual_seed(key >> 1))
 
     def __call__(self, shape: Sequence[int]) -> torch.Tensor:

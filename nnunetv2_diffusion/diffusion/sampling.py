@@ -44,6 +44,35 @@ class SamplingConfig:
             raise ValueError(f"eta is {self.eta}, expected a number in [0, 1]")
 
 
+def gaussian_reverse_step(
+    process: GaussianDiffusion,
+    x_start: torch.Tensor,
+    x_t: torch.Tensor,
+    t: torch.Tensor,
+    noise: Callable[[], torch.Tensor],
+    sampler: str = "ddpm",
+    eta: float = 0.0,
+) -> torch.Tensor:
+    """x_{t-1} from x_t and the estimate of x_start; noise is called only if it is needed."""
+    if sampler == "ddpm":
+        return process.ddpm_step(x_start, x_t, t, noise())
+    return process.ddim_step(x_start, x_t, t, noise() if eta > 0 else None, eta)
+
+
+def bernoulli_reverse_step(
+    process: BernoulliDiffusion,
+    eps: torch.Tensor,
+    y_t: torch.Tensor,
+    prior: torch.Tensor,
+    t: torch.Tensor,
+    uniform: Callable[[], torch.Tensor],
+    sampler: str = "ddpm",
+) -> torch.Tensor:
+    """Draw y_{t-1} from y_t and the estimate eps of P(y_t != y_start)."""
+    reverse_mean = process.p_mean if sampler == "ddpm" else process.ddim_mean
+    return (uniform() < reverse_mean(eps, y_t, prior, t)).to(y_t.dtype)
+
+
 def reverse_process(
     process: GaussianDiffusion,
     predict_x_start: Callable[[torch.Tensor, torch.Tensor, bool], torch.Tensor],
@@ -73,10 +102,7 @@ def reverse_process(
         yield x_start
         if index == 0:
             return
-        if sampler == "ddpm":
-            x_t = process.ddpm_step(x_start, x_t, t, noise())
-        else:
-            x_t = process.ddim_step(x_start, x_t, t, noise() if eta > 0 else None, eta)
+        x_t = gaussian_reverse_step(process, x_start, x_t, t, noise, sampler, eta)
 
 
 def bernoulli_reverse_process(
@@ -104,11 +130,10 @@ def bernoulli_reverse_process(
         |y_t - eps|, first to last. The last one is the result: both reverse steps return it at index 0.
     """
     _check_sampler(sampler)
-    reverse_mean = process.p_mean if sampler == "ddpm" else process.ddim_mean
     for index in reversed(range(process.num_timesteps)):
         t = torch.full((len(y_t),), index, dtype=torch.long)  # on the CPU, as above
         eps = predict_eps(y_t, process.timestep_map[t], index == 0)
         yield process.predict_y_start(y_t, eps)
         if index == 0:
             return
-        y_t = (uniform() < reverse_mean(eps, y_t, prior, t)).to(y_t.dtype)
+        y_t = bernoulli_reverse_step(process, eps, y_t, prior, t, uniform, sampler)

@@ -172,6 +172,13 @@ class HybridSegmentor(HeadsMixin):
             logits = logits.float() + self.prior_logits(y_t, prior, t)
         return logits
 
+    def noise_probability(
+        self, image: torch.Tensor, y_t: torch.Tensor, prior: torch.Tensor, t: torch.Tensor, features: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """P(y_t is wrong), calibrated, (B, K, *spatial) in float32; arguments as for ``estimate_noise``."""
+        eps = self.estimate_noise(image, y_t, prior, t, features).float().sigmoid()
+        return focal_to_probability(eps, self.focal_gamma)
+
     @torch.no_grad()
     def prior_logits(self, y_t: torch.Tensor, prior: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         """Logits of the noise in y_t as far as prior and t tell.
@@ -254,8 +261,7 @@ class HybridSegmentor(HeadsMixin):
 
         def predict_eps(y_t: torch.Tensor, t: torch.Tensor, is_last: bool) -> torch.Tensor:
             seen.append((y_t, int(t[0])))
-            eps = self.estimate_noise(image, y_t, prior, t, output.features).float().sigmoid()
-            return focal_to_probability(eps, self.focal_gamma)
+            return self.noise_probability(image, y_t, prior, t, output.features)
 
         for y_start in bernoulli_reverse_process(
             process, predict_eps, y_t, prior, lambda: noise.uniform(shape), config.sampler

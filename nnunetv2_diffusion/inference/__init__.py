@@ -1,0 +1,1 @@
+"""Prediction beyond what stock nnU-Net gives: samples, uncertainty, masks of every reverse step."""

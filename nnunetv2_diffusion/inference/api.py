@@ -1,0 +1,165 @@
+"""The predictor for programs: one image in, one result out."""
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
+
+from nnunetv2_diffusion.inference.cases import describe, draw_case, uncertainty_maps
+from nnunetv2_diffusion.inference.export import bounded_logits
+from nnunetv2_diffusion.inference.inputs import InputError
+from nnunetv2_diffusion.inference.loading import load_predictor
+from nnunetv2_diffusion.inference.maps import to_original_geometry
+from nnunetv2_diffusion.inference.options import PredictionOptions
+from nnunetv2_diffusion.inference.predictor import DiffusionPredictor, Member
+
+Image = np.ndarray | str | Path | Sequence[str | Path]
+
+
+@dataclass
+class Prediction:
+    """What is known of one image. Arrays have the shape of the image, axes as nnU-Net's reader gives them (z, y, x).
+
+    Attributes:
+        mask: labels, integer.
+        maps: float32 maps by kind: ``probability_<label>``, ``entropy`` and ``mutual_information`` in nats,
+            ``variance``.
+        samples: the mask of every sample, if asked for.
+        spacing: mm along the axes of the arrays.
+        summary: volumes, agreement of samples, settings, passes and seconds; see ``sample_statistics.case_summary``.
+    """
+
+    mask: np.ndarray
+    maps: dict[str, np.ndarray]
+    samples: list[np.ndarray]
+    spacing: tuple[float, ...]
+    summary: dict[str, Any]
+
+    @property
+    def confidence(self) -> float | None:
+        """Mean pairwise Dice of the samples; None for a single one."""
+        return self.summary["confidence"]
+
+
+def load_model(
+    folder: str | Path,
+    folds: Sequence[int | str] | None = None,
+    checkpoint: str = "checkpoint_final.pth",
+    device: str = "cpu",
+    progress: bool = False,
+) -> DiffusionPredictor:
+    """Load a trained model for ``predict_image``.
+
+    Args:
+        folder: nnU-Net's ``nnUNet_results/DatasetXXX_Name/TRAINER__PLANS__CONFIGURATION``.
+        folds: to be averaged; None for all that were trained.
+        checkpoint: name of the file in each fold.
+        device: "cpu", "cuda" or "mps".
+        progress: show a progress bar of network passes.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, or of another network.
+    """
+    return load_predictor(Path(folder), folds, checkpoint, device, progress=progress)
+
+
+def predict_image(
+    model: DiffusionPredictor,
+    image: Image,
+    spacing: Sequence[float] | None = None,
+    keep_samples: bool = False,
+    **options: Any,
+) -> Prediction:
+    """Predict one image.
+
+    Args:
+        model: of ``load_model``.
+        image: a file, one file a channel, or an array (z, y, x), (C, z, y, x) or for 2D models (y, x) or (C, y, x).
+        spacing: of an array, mm along its spatial axes.
+        keep_samples: return the mask of every sample.
+        **options: of ``PredictionOptions``: steps, sampler, samples, seed, tta, early_exit, aggregate.
+
+    Raises:
+        InputError: the image does not fit the model.
+        OptionError: the model cannot do what is asked for.
+    """
+    _set_options(model, options)
+    data, properties = _preprocess(model, image, spacing)
+    kept: list[np.ndarray] = []
+
+    def keep(member: Member, number: int) -> None:
+        kept.append(_mask(model, member.steps[-1], properties))
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = draw_case(model, data, "image", Path(folder), keep if keep_samples else None)
+    maps = uncertainty_maps(model, result)
+    stacked = to_original_geometry(
+        np.stack(list(maps.values())), properties, model.plans_manager, model.configuration_manager
+    )
+    spacing = tuple(float(s) for s in properties["spacing"])
+    summary = describe(model, "image", data, properties, result)
+    return Prediction(
+        _mask(model, result.moments.mean(), properties), dict(zip(maps, stacked, strict=True)), kept, spacing, summary
+    )
+
+
+def _set_options(model: DiffusionPredictor, options: dict[str, Any]) -> None:
+    known = [n for n in PredictionOptions.__dataclass_fields__ if not n.startswith("save_")]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise TypeError(f"predict_image has no option {unknown[0]}; known are {', '.join(known)}")
+    model.options = replace(PredictionOptions(), **options)
+    model.prepare()
+
+
+def _mask(model: DiffusionPredictor, p: torch.Tensor, properties: dict[str, Any]) -> np.ndarray:
+    logits = bounded_logits(p, model.label_manager.has_regions)
+    return convert_predicted_logits_to_segmentation_with_correct_shape(
+        logits, model.plans_manager, model.configuration_manager, model.label_manager, properties, num_threads_torch=1
+    )
+
+
+def _preprocess(
+    model: DiffusionPredictor, image: Image, spacing: Sequence[float] | None
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """nnU-Net's preprocessing of a file or an array."""
+    array, properties = _read(model, image) if not isinstance(image, np.ndarray) else _as_read(image, spacing)
+    channels = len(model.dataset_json.get("channel_names", model.dataset_json.get("modality", ())))
+    if array.ndim != 4 or len(array) != channels:
+        raise InputError(f"the image has shape {array.shape}, expected ({channels} channels, z, y, x)")
+    if model.configuration_manager.previous_stage_name is not None:
+        raise InputError("the model is the second stage of a cascade; use the command nnunetv2_diffusion predict")
+    preprocessor = model.configuration_manager.preprocessor_class(verbose=False)
+    data, _, properties = preprocessor.run_case_npy(
+        array, None, properties, model.plans_manager, model.configuration_manager, model.dataset_json
+    )
+    return torch.from_numpy(data).float(), properties
+
+
+def _read(model: DiffusionPredictor, image: str | Path | Sequence[str | Path]) -> tuple[np.ndarray, dict[str, Any]]:
+    files = [image] if isinstance(image, str | Path) else list(image)
+    for file in files:
+        if not Path(file).is_file():
+            raise InputError(f"{file}: no such file, expected an image")
+    return model.plans_manager.image_reader_writer_class().read_images([str(f) for f in files])
+
+
+def _as_read(image: np.ndarray, spacing: Sequence[float] | None) -> tuple[np.ndarray, dict[str, Any]]:
+    """An array and its spacing as a reader of nnU-Net would give them."""
+    if spacing is None:
+        raise InputError("spacing is missing: expected mm along each spatial axis of the array")
+    spacing = [float(s) for s in spacing]
+    if len(spacing) not in (2, 3) or min(spacing) <= 0 or image.ndim not in (len(spacing), len(spacing) + 1):
+        raise InputError(
+            f"the image has shape {image.shape} and spacing {spacing}, expected 2 or 3 positive numbers, one for each "
+            "spatial axis, and at most one more axis for channels"
+        )
+    array = image if image.ndim == len(spacing) + 1 else image[None]
+    if len(spacing) == 2:  # nnU-Net's readers give a 2D image one slice, very thick
+        array, spacing = array[:, None], [999 * max(spacing), *spacing]
+    return array.astype(np.float32), {"spacing": spacing}

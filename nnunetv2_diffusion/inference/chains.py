@@ -1,0 +1,244 @@
+"""Reverse processes taken apart, so that views, tiles and samples can be averaged between their steps."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from nnunetv2_diffusion.diffusion import (
+    PositionNoise,
+    SamplingConfig,
+    bernoulli_reverse_step,
+    gaussian_reverse_step,
+)
+from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, to_x_start
+
+
+@dataclass(frozen=True)
+class BoxNoise:
+    """Noise of one sample in one box of a case; see ``PositionNoise``.
+
+    Attributes:
+        seed: the user's.
+        sample: index of the sample.
+        channels: K.
+        start: first voxel of the box along three axes.
+        size: voxels along three axes.
+        planar: leave out the first axis, of size 1: a tile of a 2D network.
+        device: where noise is made.
+    """
+
+    seed: int
+    sample: int
+    channels: int
+    start: tuple[int, int, int]
+    size: tuple[int, int, int]
+    planar: bool
+    device: torch.device
+
+    def _draw(self, kind: str, step: int) -> torch.Tensor:
+        noise = PositionNoise(self.seed, (self.sample, step), self.device)
+        field = getattr(noise, kind)(self.channels, self.start, self.size)
+        return (field[:, 0] if self.planar else field)[None]
+
+    def normal(self, step: int) -> torch.Tensor:
+        """Standard normal noise before a step, (1, K, *spatial)."""
+        return self._draw("normal", step)
+
+    def uniform(self, step: int) -> torch.Tensor:
+        """Uniform noise in (0, 1) before a step, (1, K, *spatial)."""
+        return self._draw("uniform", step)
+
+
+class Window(NamedTuple):
+    """What is computed once for an image: the image, and what a segmentor says of it (HiDiff)."""
+
+    image: torch.Tensor
+    prior: torch.Tensor | None = None
+    features: list[torch.Tensor] | None = None
+
+
+class Chain(ABC):
+    """K steps from noise to a mask. Step 0 is the noisiest; masks are probabilities (1, K, *spatial).
+
+    Attributes:
+        steps: K.
+        has_prior: states are drawn from a prior; else ``prior`` is None everywhere.
+        stochastic: samples differ.
+    """
+
+    steps: int
+    has_prior = False
+    stochastic = True
+
+    @abstractmethod
+    def look(self, image: torch.Tensor) -> Window:
+        """What every step needs of an image (1, C, *spatial)."""
+
+    @abstractmethod
+    def start(self, prior: torch.Tensor | None, noise: BoxNoise) -> torch.Tensor | None:
+        """The first state."""
+
+    @abstractmethod
+    def estimate(
+        self,
+        window: Window,
+        state: torch.Tensor | None,
+        prior: torch.Tensor | None,
+        previous: torch.Tensor | None,
+        step: int,
+    ) -> torch.Tensor:
+        """The mask as one network pass sees it; previous is the estimate of the step before, None at first."""
+
+    @abstractmethod
+    def advance(
+        self, state: torch.Tensor | None, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: BoxNoise
+    ) -> torch.Tensor | None:
+        """The state after a step."""
+
+
+class GaussianChain(Chain):
+    """The recycling family: a Gaussian process, its network told about state and time."""
+
+    def __init__(self, network: DiffusionSegmentor, config: SamplingConfig):
+        self.network, self.config = network, config
+        self.steps = config.steps
+        self.process = network.process.respace(config.steps)
+
+    def _index(self, step: int) -> torch.Tensor:
+        return torch.tensor([self.steps - 1 - step])  # on the CPU, where coefficients are
+
+    def look(self, image: torch.Tensor) -> Window:
+        """See ``Chain``."""
+        return Window(image)
+
+    def start(self, prior: torch.Tensor | None, noise: BoxNoise) -> torch.Tensor:
+        """See ``Chain``."""
+        return noise.normal(0)
+
+    def estimate(
+        self,
+        window: Window,
+        state: torch.Tensor,
+        prior: torch.Tensor | None,
+        previous: torch.Tensor | None,
+        step: int,
+    ) -> torch.Tensor:
+        """See ``Chain``."""
+        t = self.process.timestep_map[self._index(step)]
+        seen = previous if self.network.self_conditioning else None
+        heads = self.network(window.image, state, t, seen, full_resolution_only=True)
+        return self.network.probabilities(heads[0] if isinstance(heads, list | tuple) else heads)
+
+    def advance(
+        self, state: torch.Tensor, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: BoxNoise
+    ) -> torch.Tensor:
+        """See ``Chain``."""
+        return gaussian_reverse_step(
+            self.process, to_x_start(estimate), state, self._index(step), lambda: noise.normal(step + 1),
+            self.config.sampler, self.config.eta,
+        )  # fmt: skip
+
+
+class BernoulliChain(Chain):
+    """HiDiff: a Bernoulli process from the segmentor's mask, its noise estimated by the refiner."""
+
+    has_prior = True
+
+    def __init__(self, network: HybridSegmentor, config: SamplingConfig):
+        self.network, self.config = network, config
+        self.steps = config.steps
+        self.process = network.process.respace(config.steps)
+
+    def _index(self, step: int) -> torch.Tensor:
+        return torch.tensor([self.steps - 1 - step])
+
+    def look(self, image: torch.Tensor) -> Window:
+        """See ``Chain``."""
+        output = self.network.segmentor(image)
+        return Window(image, self.network.prior(output.logits), output.features)
+
+    def start(self, prior: torch.Tensor, noise: BoxNoise) -> torch.Tensor:
+        """See ``Chain``."""
+        return (noise.uniform(0) < prior).float()
+
+    def estimate(
+        self,
+        window: Window,
+        state: torch.Tensor,
+        prior: torch.Tensor,
+        previous: torch.Tensor | None,
+        step: int,
+    ) -> torch.Tensor:
+        """See ``Chain``."""
+        t = self.process.timestep_map[self._index(step)]
+        eps = self.network.noise_probability(window.image, state, prior, t, window.features)
+        return self.process.predict_y_start(state, eps)
+
+    def advance(
+        self, state: torch.Tensor, estimate: torch.Tensor, prior: torch.Tensor, step: int, noise: BoxNoise
+    ) -> torch.Tensor:
+        """See ``Chain``."""
+        eps = (state - estimate).abs()  # the same average as of the noise: for a state of 0 or 1, linear
+        return bernoulli_reverse_step(
+            self.process, eps, state, prior, self._index(step), lambda: noise.uniform(step + 1), self.config.sampler
+        )
+
+
+class SinglePass(Chain):
+    """A network without a chain: stock models, NoDiff, and HiDiff's segmentor alone (K = 0)."""
+
+    steps = 1
+    stochastic = False
+
+    def __init__(self, network: nn.Module, sigmoid: bool):
+        self.network, self.sigmoid = network, sigmoid
+
+    def look(self, image: torch.Tensor) -> Window:
+        """See ``Chain``."""
+        return Window(image)
+
+    def start(self, prior: torch.Tensor | None, noise: BoxNoise) -> None:
+        """See ``Chain``."""
+        return None
+
+    def estimate(
+        self, window: Window, state: None, prior: torch.Tensor | None, previous: torch.Tensor | None, step: int
+    ) -> torch.Tensor:
+        """See ``Chain``."""
+        logits = self.network(window.image).float()
+        return logits.sigmoid() if self.sigmoid else logits.softmax(1)
+
+    def advance(
+        self, state: None, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: BoxNoise
+    ) -> None:
+        """See ``Chain``."""
+        return None
+
+
+class _PriorOnly(nn.Module):
+    """HiDiff's segmentor as a network with one output."""
+
+    def __init__(self, network: HybridSegmentor):
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.network.segmentor(image).logits
+
+
+def make_chain(network: nn.Module, config: SamplingConfig | None, sigmoid: bool) -> Chain:
+    """The chain of a network.
+
+    Args:
+        network: any network of nnU-Net, in eval mode.
+        config: how to sample; None for HiDiff's segmentor alone.
+        sigmoid: heads are regions.
+    """
+    if isinstance(network, HybridSegmentor):
+        return BernoulliChain(network, config) if config is not None else SinglePass(_PriorOnly(network), sigmoid)
+    if isinstance(network, DiffusionSegmentor) and network.process is not None:
+        return GaussianChain(network, config)
+    return SinglePass(network, sigmoid)

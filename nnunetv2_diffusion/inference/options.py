@@ -1,0 +1,95 @@
+"""What can be asked of a prediction."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from nnunetv2_diffusion.diffusion import SAMPLERS, SamplingConfig
+from nnunetv2_diffusion.inference.views import TTA
+from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
+
+AGGREGATION = ("window", "volume")
+
+
+class OptionError(ValueError):
+    """An option cannot be used, or not with this model."""
+
+
+@dataclass(frozen=True)
+class PredictionOptions:
+    """Options of a prediction; None takes what the model's plans (or the environment) say.
+
+    Attributes:
+        steps: K, reverse steps; 0 for the segmentor's own mask of a HiDiff model.
+        sampler: "ddpm" or "ddim".
+        samples: N, masks drawn; the result is their mean.
+        seed: of the noise.
+        tta: "full": a chain for each of nnU-Net's mirrored views. "interleaved": one chain whose steps see different
+            views. "none".
+        early_exit: end a tile's chain when a step leaves its label map unchanged.
+        aggregate: "window": a chain for each tile, results are blended. "volume": estimates of all tiles are blended
+            after every step.
+        save_uncertainty: maps and a JSON of statistics for each case.
+        save_samples: the mask of every sample.
+        save_steps: the mask after every step.
+        save_probabilities: nnU-Net's npz and pkl.
+
+    Raises:
+        OptionError: for a value out of range.
+    """
+
+    steps: int | None = None
+    sampler: str | None = None
+    samples: int | None = None
+    seed: int | None = None
+    tta: str = "full"
+    early_exit: bool = False
+    aggregate: str = "window"
+    save_uncertainty: bool = False
+    save_samples: bool = False
+    save_steps: bool = False
+    save_probabilities: bool = False
+
+    def __post_init__(self) -> None:
+        for name, low in (("steps", 0), ("samples", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if value is not None and value < low:
+                raise OptionError(f"--{name} is {value}, expected at least {low}")
+        for name, known in (("sampler", SAMPLERS), ("tta", TTA), ("aggregate", AGGREGATION)):
+            value = getattr(self, name)
+            if value is not None and value not in known:
+                raise OptionError(f"--{name} is {value!r}, expected one of {', '.join(known)}")
+        if self.early_exit and self.aggregate == "volume":
+            raise OptionError("--early_exit ends the chain of a tile, --aggregate volume has one chain for all of them")
+
+
+def resolve_sampling(network: nn.Module, options: PredictionOptions) -> SamplingConfig | None:
+    """How a network samples with these options; None if it has no chain.
+
+    Raises:
+        OptionError: if the network cannot do what is asked for.
+    """
+    given = {k: getattr(options, k) for k in ("steps", "sampler", "samples", "seed")}
+    given = {k: v for k, v in given.items() if v is not None}
+    hybrid = isinstance(network, HybridSegmentor)
+    if not hybrid and (not isinstance(network, DiffusionSegmentor) or network.process is None):
+        return _without_chain(given, "the network of this model has no diffusion process")
+    if given.get("steps", None if network.sampling else 0) == 0:
+        if not hybrid:
+            raise OptionError("--steps is 0: this model needs at least one step; 0 is for HiDiff models")
+        return _without_chain(given, "--steps 0 predicts with HiDiff's segmentor alone")
+    start = network.sampling or SamplingConfig(steps=1, sampler="ddim")
+    try:
+        config = replace(start, **given)
+        network.process.respace(config.steps)
+    except ValueError as error:
+        raise OptionError(f"--steps, --sampler, --samples or --seed cannot be used: {error}") from error
+    return config
+
+
+def _without_chain(given: dict[str, Any], reason: str) -> None:
+    """None, if nothing is asked for that needs a chain."""
+    if given.get("samples", 1) > 1 or given.get("steps", 0) > 1:
+        asked = ", ".join(f"--{k} {v}" for k, v in given.items() if k in ("samples", "steps"))
+        raise OptionError(f"{asked}: {reason}, so there is one step and nothing to draw samples from")

@@ -1,0 +1,227 @@
+"""nnU-Net's predictor, with samples, steps and mirrors under control."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, redirect_stdout
+from dataclasses import dataclass, field
+from functools import partial
+from io import StringIO
+from typing import NamedTuple
+
+import torch
+from acvl_utils.cropping_and_padding.padding import pad_nd_image
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from tqdm import tqdm
+
+from nnunetv2_diffusion.diffusion import SamplingConfig
+from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, make_chain
+from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
+from nnunetv2_diffusion.inference.sliding_window import (
+    Blend,
+    Tile,
+    TileEstimator,
+    VolumeEstimator,
+    make_tiles,
+    run_chain,
+    same_labels,
+)
+from nnunetv2_diffusion.inference.views import Schedule, count_passes, mirror_views, schedules
+
+
+class Member(NamedTuple):
+    """One drawn mask of a case: probabilities (K, *spatial) after the kept steps, the last one being the result."""
+
+    fold: int
+    sample: int
+    steps: list[torch.Tensor]
+
+
+@dataclass
+class PassCount:
+    """Network passes of a case.
+
+    Attributes:
+        tiles: positions of the sliding window.
+        members: folds times samples.
+        passes: that were made.
+        planned: without early exit.
+    """
+
+    tiles: int = 0
+    members: int = 0
+    passes: int = 0
+    planned: int = 0
+    report: Callable[[int], None] = field(default=lambda passes: None, repr=False)
+
+    def tick(self, passes: int = 1) -> None:
+        """A pass was made."""
+        self.passes += passes
+        self.report(passes)
+
+    @property
+    def per_tile(self) -> float:
+        """Passes a tile and member."""
+        return self.passes / max(1, self.tiles * self.members)
+
+
+@dataclass
+class Canvas:
+    """A padded case and where its tiles lie."""
+
+    data: torch.Tensor
+    tiles: list[Tile]
+    padding: tuple[int, int, int]
+    crop: tuple
+    blend: Callable[[], Blend]
+
+
+class DiffusionPredictor(nnUNetPredictor):
+    """Predicts masks of a case one sample after the other.
+
+    Args:
+        options: what is asked for.
+        *args: as nnU-Net's predictor.
+        **kwargs: as nnU-Net's predictor.
+    """
+
+    def __init__(self, options: PredictionOptions, *args: object, **kwargs: object):
+        with redirect_stdout(StringIO()):  # nnU-Net tells of every device but CUDA that results stay on the CPU
+            super().__init__(*args, **kwargs)
+        self.options = options
+        self.sampling: SamplingConfig | None = None
+        self.results_device = self.device if self.perform_everything_on_device else torch.device("cpu")
+
+    def prepare(self) -> None:
+        """Check the options against the model that was loaded.
+
+        Raises:
+            OptionError: if it cannot do what is asked for.
+        """
+        self.sampling = resolve_sampling(self.network, self.options)
+        self.network = self.network.to(self.device).eval()
+
+    @property
+    def samples(self) -> int:
+        """N."""
+        return self.sampling.samples if self.sampling else 1
+
+    def chain(self) -> Chain:
+        """The chain of the loaded network."""
+        return make_chain(self.network, self.sampling, self.label_manager.has_regions)
+
+    def schedules(self, steps: int) -> list[Schedule]:
+        """The chains of a tile."""
+        axes = self.allowed_mirroring_axes if self.use_mirroring else None
+        return schedules(self.options.tta, mirror_views(axes), steps)
+
+    def canvas(self, image: torch.Tensor) -> Canvas:
+        """Pad a case to the patch size at least and find the window positions, as nnU-Net does."""
+        patch = self.configuration_manager.patch_size
+        data, revert = pad_nd_image(image, patch, "constant", {"value": 0}, True, None)
+        padding = tuple(s.start or 0 for s in revert[1:])
+        tiles = make_tiles(self._internal_get_sliding_window_slicers(data.shape[1:]), padding)
+        device = self.results_device
+        weight = compute_gaussian(tuple(patch), sigma_scale=1.0 / 8, value_scaling_factor=10, device=device)
+        weight = weight if self.use_gaussian else torch.ones_like(weight)
+        heads = self.label_manager.num_segmentation_heads
+        return Canvas(data, tiles, padding, revert, partial(Blend, heads, data.shape[1:], weight, device))
+
+    @torch.inference_mode()
+    def members(self, image: torch.Tensor, name: str = "", count: PassCount | None = None) -> Iterator[Member]:
+        """Draw all masks of a preprocessed case, (C, *spatial), with a progress bar of network passes.
+
+        Yields:
+            folds times samples members; ``steps`` holds every step's mask if ``save_steps`` is set, else the last.
+        """
+        count = count or PassCount()
+        canvas, folds = self.canvas(image), len(self.list_of_parameters)
+        plan = self.schedules(self.chain().steps)
+        count.tiles, count.members = len(canvas.tiles), folds * self.samples
+        count.planned = count.tiles * count.members * count_passes(plan)
+        with tqdm(total=count.planned, desc=name, unit="pass", disable=not self.allow_tqdm) as bar:
+            count.report = bar.update
+            for fold, weights in enumerate(self.list_of_parameters):
+                if folds > 1:
+                    self.network.load_state_dict(weights)
+                chain = self.chain()
+                for sample in range(self.samples):
+                    bar.set_postfix_str(f"sample {fold * self.samples + sample + 1}/{count.members}")
+                    yield Member(fold, sample, self._draw(chain, plan, canvas, sample, count))
+            bar.total = count.passes  # fewer than planned if chains ended early
+            bar.refresh()
+
+    def _autocast(self) -> torch.autocast | nullcontext:
+        return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
+
+    def _draw(
+        self, chain: Chain, plan: list[Schedule], canvas: Canvas, sample: int, count: PassCount
+    ) -> list[torch.Tensor]:
+        """One sample; if the device has no room for the results, they are kept on the CPU from here on."""
+        by_volume = self.options.aggregate == "volume"
+        passes = count.passes
+        try:
+            draw = self._draw_volume if by_volume else self._draw_tiles
+            with self._autocast():
+                blended = draw(chain, plan, canvas, sample, count)
+        except torch.cuda.OutOfMemoryError:
+            if self.results_device.type == "cpu":
+                raise
+            print("The device has no room for the results; they are moved to the CPU")
+            self.results_device = torch.device("cpu")
+            canvas.blend = self.canvas(canvas.data[(slice(None), *canvas.crop[1:])]).blend
+            torch.cuda.empty_cache()
+            count.tick(passes - count.passes)
+            return self._draw(chain, plan, canvas, sample, count)
+        return [p[0][(slice(None), *canvas.crop[1:])] for p in blended]
+
+    def _noise(
+        self, sample: int, start: Sequence[int], size: Sequence[int], device: torch.device, planar: bool = False
+    ) -> BoxNoise:
+        seed = self.sampling.seed if self.sampling else 0
+        heads = self.label_manager.num_segmentation_heads
+        return BoxNoise(seed, sample, heads, tuple(start), tuple(size), planar, device)
+
+    def _draw_tiles(
+        self, chain: Chain, plan: list[Schedule], canvas: Canvas, sample: int, count: PassCount
+    ) -> list[torch.Tensor]:
+        """A chain for each tile; masks of the kept steps, blended."""
+        kept = chain.steps if self.options.save_steps else 1
+        blends = [canvas.blend() for _ in range(kept)]
+        for tile in canvas.tiles:
+            image = canvas.data[tile.index][None].to(self.device)
+            estimator = TileEstimator(chain, image.contiguous(), count.tick)
+            noise = self._noise(sample, tile.start, tile.size, self.device, tile.planar)
+            for blend, p in zip(blends, self._tile_masks(chain, plan, estimator, noise, kept), strict=True):
+                blend.add(tile, p)
+        return [blend.mean() for blend in blends]
+
+    def _tile_masks(
+        self, chain: Chain, plan: list[Schedule], estimator: TileEstimator, noise: BoxNoise, kept: int
+    ) -> list[torch.Tensor]:
+        """Mean over a tile's chains of the last ``kept`` steps; a chain that ends early stays as it is."""
+        exit_if = partial(same_labels, sigmoid=self.label_manager.has_regions) if self.options.early_exit else None
+        totals: list[torch.Tensor] = []
+        for schedule in plan:
+            found = list(_last(run_chain(chain, estimator, schedule, noise, exit_if), kept, chain.steps))
+            totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
+        return [total / len(plan) for total in totals]
+
+    def _draw_volume(
+        self, chain: Chain, plan: list[Schedule], canvas: Canvas, sample: int, count: PassCount
+    ) -> list[torch.Tensor]:
+        """One chain of the whole volume; masks of the kept steps."""
+        kept = chain.steps if self.options.save_steps else 1
+        estimator = VolumeEstimator(chain, canvas.data, canvas.tiles, canvas.blend, self.device, count.tick)
+        start = [-p for p in canvas.padding]
+        noise = self._noise(sample, start, canvas.data.shape[1:], self.results_device)
+        return self._tile_masks(chain, plan, estimator, noise, kept)
+
+
+def _last(estimates: Iterator[torch.Tensor], kept: int, steps: int) -> list[torch.Tensor]:
+    """The last ``kept`` of ``steps`` estimates; if the chain ended early, its last one stands for the missing ones."""
+    found: list[torch.Tensor] = []
+    missing = steps
+    for estimate in estimates:
+        found = [*found, estimate][-kept:]
+        missing -= 1
+    return [*found, *found[-1:] * missing][-kept:]

@@ -1,0 +1,220 @@
+"""Chains over the tiles of a case: one chain a tile, or one chain of the whole volume."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, Window
+from nnunetv2_diffusion.inference.views import Schedule, View, mirror
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One position of the sliding window.
+
+    Attributes:
+        index: into (C, *spatial) of the padded case, as nnU-Net makes it; a 2D network's has an integer for the slice.
+        start: first voxel along the three axes, relative to the case without padding.
+        size: voxels along the three axes.
+    """
+
+    index: tuple
+    start: tuple[int, int, int]
+    size: tuple[int, int, int]
+
+    @property
+    def planar(self) -> bool:
+        """A slice for a 2D network."""
+        return isinstance(self.index[1], int)
+
+
+def make_tiles(slicers: Sequence[tuple], padding: Sequence[int]) -> list[Tile]:
+    """nnU-Net's window positions in a fixed order, so that sums over tiles do not depend on the order given.
+
+    Args:
+        slicers: of ``nnUNetPredictor._internal_get_sliding_window_slicers``.
+        padding: voxels that were put in front of the case, along the three axes.
+    """
+    tiles = []
+    for slicer in slicers:
+        spans = [(s, s + 1) if isinstance(s, int) else (s.start, s.stop) for s in slicer[1:]]
+        start = tuple(a - p for (a, _), p in zip(spans, padding, strict=True))
+        tiles.append(Tile(tuple(slicer), start, tuple(b - a for a, b in spans)))
+    return sorted(tiles, key=lambda tile: tile.start)
+
+
+class Blend:
+    """Weighted mean of what tiles say, in float32.
+
+    Args:
+        channels: K.
+        spatial: shape of the padded case.
+        weight: of each voxel of a tile.
+        device: of the sums.
+    """
+
+    def __init__(self, channels: int, spatial: Sequence[int], weight: torch.Tensor, device: torch.device):
+        self.total = torch.zeros((channels, *spatial), device=device)
+        self.norm = torch.zeros(tuple(spatial), device=device)
+        self.weight = weight.to(device).float()
+
+    def add(self, tile: Tile, values: torch.Tensor) -> None:
+        """Add what a tile says, (1, K, *tile)."""
+        self.total[tile.index] += values[0].to(self.total.device).float() * self.weight
+        self.norm[tile.index[1:]] += self.weight
+
+    def mean(self) -> torch.Tensor:
+        """(1, K, *spatial). The blend is used up."""
+        return self.total.div_(self.norm)[None]
+
+
+class Estimator(Protocol):
+    """What a chain asks of the network, for one tile or for a volume."""
+
+    def prior(self, views: Sequence[View]) -> torch.Tensor | None:
+        """Mean prior over views, None if the chain has none."""
+
+    def __call__(
+        self,
+        view: View,
+        state: torch.Tensor | None,
+        prior: torch.Tensor | None,
+        previous: torch.Tensor | None,
+        step: int,
+    ) -> torch.Tensor:
+        """The estimate of a view, turned back."""
+
+
+def _seen(x: torch.Tensor | None, view: View) -> torch.Tensor | None:
+    return None if x is None else mirror(x, view)
+
+
+class TileEstimator:
+    """Network passes on one tile.
+
+    Args:
+        chain: of the network.
+        image: the tile, (1, C, *tile).
+        tick: called after every pass.
+    """
+
+    def __init__(self, chain: Chain, image: torch.Tensor, tick: Callable[[], None]):
+        self.chain, self.image, self.tick = chain, image, tick
+        self.windows: dict[View, Window] = {}
+
+    def _window(self, view: View) -> Window:
+        if view not in self.windows:
+            self.windows[view] = self.chain.look(mirror(self.image, view))
+        return self.windows[view]
+
+    def prior(self, views: Sequence[View]) -> torch.Tensor | None:
+        """See ``Estimator``."""
+        if not self.chain.has_prior:
+            return None
+        return sum(mirror(self._window(view).prior, view) for view in views) / len(views)
+
+    def __call__(
+        self,
+        view: View,
+        state: torch.Tensor | None,
+        prior: torch.Tensor | None,
+        previous: torch.Tensor | None,
+        step: int,
+    ) -> torch.Tensor:
+        """See ``Estimator``."""
+        given = (_seen(x, view) for x in (state, prior, previous))
+        p = mirror(self.chain.estimate(self._window(view), *given, step), view)
+        self.tick()
+        return p
+
+
+class VolumeEstimator:
+    """Network passes on all tiles, blended: a state of the whole volume is the same for all of them.
+
+    Args:
+        chain: of the network.
+        data: padded case, (C, *spatial).
+        tiles: see ``make_tiles``.
+        blend: makes an empty ``Blend``.
+        device: of the network.
+        tick: called after every pass.
+    """
+
+    def __init__(
+        self,
+        chain: Chain,
+        data: torch.Tensor,
+        tiles: list[Tile],
+        blend: Callable[[], Blend],
+        device: torch.device,
+        tick: Callable[[], None],
+    ):
+        self.chain, self.data, self.tiles = chain, data, tiles
+        self.blend, self.device, self.tick = blend, device, tick
+
+    def _tile(self, x: torch.Tensor | None, tile: Tile) -> torch.Tensor | None:
+        return None if x is None else x[0][tile.index][None].to(self.device)
+
+    def prior(self, views: Sequence[View]) -> torch.Tensor | None:
+        """See ``Estimator``."""
+        if not self.chain.has_prior:
+            return None
+        blend = self.blend()
+        for tile in self.tiles:
+            estimator = TileEstimator(self.chain, self._tile(self.data[None], tile), lambda: None)
+            blend.add(tile, estimator.prior(views))
+        return blend.mean()
+
+    def __call__(
+        self,
+        view: View,
+        state: torch.Tensor | None,
+        prior: torch.Tensor | None,
+        previous: torch.Tensor | None,
+        step: int,
+    ) -> torch.Tensor:
+        """See ``Estimator``."""
+        blend = self.blend()
+        for tile in self.tiles:
+            estimator = TileEstimator(self.chain, self._tile(self.data[None], tile), self.tick)
+            blend.add(tile, estimator(view, *(self._tile(x, tile) for x in (state, prior, previous)), step))
+        return blend.mean()
+
+
+def same_labels(a: torch.Tensor, b: torch.Tensor, sigmoid: bool) -> bool:
+    """Whether two masks (1, K, *spatial) of probabilities have the same label map."""
+    if sigmoid:
+        return torch.equal(a > 0.5, b > 0.5)
+    return torch.equal(a.argmax(1), b.argmax(1))
+
+
+def run_chain(
+    chain: Chain, estimator: Estimator, schedule: Schedule, noise: BoxNoise, exit_if: Callable | None = None
+) -> Iterator[torch.Tensor]:
+    """Run one chain and yield the estimate of every step, (1, K, *spatial).
+
+    The estimate of a step is the mean of each view's latest estimate, so every view counts once.
+
+    Args:
+        chain: of the network.
+        estimator: of a tile or of the volume.
+        schedule: views of every step.
+        noise: of the tile or the volume.
+        exit_if: called with the last two estimates; the chain ends if it returns True.
+    """
+    views = list(dict.fromkeys(view for step in schedule for view in step))
+    prior = estimator.prior(views)
+    state = chain.start(prior, noise)
+    latest: dict[View, torch.Tensor] = {}
+    previous = None
+    for step, seen in enumerate(schedule):
+        for view in seen:
+            latest[view] = estimator(view, state, prior, previous, step)
+        estimate = sum(latest.values()) / len(latest)
+        yield estimate
+        if step + 1 == len(schedule) or (exit_if and previous is not None and exit_if(previous, estimate)):
+            return
+        state = chain.advance(state, estimate, prior, step, noise)
+        previous = estimate
