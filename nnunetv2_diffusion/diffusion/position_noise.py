@@ -52,7 +52,7 @@ class PositionNoise:
     def __init__(self, seed: int, draw: Sequence[int], device: torch.device):
         key = splitmix64(seed)
         for part in draw:
-            key = splitmix64(key ^ splitmix64(part))
+            key = splitmix64(key ^ part)
         self.key = _signed(key)
         self.device = device
 

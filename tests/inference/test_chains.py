@@ -1,0 +1,197 @@
+"""Laws of chains taken apart, and of the loop that puts them together."""
+
+import pytest
+import torch
+
+from nnunetv2_diffusion.diffusion import GaussianDiffusion, SamplingConfig, linear_beta_schedule
+from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, SinglePass, Window, make_chain
+from nnunetv2_diffusion.inference.sliding_window import (
+    Blend,
+    Tile,
+    TileEstimator,
+    VolumeEstimator,
+    make_tiles,
+    run_chain,
+)
+from nnunetv2_diffusion.inference.views import mirror, mirror_views, schedules
+
+CPU = torch.device("cpu")
+VIEWS = mirror_views((0, 1, 2))
+
+
+def box(size, channels=2, start=(0, 0, 0), sample=0):
+    return BoxNoise(0, sample, channels, start, size, False, CPU)
+
+
+class Counting(Chain):
+    """Estimates that tell what they were given: the image's first channel, the step and the state."""
+
+    steps = 4
+
+    def __init__(self, estimate):
+        self.function, self.given = estimate, []
+
+    def look(self, image):
+        return Window(image)
+
+    def start(self, prior, noise):
+        return noise.normal(0)
+
+    def estimate(self, window, state, prior, previous, step):
+        self.given.append((step, state, previous))
+        return self.function(window.image, state, step)
+
+    def advance(self, state, estimate, prior, step, noise):
+        return state + noise.normal(step + 1)
+
+
+def classes(image):
+    """Probabilities that follow the image, whatever its view."""
+    p = image[:, :1].sigmoid()
+    return torch.cat([p, 1 - p], 1)
+
+
+def run(chain, image, schedule, **kwargs):
+    return list(run_chain(chain, TileEstimator(chain, image, lambda: None), schedule, box(image.shape[2:]), **kwargs))
+
+
+@pytest.mark.parametrize("tta", ["none", "full", "interleaved"])
+def test_views_are_turned_back(tta):
+    image = torch.randn(1, 1, 4, 5, 6)
+    for schedule in schedules(tta, VIEWS, 4):
+        for estimate in run(Counting(lambda x, state, step: classes(x)), image, schedule):
+            torch.testing.assert_close(estimate, classes(image))
+
+
+def test_the_state_is_mirrored_with_the_image():
+    image = torch.randn(1, 1, 4, 5, 6)
+    expected = box((4, 5, 6)).normal(0).softmax(1)
+    for view in VIEWS:
+        first = run(Counting(lambda x, state, step: state.softmax(1)), image, [[view]] * 4)[0]
+        torch.testing.assert_close(first, expected)
+
+
+def test_every_view_counts_once_with_its_latest_estimate():
+    image, order = torch.zeros(1, 1, 2, 2, 2), iter(range(100))
+    chain = Counting(lambda x, state, step: torch.full((1, 2, 2, 2, 2), float(next(order))))
+    found = run(chain, image, [[()], [(0,)], [()], [(0,)]])
+    assert [float(e.mean()) for e in found] == [0.0, 0.5, 1.5, 2.5]
+
+
+def test_the_chain_goes_on_from_the_mean_estimate_and_passes_it_on():
+    image = torch.zeros(1, 1, 2, 2, 2)
+    chain = Counting(lambda x, state, step: torch.full((1, 2, 2, 2, 2), float(step)))
+    run(chain, image, [[()]] * 4)
+    assert [step for step, _, _ in chain.given] == [0, 1, 2, 3]
+    assert chain.given[0][2] is None
+    assert [float(previous.mean()) for _, _, previous in chain.given[1:]] == [0.0, 1.0, 2.0]
+    noise = box((2, 2, 2))
+    for index, (_, state, _) in enumerate(chain.given):
+        torch.testing.assert_close(state, sum(noise.normal(i) for i in range(index + 1)))
+
+
+def test_a_chain_ends_early_when_told_so():
+    image = torch.zeros(1, 1, 2, 2, 2)
+    chain = Counting(lambda x, state, step: torch.full((1, 2, 2, 2, 2), float(min(step, 1))))
+    found = run(chain, image, [[()]] * 4, exit_if=torch.equal)
+    assert [float(e.mean()) for e in found] == [0.0, 1.0, 1.0]
+
+
+def cover(shape, patch, order=1):
+    """Overlapping tiles of a volume, as nnU-Net would place them, in either order."""
+    starts = [sorted({0, n - p}) for n, p in zip(shape, patch, strict=True)]
+    slicers = [
+        (slice(None), *(slice(s, s + p) for s, p in zip((a, b, c), patch, strict=True)))
+        for a in starts[0]
+        for b in starts[1]
+        for c in starts[2]
+    ]
+    return make_tiles(slicers[::order], (0, 0, 0))
+
+
+def volume(chain, data, tiles, patch):
+    weight = torch.rand(patch, generator=torch.Generator().manual_seed(1)) + 0.1
+    return VolumeEstimator(chain, data, tiles, lambda: Blend(2, data.shape[1:], weight, CPU), CPU, lambda: None)
+
+
+def test_tiles_come_in_one_order():
+    shape, patch = (6, 7, 8), (4, 5, 8)
+    assert cover(shape, patch) == cover(shape, patch, order=-1)
+
+
+def test_a_blend_of_equal_opinions_is_that_opinion():
+    shape, patch = (6, 7, 8), (4, 5, 8)
+    blend = Blend(2, shape, torch.rand(patch) + 0.01, CPU)
+    values = torch.randn(2, *shape)
+    for tile in cover(shape, patch):
+        blend.add(tile, values[tile.index][None])
+    torch.testing.assert_close(blend.mean()[0], values)
+
+
+@pytest.mark.parametrize("tta", ["none", "interleaved"])
+def test_a_volume_of_one_tile_gives_what_the_tile_gives(tta):
+    data, size = torch.randn(1, 4, 5, 6), (4, 5, 6)
+    tiles = [Tile((slice(None), *(slice(0, n) for n in size)), (0, 0, 0), size)]
+    (schedule,) = schedules(tta, VIEWS, 4)
+
+    def chain():
+        return Counting(lambda x, state, step: (state + classes(x)).softmax(1))
+
+    one = run(chain(), data[None], schedule)
+    many = list(run_chain(chain(), volume(chain(), data, tiles, size), schedule, box(size)))
+    for a, b in zip(one, many, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_state_of_the_volume_is_the_same_for_all_tiles():
+    data, shape, patch = torch.randn(1, 6, 7, 8), (6, 7, 8), (4, 5, 8)
+    chain = Counting(lambda x, state, step: state.softmax(1))
+    found = list(run_chain(chain, volume(chain, data, cover(shape, patch), patch), [[()]] * 2, box(shape)))
+    noise = box(shape)
+    torch.testing.assert_close(found[0], noise.normal(0).softmax(1))
+    torch.testing.assert_close(found[1], (noise.normal(0) + noise.normal(1)).softmax(1))
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_gaussian_chain_told_the_truth_returns_it(make_segmentor, sampler):
+    network = make_segmentor(steps=5, sampler=sampler)
+    truth = torch.nn.functional.one_hot(torch.arange(16 * 20).reshape(1, 16, 20) % 3, 3).movedim(-1, 1).float()
+    network.denoise = network._run = lambda *a, **k: 40 * truth - 20
+    chain = make_chain(network, network.sampling, sigmoid=False)
+    noise = BoxNoise(0, 0, 3, (7, 0, 0), (1, 16, 20), True, CPU)
+    image = torch.randn(1, 1, 16, 20)
+    *_, last = run_chain(chain, TileEstimator(chain, image, lambda: None), [[()]] * 5, noise)
+    torch.testing.assert_close(last, truth, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"self_conditioning": True}])
+def test_a_gaussian_chain_is_the_networks_own_given_its_noise(make_segmentor, wake, kwargs):
+    network = wake(make_segmentor(steps=3, **kwargs)).eval()
+    image, noise = torch.randn(1, 1, 16, 20), BoxNoise(0, 0, 3, (0, 0, 0), (1, 16, 20), True, CPU)
+    steps = iter(range(9))
+    with torch.inference_mode():
+        own = [
+            network.probabilities(s.heads[0])
+            for s in network.chain(image, lambda _: noise.normal(next(steps)), network.sampling)
+        ]
+        chain = make_chain(network, network.sampling, sigmoid=False)
+        found = list(run_chain(chain, TileEstimator(chain, image, lambda: None), [[()]] * 3, noise))
+    for a, b in zip(found, own, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_mirroring_of_a_single_pass_is_nnunets_mean_of_views_in_probabilities(make_unet):
+    network = make_unet(deep_supervision=False)
+    image, views = torch.randn(1, 1, 16, 20), mirror_views((0, 1))
+    chain = SinglePass(network, sigmoid=False)
+    with torch.inference_mode():
+        found = [run(chain, image, schedule)[-1] for schedule in schedules("full", views, 1)]
+        expected = [mirror(network(mirror(image, v)).softmax(1), v) for v in views]
+    torch.testing.assert_close(sum(found) / 4, sum(expected) / 4)
+
+
+def test_gaussian_process_of_more_steps_than_trained_is_refused(make_segmentor):
+    network = make_segmentor(timesteps=3, steps=3)
+    with pytest.raises(ValueError, match="4"):
+        make_chain(network, SamplingConfig(4), sigmoid=False)
+    assert GaussianDiffusion(linear_beta_schedule(3)).respace(3).num_timesteps == 3

@@ -1,0 +1,294 @@
+"""The verb predict: folders in, folders out."""
+
+import errno
+import json
+import math
+import os
+import resource
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813, its usual name
+from skimage import io
+from tiny_model import make_model, write_images
+
+from nnunetv2_diffusion import cli
+from nnunetv2_diffusion.inference import cases, export
+
+
+def predict(model, images, out, *options):
+    """Exit status of the verb, without processes of its own."""
+    fixed = ["-m", model, "-i", images, "-o", out, "-device", "cpu", "-npp", 0, "-nps", 0, "--disable_progress_bar"]
+    return cli.main(["predict", *map(str, fixed), *map(str, options)])
+
+
+def contents(folder):
+    """Relative name -> bytes of every file but the records of the call."""
+    records = {"predict_from_raw_data_args.json"}
+    files = {str(f.relative_to(folder)): f for f in folder.rglob("*") if f.is_file() and f.name not in records}
+    return {name: file.read_bytes() for name, file in sorted(files.items()) if not name.endswith(".json")}
+
+
+def geometry(file):
+    image = sitk.ReadImage(str(file))
+    return np.concatenate([image.GetSize(), image.GetSpacing(), image.GetOrigin(), image.GetDirection()])
+
+
+EVERYTHING = (
+    "--samples", "2", "--steps", "3", "--tta", "interleaved", "--seed", "5", "--sampler", "ddim",
+    "--save_uncertainty", "--save_samples", "--save_steps", "--save_probabilities",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def everything(models, images, tmp_path_factory):
+    """Output of all options at once."""
+    out = tmp_path_factory.mktemp("everything") / "out"
+    assert predict(models(), images, out, *EVERYTHING) == 0
+    return out
+
+
+def test_every_file_that_was_asked_for_is_there_and_nothing_else(everything):
+    maps = ("probability_left_part", "probability_right_part", "entropy", "mutual_information", "variance")
+    expected = {"dataset.json", "plans.json", "predict_from_raw_data_args.json"}
+    for case in ("case_0", "case_1"):
+        expected |= {f"{case}.nii.gz", f"{case}.npz", f"{case}.pkl", f"uncertainty/{case}.json"}
+        expected |= {f"uncertainty/{kind}/{case}.nii.gz" for kind in maps}
+        expected |= {f"samples/{i:03d}/{case}.nii.gz" for i in range(2)}
+        expected |= {f"steps/{i:02d}/{case}.nii.gz" for i in (1, 2, 3)}
+    assert {str(f.relative_to(everything)) for f in everything.rglob("*") if f.is_file()} == expected
+
+
+def test_maps_agree_with_nnunets_probabilities_and_with_the_mask(everything):
+    p = np.load(everything / "case_0.npz")["probabilities"]
+    mask = sitk.GetArrayFromImage(sitk.ReadImage(str(everything / "case_0.nii.gz")))
+    read = {
+        f.parent.name: sitk.GetArrayFromImage(sitk.ReadImage(str(f)))
+        for f in (everything / "uncertainty").glob("*/case_0.nii.gz")
+    }
+    np.testing.assert_array_equal(mask, p.argmax(0))
+    np.testing.assert_allclose(read["probability_left_part"], p[1], atol=1e-5)
+    np.testing.assert_allclose(read["entropy"], -(p * np.log(p)).sum(0), atol=1e-4)
+    assert read["mutual_information"].min() >= 0
+    assert read["mutual_information"].max() > 1e-4, "two samples differ somewhere"
+    assert (read["mutual_information"] <= read["entropy"] + 1e-6).all()
+
+
+def test_the_json_of_a_case_tells_of_its_samples(everything):
+    summary = json.loads((everything / "uncertainty" / "case_0.json").read_text())
+    masks = [
+        sitk.GetArrayFromImage(sitk.ReadImage(str(everything / f"samples/{i:03d}/case_0.nii.gz"))) == 1 for i in (0, 1)
+    ]
+    volumes = [m.sum() / 1000 for m in masks]
+    assert summary["volumes"]["left part"]["mean"] == pytest.approx(np.mean(volumes), rel=1e-6)
+    dice = 2 * (masks[0] & masks[1]).sum() / (masks[0].sum() + masks[1].sum())
+    assert summary["pairwise_dice"]["left part"] == pytest.approx(dice)
+    assert summary["passes_per_tile"] == 8
+    assert summary["settings"]["sampling"] == {"steps": 3, "sampler": "ddim", "eta": 0.0, "samples": 2, "seed": 5}
+
+
+def test_the_last_step_is_the_mask(everything):
+    for case in ("case_0", "case_1"):
+        assert (everything / f"steps/03/{case}.nii.gz").read_bytes() == (everything / f"{case}.nii.gz").read_bytes()
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_and_processes_do_not_change_a_byte(models, images, everything, tmp_path, parts):
+    out = tmp_path / "out"
+    for part in range(parts):
+        assert predict(models(), images, out, *EVERYTHING, "-num_parts", parts, "-part_id", part) == 0
+    assert contents(out) == contents(everything)
+
+
+def test_worker_processes_do_not_change_a_byte(models, images, everything, tmp_path):
+    status = predict(models(), images, tmp_path / "out", *EVERYTHING, "-npp", 2, "-nps", 2)
+    assert status == 0
+    assert contents(tmp_path / "out") == contents(everything)
+
+
+def test_continuing_makes_what_is_missing_and_leaves_the_rest(models, images, everything, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(everything, out)
+    (out / "steps/02/case_1.nii.gz").unlink()
+    before = (out / "case_0.nii.gz").stat().st_mtime_ns
+    (out / ".unfinished_case_1").mkdir()
+    (out / ".unfinished_case_1" / "case_1.nii.gz").write_bytes(b"half")
+    assert predict(models(), images, out, *EVERYTHING, "--continue_prediction") == 0
+    assert "1 of 2 cases are finished" in capsys.readouterr().out
+    assert (out / "case_0.nii.gz").stat().st_mtime_ns == before
+    assert contents(out) == contents(everything)
+
+
+def test_an_oblique_anisotropic_volume_keeps_its_geometry(models, tmp_path):
+    c, s = math.cos(0.3), math.sin(0.3)
+    images = write_images(tmp_path / "in", 1, (8, 14, 11), (0.7, 0.8, 2.5), (c, -s, 0, s, c, 0, 0, 0, 1))
+    assert predict(models(), images, tmp_path / "out", "--tta", "none", "--save_uncertainty", "--save_samples") == 0
+    expected = geometry(images / "case_0_0000.nii.gz")
+    found = list((tmp_path / "out").rglob("case_0.nii.gz"))
+    assert len(found) == 7
+    for file in found:
+        np.testing.assert_allclose(geometry(file), expected, atol=1e-6, err_msg=str(file))
+
+
+def test_a_png_gives_maps_in_16_bit_pngs(models, tmp_path):
+    model = models(patch=(12, 8), spacing=(1.0, 1.0), ending=".png", reader="NaturalImage2DIO")
+    (tmp_path / "in").mkdir()
+    image = np.random.default_rng(0).integers(0, 255, (20, 13), dtype=np.uint8)
+    io.imsave(tmp_path / "in" / "case_0000.png", image, check_contrast=False)
+    assert predict(model, tmp_path / "in", tmp_path / "out", "--tta", "none", "--samples", 2, "--save_uncertainty") == 0
+    assert io.imread(tmp_path / "out" / "case.png").shape == (20, 13)
+    entropy = io.imread(tmp_path / "out" / "uncertainty" / "entropy" / "case.png")
+    assert entropy.shape == (20, 13)
+    assert entropy.dtype == np.uint16
+    summary = json.loads((tmp_path / "out" / "uncertainty" / "case.json").read_text())
+    assert summary["map_scales"]["entropy"] == pytest.approx(math.log(3))
+    assert summary["volume_unit"] == "px"
+
+
+def test_regions_have_maps_by_their_names(models, images, tmp_path):
+    model = models("nnUNetTrainerHiDiff", regions=True)
+    assert predict(model, images, tmp_path / "out", "--tta", "none", "--samples", 2, "--save_uncertainty") == 0
+    kinds = {f.name for f in (tmp_path / "out" / "uncertainty").iterdir() if f.is_dir()}
+    assert {"probability_whole", "probability_core"} <= kinds
+    summary = json.loads((tmp_path / "out" / "uncertainty" / "case_0.json").read_text())
+    assert set(summary["volumes"]) == {"whole", "core"}
+
+
+@pytest.mark.parametrize("trainer", ["nnUNetTrainer", "nnUNetTrainerNoDiff"])
+def test_models_without_a_chain_give_masks_and_entropy(models, images, tmp_path, trainer):
+    assert predict(models(trainer), images, tmp_path / "out", "--save_uncertainty") == 0
+    summary = json.loads((tmp_path / "out" / "uncertainty" / "case_0.json").read_text())
+    assert summary["confidence"] is None
+    assert (tmp_path / "out" / "uncertainty" / "entropy" / "case_0.nii.gz").is_file()
+
+
+def test_the_options_of_the_call_are_recorded(everything):
+    record = json.loads((everything / "predict_from_raw_data_args.json").read_text())
+    assert record["samples"] == 2
+    assert record["tta"] == "interleaved"
+
+
+# --- what cannot be done ---------------------------------------------------------------------------------------------
+
+
+def refused(capsys, *arguments):
+    """The message of a call that fails before it writes anything."""
+    assert predict(*arguments) == 1
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--samples", 0), "--samples is 0, expected at least 1"),
+        (("--steps", 2000), "2000"),
+        (("-f", 3), "no checkpoint_final.pth for fold 3; there is checkpoint_final.pth in fold 0"),
+        (("-chk", "checkpoint_best.pth"), "no fold has a checkpoint_best.pth"),
+        (("-num_parts", 2, "-part_id", 2), "-part_id is 2, expected 0 .. 1"),
+        (("-step_size", 0), "-step_size is 0"),
+    ],
+)
+def test_bad_options_are_named_and_nothing_is_written(models, images, tmp_path, capsys, options, words):
+    message = refused(capsys, models(), images, tmp_path / "out", *options)
+    assert words in message
+    assert message.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_must_be_named(images, tmp_path, capsys):
+    assert cli.main(["predict", "-i", str(images), "-o", str(tmp_path / "out"), "-device", "cpu"]) == 1
+    assert "-d and -c missing" in capsys.readouterr().err
+
+
+def test_a_folder_without_a_model_is_named(images, tmp_path, capsys):
+    assert str(tmp_path / "none") in refused(capsys, tmp_path / "none", images, tmp_path / "out")
+
+
+def test_inputs_that_do_not_fit_are_named(models, images, tmp_path, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "no file ends in .nii.gz" in refused(capsys, models(), empty, tmp_path / "out")
+    shutil.copy(images / "case_0_0000.nii.gz", empty / "case_0_0001.nii.gz")
+    assert f"{empty / 'case_0_0000.nii.gz'}: missing" in refused(capsys, models(), empty, tmp_path / "out")
+    shutil.copy(images / "case_0_0000.nii.gz", empty / "case_0_0000.nii.gz")
+    assert "case_0_0001.nii.gz: the model has 1 channels only" in refused(capsys, models(), empty, tmp_path / "out")
+    (empty / "case_0_0001.nii.gz").unlink()
+    (empty / "case_0_0000.nii.gz").write_bytes(b"no image")
+    assert "case_0_0000.nii.gz: cannot be read as an image" in refused(capsys, models(), empty, tmp_path / "out")
+    assert "same folder" in refused(capsys, models(), images, images)
+    assert not (tmp_path / "out").exists()
+
+
+def test_channels_in_different_places_are_named(images, tmp_path):
+    from nnunetv2_diffusion.inference.inputs import InputError, check_headers
+
+    moved = sitk.ReadImage(str(images / "case_0_0000.nii.gz"))
+    moved.SetOrigin((0.0, 0.0, 0.0))
+    sitk.WriteImage(moved, str(tmp_path / "case_0_0001.nii.gz"))
+    with pytest.raises(InputError, match=r"case_0_0001.nii.gz: origin is .* expected \(11.0"):
+        check_headers({"case_0": [images / "case_0_0000.nii.gz", tmp_path / "case_0_0001.nii.gz"]}, ".nii.gz")
+
+
+def test_a_damaged_checkpoint_is_named(images, tmp_path, capsys):
+    model = make_model(tmp_path / "model")
+    (model / "fold_0" / "checkpoint_final.pth").write_bytes(b"damaged")
+    message = refused(capsys, model, images, tmp_path / "out")
+    assert "checkpoint_final.pth: damaged" in message
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_output_is_named(models, images, tmp_path, capsys):
+    (tmp_path / "out").mkdir(mode=0o500)
+    assert f"{tmp_path / 'out'}: cannot be written to" in refused(capsys, models(), images, tmp_path / "out")
+
+
+def test_an_output_that_is_a_file_is_named(models, images, tmp_path, capsys):
+    (tmp_path / "out").write_text("a file")
+    assert f"{tmp_path / 'out'}: cannot be written to" in refused(capsys, models(), images, tmp_path / "out")
+
+
+@pytest.mark.parametrize("what", ["write_map", "write_mask"])
+def test_a_full_disk_leaves_nothing_half_written(models, images, tmp_path, capsys, monkeypatch, what):
+    written = []
+
+    def full(*arguments, **kwargs):
+        written.append(arguments)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(export, what, full)
+    monkeypatch.setattr(cases, what, full, raising=False)
+    message = refused(capsys, models(), images, tmp_path / "out", "--tta", "none", "--save_uncertainty")
+    assert written
+    assert "No space left on device" in message
+    left = {f.name for f in (tmp_path / "out").rglob("*")}
+    assert left == {"dataset.json", "plans.json", "predict_from_raw_data_args.json"}
+
+
+PEAK = """
+import resource, sys
+from nnunetv2_diffusion import cli
+assert cli.main(sys.argv[1:]) == 0
+print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def test_memory_does_not_grow_with_the_number_of_samples(models, tmp_path):
+    """A volume of 8 MB a map, so that three more maps of it would be seen."""
+    images = write_images(tmp_path / "in", 1, (96, 144, 144))
+    peaks = {}
+    for samples in (2, 16):
+        command = [
+            "predict", "-m", models(patch=(96, 144, 144), steps=1), "-i", images, "-o", tmp_path / f"out{samples}",
+            "-device", "cpu", "-npp", 0, "-nps", 0, "--disable_progress_bar", "--tta", "none", "--samples", samples,
+            "--save_uncertainty",
+        ]  # fmt: skip
+        run = subprocess.run(
+            [sys.executable, "-c", PEAK, *map(str, command)], capture_output=True, text=True, check=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        peaks[samples] = int(run.stdout.rsplit("peak", 1)[1])
+    assert peaks[16] <= 1.1 * peaks[2]
+    assert peaks[2] > resource.getpagesize()

@@ -1,0 +1,229 @@
+"""Laws of whole predictions, on tiny networks with random weights."""
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813, its usual name
+import torch
+from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
+
+from nnunetv2_diffusion.inference.cases import draw_case
+from nnunetv2_diffusion.inference.loading import load_predictor
+from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
+from nnunetv2_diffusion.inference.predictor import PassCount
+
+FAMILIES = ["nnUNetTrainerRecycleXT", "nnUNetTrainerSelfCondXt", "nnUNetTrainerHiDiff", "nnUNetTrainerNoDiff"]
+
+
+def load(folder, progress=False, **options):
+    return load_predictor(folder, options=PredictionOptions(**options), progress=progress)
+
+
+def case(shape=(10, 15, 9)):
+    """Preprocessed image, (1, z, y, x)."""
+    return torch.randn(1, *shape, generator=torch.Generator().manual_seed(4))
+
+
+def predict(folder, data=None, edit=None, **options):
+    """Probabilities of every member, and the passes."""
+    predictor, count = load(folder, **options), PassCount()
+    if edit is not None:
+        edit(predictor)
+    members = list(predictor.members(case() if data is None else data, count=count))
+    return [m.steps[-1] for m in members], count
+
+
+def test_probabilities_are_finite_and_sum_to_one(models):
+    for tta in ("none", "full", "interleaved"):
+        (p,), _ = predict(models(), tta=tta)
+        assert p.shape == (3, 10, 15, 9)
+        torch.testing.assert_close(p.sum(0), torch.ones_like(p[0]))
+
+
+@pytest.mark.parametrize("trainer", FAMILIES)
+@pytest.mark.parametrize("aggregate", ["window", "volume"])
+def test_the_order_of_tiles_does_not_change_a_bit(models, trainer, aggregate):
+    def reverse(predictor):
+        slicers = predictor._internal_get_sliding_window_slicers
+        predictor._internal_get_sliding_window_slicers = lambda size: slicers(size)[::-1]
+
+    options = {"tta": "none", "aggregate": aggregate}
+    (p,), count = predict(models(trainer), **options)
+    (q,), _ = predict(models(trainer), edit=reverse, **options)
+    assert count.tiles > 1
+    assert torch.equal(p, q)
+
+
+def test_what_was_predicted_before_does_not_change_a_bit(models):
+    predictor = load(models(), tta="none")
+    first = next(predictor.members(case())).steps[-1]
+    list(predictor.members(case((8, 12, 8))))
+    assert torch.equal(next(predictor.members(case())).steps[-1], first)
+
+
+def test_seeds_and_samples_differ_and_repeat(models):
+    (a, b), _ = predict(models(), samples=2, tta="none")
+    (again, _), _ = predict(models(), samples=2, tta="none")
+    (other,), _ = predict(models(), seed=1, tta="none")
+    assert torch.equal(a, again)
+    assert not torch.equal(a, b)
+    assert not torch.equal(a, other)
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn(models):
+    (one,), _ = predict(models(), tta="none")
+    (first, *_), _ = predict(models(), samples=3, tta="none")
+    assert torch.equal(one, first)
+
+
+@pytest.mark.parametrize("trainer", ["nnUNetTrainer", "nnUNetTrainerNoDiff"])
+def test_a_network_without_a_chain_is_predicted_as_by_nnunet(models, trainer):
+    """One tile, one view: nnU-Net's mean of logits is then that of probabilities."""
+    folder, data = models(trainer), case((8, 12, 8))
+    (p,), _ = predict(folder, data, tta="none")
+    # without Gaussian weights, which nearly vanish in the corners of a tile in nnU-Net's half precision
+    stock = nnUNetPredictor(use_gaussian=False, device=torch.device("cpu"), use_mirroring=False, allow_tqdm=False)
+    stock.initialize_from_trained_model_folder(str(folder), (0,))
+    logits = stock.predict_logits_from_preprocessed_data(data).float()
+    torch.testing.assert_close(p, logits.softmax(0), atol=2e-3, rtol=0)  # nnU-Net computes in half precision
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({"tta": "none", "steps": 5}, 5),
+        ({"tta": "full", "steps": 2}, 16),
+        ({"tta": "interleaved", "steps": 5}, 8),
+        ({"tta": "interleaved", "steps": 9}, 9),
+        ({"tta": "interleaved", "steps": 2, "aggregate": "volume"}, 8),
+    ],
+)
+def test_passes_of_a_tile_are_those_announced(models, options, passes):
+    _, count = predict(models(), **options)
+    assert count.per_tile == passes
+    assert count.passes == count.planned == passes * count.tiles
+
+
+def test_early_exit_saves_passes_and_changes_no_label_if_labels_have_settled(models):
+    def settled(predictor):
+        chain_of = predictor.chain
+
+        def chain():
+            made = chain_of()
+            made.estimate = lambda window, *rest: (
+                torch.cat([window.image.sigmoid()] + [1 - window.image.sigmoid()] * 2, 1) / 2
+            )
+            return made
+
+        predictor.chain = chain
+
+    (p,), count = predict(models(), edit=settled, steps=5, tta="none", early_exit=True)
+    (q,), _ = predict(models(), edit=settled, steps=5, tta="none")
+    assert count.per_tile == 2
+    assert count.planned == 5 * count.tiles
+    torch.testing.assert_close(p, q)
+
+
+def test_every_step_can_be_kept_and_the_last_is_the_result(models):
+    predictor = load(models(), steps=4, tta="none", save_steps=True)
+    (member,) = predictor.members(case())
+    (result,), _ = predict(models(), steps=4, tta="none")
+    assert len(member.steps) == 4
+    assert torch.equal(member.steps[-1], result)
+    assert not torch.equal(member.steps[0], member.steps[1])
+
+
+def test_folds_are_members_with_their_own_weights(models):
+    found, count = predict(models(folds=2), samples=2, tta="none")
+    assert count.members == len(found) == 4
+    alone = load_predictor(models(folds=2), folds=[1], options=PredictionOptions(samples=2, tta="none"), progress=False)
+    expected = [m.steps[-1] for m in alone.members(case())]
+    assert torch.equal(found[2], expected[0])
+    assert torch.equal(found[3], expected[1])
+
+
+def test_no_steps_give_the_mask_of_hidiffs_segmentor(models):
+    predictor = load(models("nnUNetTrainerHiDiff"), steps=0, tta="none")
+    (p,) = (m.steps[-1] for m in predictor.members(case((8, 12, 8))))
+    with torch.inference_mode():
+        logits = predictor.network.segmentor(case((8, 12, 8))[None]).logits[0]
+    torch.testing.assert_close(p, logits.softmax(0))
+
+
+@pytest.mark.parametrize("trainer", ["nnUNetTrainerRecycleXT", "nnUNetTrainerHiDiff"])
+def test_regions_are_independent_heads(models, trainer):
+    (p,), _ = predict(models(trainer, regions=True), tta="interleaved")
+    assert p.shape[0] == 2
+    assert p.min() >= 0
+    assert p.max() <= 1
+    assert (p.sum(0) - 1).abs().max() > 0.01
+
+
+def test_a_2d_network_goes_through_the_slices_of_a_volume(models):
+    folder = models(patch=(12, 8), spacing=(1.0, 1.0))
+    for options in ({"tta": "full"}, {"tta": "interleaved", "aggregate": "volume"}):
+        (p,), count = predict(folder, **options)
+        assert p.shape == (3, 10, 15, 9)
+        assert count.tiles % 10 == 0
+        assert torch.isfinite(p).all()
+
+
+def test_slices_of_a_2d_network_see_different_noise(models):
+    predictor = load(models(patch=(12, 8), spacing=(1.0, 1.0)), tta="none")
+    same = case()[:, :1].expand(-1, 10, -1, -1).contiguous()
+    p = next(predictor.members(same)).steps[-1]
+    assert not torch.equal(p[:, 0], p[:, 1])
+
+
+def test_statistics_of_a_case_are_those_of_its_members(models, tmp_path):
+    predictor = load(models(), samples=3, tta="none")
+    result = draw_case(predictor, case(), folder=tmp_path)
+    members = torch.stack([m.steps[-1] for m in predictor.members(case())]).double()
+    torch.testing.assert_close(result.moments.mean().double(), members.mean(0), atol=1e-6, rtol=0)
+    torch.testing.assert_close(result.moments.variance().double(), members.var(0, False).mean(0), atol=1e-6, rtol=0)
+    labels = members.argmax(1)
+    for index, label in enumerate((1, 2)):
+        expected = [(labels[i] == label).sum().item() for i in range(3)]
+        np.testing.assert_array_equal(result.counts.voxels[index], expected)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("trainer", "options", "words"),
+    [
+        ("nnUNetTrainerNoDiff", {"samples": 2}, "samples 2.*no diffusion process"),
+        ("nnUNetTrainer", {"steps": 3}, "steps 3.*no diffusion process"),
+        ("nnUNetTrainerRecycleXT", {"steps": 0}, "--steps is 0"),
+        ("nnUNetTrainerRecycleXT", {"steps": 5000}, "5000"),
+        ("nnUNetTrainerHiDiff", {"steps": 11}, "11"),
+        ("nnUNetTrainerHiDiff", {"steps": 0, "samples": 4}, "samples 4.*segmentor alone"),
+    ],
+)
+def test_options_that_a_model_cannot_follow_are_refused(models, trainer, options, words):
+    with pytest.raises(OptionError, match=words):
+        load(models(trainer), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"samples": 0}, "--samples is 0, expected at least 1"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"tta": "half"}, "--tta is 'half', expected one of"),
+        ({"sampler": "euler"}, "--sampler is 'euler'"),
+        ({"early_exit": True, "aggregate": "volume"}, "--early_exit"),
+    ],
+)
+def test_values_out_of_range_are_refused(options, words):
+    with pytest.raises(OptionError, match=words):
+        PredictionOptions(**options)
+
+
+def test_settings_come_from_option_environment_and_plans_in_this_order(models, monkeypatch):
+    assert load(models(steps=3)).sampling.steps == 3
+    monkeypatch.setenv("nnUNet_diffusion_steps", "4")
+    assert load(models(steps=3)).sampling.steps == 4
+    assert load(models(steps=3), steps=6).sampling.steps == 6
+
+
+def test_images_of_the_tests_are_larger_than_the_patch(images):
+    assert sitk.ReadImage(str(images / "case_0_0000.nii.gz")).GetSize() == (9, 15, 10)
