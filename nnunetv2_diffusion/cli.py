@@ -12,6 +12,9 @@ from nnunetv2_diffusion import __version__
 VERBS = {
     "doctor": ("nnunetv2_diffusion.doctor", "check this installation, and say what to type where something is wrong"),
     "predict": ("nnunetv2_diffusion.inference.predict", "predict as nnU-Net does, with samples and uncertainty"),
+    "evaluate": ("nnunetv2_diffusion.evaluation.evaluate", "score predictions, with surface distances and calibration"),
+    "compare": ("nnunetv2_diffusion.evaluation.compare", "compare predictions of the same cases, with paired tests"),
+    "analyse": ("nnunetv2_diffusion.analysis.analyse", "study steps, samples and mirrors of a trained model"),
     "pack": ("nnunetv2_diffusion.packing", "store a binarised HiDiff checkpoint with 1-bit weights"),
     "unpack": ("nnunetv2_diffusion.packing", "make a checkpoint for nnU-Net's predictor from a packed one"),
 }

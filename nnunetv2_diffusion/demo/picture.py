@@ -3,35 +3,16 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("agg")
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from matplotlib.axes import Axes
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunetv2_diffusion.diffusion import ContentNoise, SamplingConfig
 from nnunetv2_diffusion.diffusion.noise import content_hash
+from nnunetv2_diffusion.drawing import overlay
 from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
-
-COLOURS = plt.get_cmap("tab10")
-
-
-def _overlay(axes: Axes, image: np.ndarray, labels: np.ndarray, title: str) -> None:
-    """Grey image (rows, columns) under coloured outlines and fills of labels (rows, columns)."""
-    low, high = np.percentile(image, [1, 99])
-    axes.imshow(image, cmap="gray", vmin=low, vmax=high)
-    for label in range(1, int(labels.max()) + 1):
-        mask = labels == label
-        colour = COLOURS(label - 1)
-        axes.imshow(np.ma.masked_where(~mask, mask), cmap=matplotlib.colors.ListedColormap([colour]), alpha=0.35)
-        if mask.any() and not mask.all():
-            axes.contour(mask, levels=[0.5], colors=[colour], linewidths=1)
-    axes.set_title(title, fontsize=8)
-    axes.axis("off")
 
 
 def reverse_steps(
@@ -137,11 +118,11 @@ def draw_case(
     for axes in grid.flat:
         axes.axis("off")
     for axes, (name, mask) in zip(grid[0], first, strict=False):
-        _overlay(axes, image[index], mask[index], name)
+        overlay(axes, image[index], mask[index], name)
     for column, (t, noisy, step_labels) in enumerate(found):
         grid[1, column].imshow(noisy, cmap="gray", vmin=-1, vmax=1)
         grid[1, column].set_title(f"network input, t = {t}", fontsize=8)
-        _overlay(grid[2, column], patch, step_labels, f"estimate, step {column + 1} of {len(found)}")
+        overlay(grid[2, column], patch, step_labels, f"estimate, step {column + 1} of {len(found)}")
     figure.suptitle(truth.name, fontsize=9)
     figure.tight_layout()
     figure.savefig(file, dpi=130)

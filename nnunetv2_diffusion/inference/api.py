@@ -2,16 +2,14 @@
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
-from nnunetv2_diffusion.inference.cases import describe, draw_case, uncertainty_maps
-from nnunetv2_diffusion.inference.export import bounded_logits
+from nnunetv2_diffusion.inference.cases import describe, draw_case, final_mask, uncertainty_maps
 from nnunetv2_diffusion.inference.inputs import InputError
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.maps import to_original_geometry
@@ -93,7 +91,7 @@ def predict_image(
     kept: list[np.ndarray] = []
 
     def keep(member: Member, number: int) -> None:
-        kept.append(_mask(model, member.steps[-1], properties))
+        kept.append(final_mask(model, member.steps[-1], properties))
 
     with tempfile.TemporaryDirectory() as folder:
         result = draw_case(model, data, "image", Path(folder), keep if keep_samples else None)
@@ -104,7 +102,11 @@ def predict_image(
     spacing = tuple(float(s) for s in properties["spacing"])
     summary = describe(model, "image", data, properties, result)
     return Prediction(
-        _mask(model, result.moments.mean(), properties), dict(zip(maps, stacked, strict=True)), kept, spacing, summary
+        final_mask(model, result.moments.mean(), properties),
+        dict(zip(maps, stacked, strict=True)),
+        kept,
+        spacing,
+        summary,
     )
 
 
@@ -113,15 +115,7 @@ def _set_options(model: DiffusionPredictor, options: dict[str, Any]) -> None:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise TypeError(f"predict_image has no option {unknown[0]}; known are {', '.join(known)}")
-    model.options = replace(PredictionOptions(), **options)
-    model.prepare()
-
-
-def _mask(model: DiffusionPredictor, p: torch.Tensor, properties: dict[str, Any]) -> np.ndarray:
-    logits = bounded_logits(p, model.label_manager.has_regions)
-    return convert_predicted_logits_to_segmentation_with_correct_shape(
-        logits, model.plans_manager, model.configuration_manager, model.label_manager, properties, num_threads_torch=1
-    )
+    model.set_options(PredictionOptions(**options))
 
 
 def _preprocess(

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
 from nnunetv2_diffusion.inference.export import (
     SAMPLES,
@@ -112,6 +113,15 @@ class CasePredictor:
 def model_files(predictor: DiffusionPredictor) -> ModelFiles:
     """What export needs of a predictor's model."""
     return ModelFiles(predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json)
+
+
+def final_mask(predictor: DiffusionPredictor, p: torch.Tensor, properties: dict[str, Any]) -> np.ndarray:
+    """Labels in the geometry of the image, as nnU-Net's export makes them from probabilities (K, *spatial)."""
+    mask = convert_predicted_logits_to_segmentation_with_correct_shape(
+        bounded_logits(p, predictor.label_manager.has_regions), predictor.plans_manager,
+        predictor.configuration_manager, predictor.label_manager, properties, num_threads_torch=1,
+    )  # fmt: skip
+    return np.asarray(mask)
 
 
 def uncertainty_maps(predictor: DiffusionPredictor, result: CaseResult) -> dict[str, np.ndarray]:

@@ -14,8 +14,9 @@ import torch
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunetv2_diffusion.inference.maps import check_map_writer, to_original_geometry, write_map
+from nnunetv2_diffusion.inference.maps import check_map_writer, check_whole, to_original_geometry, write_map
 from nnunetv2_diffusion.inference.running import map_limits
+from nnunetv2_diffusion.inference.sample_statistics import SCALES_DEFINITION
 
 MIN_PROBABILITY = 1e-6
 UNCERTAINTY = "uncertainty"
@@ -102,6 +103,8 @@ def write_mask(logits: np.ndarray, target: Path, properties: dict[str, Any], mod
         logits, properties, model.configuration_manager, model.plans_manager, model.dataset_json, str(target), npz,
         num_threads_torch=1,
     )  # fmt: skip
+    # on a full disk, SimpleITK writes a part of the file and reports success
+    check_whole(Path(f"{target}{model.ending}"), int(np.prod(properties["shape_before_cropping"])))
 
 
 def write_maps(case: CaseExport, model: ModelFiles) -> dict[str, float | None]:
@@ -127,8 +130,10 @@ def export_case(case: CaseExport, model: ModelFiles) -> None:
         case.work.mkdir(parents=True, exist_ok=True)
         scales = write_maps(case, model) if case.maps is not None else {}
         if case.summary is not None:
-            if any(scale is not None for scale in scales.values()):
+            scales = {kind: scale for kind, scale in scales.items() if scale is not None}
+            if scales:
                 case.summary["map_scales"] = scales
+                case.summary["definitions"] = {**case.summary["definitions"], **SCALES_DEFINITION}
             file = case.work / UNCERTAINTY / f"{case.name}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(case.summary, indent=2))

@@ -150,12 +150,11 @@ def write_map(
 ) -> float | None:
     """Write one float map to a file with the input's geometry, whole or not at all. An existing file is replaced.
 
-    NIfTI, NRRD, MetaImage, GIPL and TIFF hold float32; PNG holds 16-bit grey values, round(map / scale * 65535). Next
-    to a 3D TIFF comes the JSON with its spacing that nnU-Net's reader looks for.
+    PNG holds 16-bit grey values, round(map / scale * 65535), the others float32. A 3D TIFF gets a JSON with spacing.
 
     Args:
         array: (x, y, z), axes and shape of nnU-Net's reader; of 2D images x is 1.
-        path: its ending is one of ``check_map_writer``. A missing folder is made.
+        path: with the ending of ``check_map_writer``. A missing folder is made.
         properties: what nnU-Net's reader returned for the image.
         reader_writer_class: ``plans_manager.image_reader_writer_class``.
         scale: for PNG, the value that becomes 65535; the map's maximum (1 where that is 0) if it is not given.
@@ -164,31 +163,30 @@ def write_map(
         The scale of a PNG, None for files that hold the values themselves.
 
     Raises:
-        MapWriterError: the class or the ending is not supported.
-        ValueError: the array has a wrong shape, or values that the file cannot hold, naming the path.
-        OSError: the file cannot be written, naming the path; nothing is left of it.
+        MapWriterError, ValueError: unknown class or ending; wrong shape, or values that the file cannot hold.
+        OSError: the file cannot be written; names the path, and nothing is left of it.
     """
     path = Path(path)
-    endings, write = _writer(reader_writer_class)
-    ending = next((path.name[-len(end) :] for end in endings if path.name.lower().endswith(end)), None)
-    if ending is None:
-        raise MapWriterError(f"{path}: float maps with {reader_writer_class.__name__} end in {', '.join(endings)}")
+    ending, write = _writer_of_file(reader_writer_class, path)
     if array.ndim != 3:
         raise ValueError(f"{path}: the map has shape {array.shape}, expected (x, y, z)")
     array = np.asarray(array, np.float32)
-    if ending.lower() == ".png":
+    if grey := ending.lower() == ".png":
         array, scale = _as_grey(array, scale, path)
-    else:
-        scale = None
     with written_whole(path, ending) as part:
         try:
             write(array, part, properties)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        if write is _write_tiff3d:  # where nnU-Net's reader looks for the spacing
-            with written_whole(path.with_suffix(".json"), ".json") as companion:
-                save_json({"spacing": [float(s) for s in properties["spacing"]]}, str(companion))
-    return scale
+        if write is _write_tiff3d:
+            _write_spacing(path, properties)
+    return scale if grey else None
+
+
+def _write_spacing(path: Path, properties: dict[str, Any]) -> None:
+    """The file in which nnU-Net's reader looks for the spacing of a 3D TIFF."""
+    with written_whole(path.with_suffix(".json"), ".json") as part:
+        save_json({"spacing": [float(s) for s in properties["spacing"]]}, str(part))
 
 
 def _as_grey(array: np.ndarray, scale: float | None, path: Path) -> tuple[np.ndarray, float]:
@@ -316,3 +314,12 @@ def _writer(reader_writer_class: type) -> tuple[tuple[str, ...], Writer]:
         f"reader/writer class {reader_writer_class.__name__} is not known to write float maps; "
         f"expected {', '.join(known.__name__ for known in WRITERS)}"
     )
+
+
+def _writer_of_file(reader_writer_class: type, path: Path) -> tuple[str, Writer]:
+    """The ending of a file, as it is spelt there, and what writes it."""
+    endings, write = _writer(reader_writer_class)
+    for ending in endings:
+        if path.name.lower().endswith(ending):
+            return path.name[-len(ending) :], write
+    raise MapWriterError(f"{path}: float maps with {reader_writer_class.__name__} end in {', '.join(endings)}")

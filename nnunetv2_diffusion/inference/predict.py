@@ -44,16 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_own_options(parser)
 
 
-def _processes(variable: str) -> int:
-    """nnU-Net's default for -npp and -nps."""
-    return int(os.environ.get(variable) or 3)
-
-
-def _add_host_options(parser: argparse.ArgumentParser) -> None:
-    host = parser.add_argument_group("as in nnUNetv2_predict")
-    add = host.add_argument
-    add("-i", required=True, type=Path, metavar="DIR", help="images, <case>_0000<ending>")
-    add("-o", required=True, type=Path, metavar="DIR", help="output folder")
+def add_model_options(parser: argparse._ActionsContainer) -> None:
+    """Which trained model, in nnU-Net's words; see ``model_folder``."""
+    add = parser.add_argument
     add("-d", metavar="DATASET", help="name or id")
     add("-c", metavar="CONFIGURATION", help="2d, 3d_fullres, ...")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans; default nnUNetPlans")
@@ -61,6 +54,19 @@ def _add_host_options(parser: argparse.ArgumentParser) -> None:
     add("-m", type=Path, metavar="DIR", help="folder of a trained model, instead of -d -c -p -tr")
     add("-f", nargs="+", metavar="FOLD", help="folds to average; default: all that were trained")
     add("-chk", default="checkpoint_final.pth", metavar="FILE", help="name of the checkpoint")
+
+
+def _processes(variable: str) -> int:
+    """nnU-Net's default for -npp and -nps."""
+    return int(os.environ.get(variable) or 3)
+
+
+def _add_host_options(parser: argparse.ArgumentParser) -> None:
+    host = parser.add_argument_group("as in nnUNetv2_predict")
+    add_model_options(host)
+    add = host.add_argument
+    add("-i", required=True, type=Path, metavar="DIR", help="images, <case>_0000<ending>")
+    add("-o", required=True, type=Path, metavar="DIR", help="output folder")
     add("-step_size", type=float, default=0.5, help="of the sliding window, in parts of the patch")
     add("-device", default="cuda", choices=("cuda", "cpu", "mps"))
     add("-npp", type=int, default=_processes("nnUNet_npp"), help="processes for preprocessing, 0 for none")

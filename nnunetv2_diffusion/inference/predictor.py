@@ -18,6 +18,7 @@ from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, make_chain
 from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
 from nnunetv2_diffusion.inference.sliding_window import (
     Blend,
+    OverlapMeter,
     Tile,
     TileEstimator,
     VolumeEstimator,
@@ -89,7 +90,17 @@ class DiffusionPredictor(nnUNetPredictor):
             super().__init__(*args, **kwargs)
         self.options = options
         self.sampling: SamplingConfig | None = None
+        self.meter: OverlapMeter | None = None  # set to measure how tiles disagree where they overlap
         self.results_device = self.device if self.perform_everything_on_device else torch.device("cpu")
+
+    def set_options(self, options: PredictionOptions) -> None:
+        """Change what is asked for.
+
+        Raises:
+            OptionError: if the model cannot do it.
+        """
+        self.options = options
+        self.prepare()
 
     def prepare(self) -> None:
         """Check the options against the model that was loaded.
@@ -124,7 +135,8 @@ class DiffusionPredictor(nnUNetPredictor):
         weight = compute_gaussian(tuple(patch), sigma_scale=1.0 / 8, value_scaling_factor=10, device=device)
         weight = weight if self.use_gaussian else torch.ones_like(weight)
         heads = self.label_manager.num_segmentation_heads
-        return Canvas(data, tiles, padding, revert, partial(Blend, heads, data.shape[1:], weight, device))
+        blend = partial(Blend, heads, data.shape[1:], weight, device, self.meter)
+        return Canvas(data, tiles, padding, revert, blend)
 
     @torch.inference_mode()
     def members(self, image: torch.Tensor, name: str = "", count: PassCount | None = None) -> Iterator[Member]:

@@ -73,7 +73,6 @@ class RunningMoments:
         self.count += 1
         probabilities = probabilities.to(self._mean.device)
         for mean, head in zip(self._mean, probabilities, strict=True):  # views: the updates are in place
-            head = head.float()
             before = head - mean
             mean += before / self.count
             self._squares += before * (head - mean)
@@ -102,9 +101,12 @@ class RunningMoments:
         return entropy_of(self._mean, self.regions)
 
     def expected_entropy(self) -> torch.Tensor:
-        """Mean over samples of their entropy in nats, (*spatial): what samples agree to be uncertain about."""
+        """Mean over samples of their entropy in nats, (*spatial): what samples agree to be uncertain about.
+
+        As the mean, it is to be copied before more is added.
+        """
         self._not_empty()
-        return self._entropy.clone()
+        return self._entropy
 
     def mutual_information(self) -> torch.Tensor:
         """Entropy of the mean minus mean entropy in nats, (*spatial): how far samples disagree. 0 for one sample.

@@ -19,17 +19,24 @@ DEFINITIONS = {
     "mean_pairwise_dice": "mean of pairwise_dice over the labels",
     "confidence": "mean_pairwise_dice: 1 if all samples agree",
 }
+SCALES_DEFINITION = {"map_scales": "value of a map = grey value / 65535 * scale"}
 ONE_SAMPLE = "one sample: sd, pairwise Dice and confidence are not defined"
 
 
 def foreground_labels(dataset_json: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> values of every label or region of a dataset.json but for background and ignore."""
+    """Name -> values of every label or region of a dataset.json but for background and ignore, in the order of heads.
+
+    As in nnU-Net's label manager, heads follow the values of labels, and the order of the file for regions.
+    """
     values = {
         name: tuple(int(v) for v in (value if isinstance(value, list | tuple) else [value]))
         for name, value in dataset_json["labels"].items()
         if name != "ignore"
     }
-    return {name: value for name, value in values.items() if set(value) != {0}}
+    foreground = [(name, value) for name, value in values.items() if set(value) != {0}]
+    if all(len(value) == 1 for value in values.values()):
+        foreground.sort(key=lambda item: item[1])
+    return dict(foreground)
 
 
 @dataclass(frozen=True)
@@ -281,18 +288,17 @@ def case_summary(
         map_scales: kind of map -> what ``write_map`` returned, for maps in 16-bit images.
 
     Returns:
-        case, samples, volume_unit ("ml" or "px"), volumes (label -> mean, sd, percentile_5, percentile_95),
-        pairwise_dice (label -> value), mean_pairwise_dice, confidence, definitions, notes, settings, and map_scales
-        where a map has one. What is not defined is None.
+        The keys below; volumes: label -> mean, sd, percentile_5, percentile_95. What is not defined is None.
     """
     size, unit = volume_unit(shape, spacing)
     dice = counts.pairwise_dice()
     scales = {kind: scale for kind, scale in (map_scales or {}).items() if scale is not None}
+    volumes = {name: _spread(n * size) for name, n in zip(counts.names, counts.voxels, strict=True)}
     summary = {
         "case": case,
         "samples": counts.samples,
         "volume_unit": unit,
-        "volumes": {name: _spread(n * size) for name, n in zip(counts.names, counts.voxels, strict=True)},
+        "volumes": volumes,
         "pairwise_dice": dict(zip(counts.names, dice, strict=True)),
         "mean_pairwise_dice": dice.mean(),
         "confidence": dice.mean(),
@@ -301,6 +307,5 @@ def case_summary(
         "settings": settings or {},
     }
     if scales:
-        summary["map_scales"] = scales
-        summary["definitions"] = {**DEFINITIONS, "map_scales": "value of a map = grey value / 65535 * scale"}
+        summary |= {"map_scales": scales, "definitions": DEFINITIONS | SCALES_DEFINITION}
     return json_ready(summary)

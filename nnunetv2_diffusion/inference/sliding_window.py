@@ -45,6 +45,37 @@ def make_tiles(slicers: Sequence[tuple], padding: Sequence[int]) -> list[Tile]:
     return sorted(tiles, key=lambda tile: tile.start)
 
 
+class OverlapMeter:
+    """How often tiles disagree on a label where they overlap; counts start again with every blend.
+
+    Args:
+        sigmoid: heads are regions.
+    """
+
+    def __init__(self, sigmoid: bool):
+        self.sigmoid = sigmoid
+        self.compared = self.differing = 0
+
+    def start(self, spatial: Sequence[int]) -> None:
+        """Forget what was counted."""
+        self.labels = torch.full(tuple(spatial), -1, dtype=torch.int16)
+        self.compared = self.differing = 0
+
+    def add(self, tile: Tile, values: torch.Tensor) -> None:
+        """Compare a tile (K, *tile) with those before it, where either sees foreground."""
+        labels = hard_labels(values[None], self.sigmoid)[0].cpu()
+        before = self.labels[tile.index[1:]]
+        counts = (before >= 0) & ((before > 0) | (labels > 0))
+        self.compared += int(counts.sum())
+        self.differing += int((counts & (before != labels)).sum())
+        self.labels[tile.index[1:]] = labels
+
+    @property
+    def disagreement(self) -> float | None:
+        """Share of the compared voxels that differ; None if nothing overlaps."""
+        return self.differing / self.compared if self.compared else None
+
+
 class Blend:
     """Weighted mean of what tiles say, in float32.
 
@@ -53,9 +84,20 @@ class Blend:
         spatial: shape of the padded case.
         weight: of each voxel of a tile.
         device: of the sums.
+        meter: is shown every tile.
     """
 
-    def __init__(self, channels: int, spatial: Sequence[int], weight: torch.Tensor, device: torch.device):
+    def __init__(
+        self,
+        channels: int,
+        spatial: Sequence[int],
+        weight: torch.Tensor,
+        device: torch.device,
+        meter: OverlapMeter | None = None,
+    ):
+        self.meter = meter
+        if meter is not None:
+            meter.start(spatial)
         self.total = torch.zeros((channels, *spatial), device=device)
         self.norm = torch.zeros(tuple(spatial), device=device)
         self.weight = weight.to(device).float()
@@ -64,6 +106,8 @@ class Blend:
         """Add what a tile says, (1, K, *tile)."""
         self.total[tile.index] += values[0].to(self.total.device).float() * self.weight
         self.norm[tile.index[1:]] += self.weight
+        if self.meter is not None:
+            self.meter.add(tile, values[0])
 
     def mean(self) -> torch.Tensor:
         """(1, K, *spatial). The blend is used up."""
@@ -181,6 +225,14 @@ class VolumeEstimator:
             estimator = TileEstimator(self.chain, self._tile(self.data[None], tile), self.tick)
             blend.add(tile, estimator(view, *(self._tile(x, tile) for x in (state, prior, previous)), step))
         return blend.mean()
+
+
+def hard_labels(p: torch.Tensor, sigmoid: bool) -> torch.Tensor:
+    """Label map (1, *spatial), int16, of probabilities (1, K, *spatial); for regions a number for each combination."""
+    if not sigmoid:
+        return p.argmax(1).to(torch.int16)
+    bits = 2 ** (torch.arange(p.shape[1], device=p.device) % 15)
+    return ((p > 0.5) * bits.reshape(1, -1, *[1] * (p.ndim - 2))).sum(1).to(torch.int16)
 
 
 def same_labels(a: torch.Tensor, b: torch.Tensor, sigmoid: bool) -> bool:

@@ -1,0 +1,1 @@
+"""Studies of a trained model on labelled cases: steps, seeds, samples, mirrors and tiles."""

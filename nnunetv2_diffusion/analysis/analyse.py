@@ -1,0 +1,152 @@
+"""Verb ``analyse``: the papers' studies of a diffusion model, on labelled cases."""
+
+import argparse
+import json
+import platform
+import sys
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from nnunetv2_diffusion import __version__
+from nnunetv2_diffusion.analysis.cases import find_cases, read_cases
+from nnunetv2_diffusion.analysis.figures import all_figures, to_png
+from nnunetv2_diffusion.analysis.report import html_report
+from nnunetv2_diffusion.analysis.studies import MODES, Findings, Laboratory
+from nnunetv2_diffusion.analysis.tables import all_tables, rows_to_csv
+from nnunetv2_diffusion.diffusion import SAMPLERS
+from nnunetv2_diffusion.evaluation import EvaluationError
+from nnunetv2_diffusion.evaluation.tables import to_markdown, to_text
+from nnunetv2_diffusion.inference.inputs import InputError
+from nnunetv2_diffusion.inference.loading import load_predictor
+from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
+from nnunetv2_diffusion.inference.predict import EXPECTED, add_model_options, model_folder
+from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
+from nnunetv2_diffusion.inference.views import TTA
+
+PACKAGES = ("nnunetv2", "torch", "numpy")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of the verb."""
+    add_model_options(parser)
+    add = parser.add_argument
+    add("-i", required=True, type=Path, metavar="DIR", help="images, <case>_0000<ending>")
+    add("-l", required=True, type=Path, metavar="DIR", help="references, <case><ending>")
+    add("-o", required=True, type=Path, metavar="DIR", help="new folder for CSV, PNG, Markdown and report.html")
+    add("-device", default="cuda", choices=("cuda", "cpu", "mps"))
+    add("--steps", type=int, metavar="K", help="of the studies of steps and samples; default: the model's")
+    add("--sampler", choices=SAMPLERS)
+    add("--samples", type=int, default=3, metavar="N", help="chains that are drawn for each case; default 3")
+    add("--seed", type=int)
+    add("--tta", choices=TTA, default="none", help="of the studies of steps, samples and counts; default none")
+    add("--counts", type=int, nargs="+", default=[], metavar="K", help="numbers of steps to compare")
+    add(
+        "--modes",
+        nargs="+",
+        default=[],
+        choices=[*MODES, "all"],
+        metavar="MODE",
+        help=f"all, or of: {', '.join(MODES)}",
+    )
+    add("--patch_size", type=int, nargs="+", metavar="N", help="another size of tiles, for example smaller than a case")
+    add("--cases", type=int, metavar="N", help="only the first N cases")
+    add("--disable_progress_bar", action="store_true")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the studies; 1 with a message if they cannot be."""
+    try:
+        findings, predictor = analyse(arguments)
+        write_results(arguments, findings, predictor)
+    except (*EXPECTED, EvaluationError) as error:
+        print(f"nnunetv2_diffusion analyse: {error}", file=sys.stderr)
+        return 1
+    for table in all_tables(findings):
+        print(f"{to_text(table)}\n")
+    print(arguments.o / "report.html")
+    return 0
+
+
+def analyse(arguments: argparse.Namespace) -> tuple[Findings, DiffusionPredictor]:
+    """All studies on all cases; every check comes before the first network pass.
+
+    Raises:
+        InputError: folders that cannot be used, or an output that exists.
+        OptionError: the model cannot follow the options.
+    """
+    if arguments.o.exists():
+        raise InputError(f"{arguments.o} exists; the results go into a new folder")
+    if arguments.cases is not None and arguments.cases < 1:
+        raise OptionError(f"--cases is {arguments.cases}, expected at least 1")
+    options = PredictionOptions(sampler=arguments.sampler, seed=arguments.seed, tta=arguments.tta)
+    predictor = load_predictor(
+        model_folder(arguments), arguments.f, arguments.chk, arguments.device, options, progress=False
+    )
+    set_patch_size(predictor, arguments.patch_size)
+    modes = list(MODES) if "all" in arguments.modes else arguments.modes
+    laboratory = Laboratory(predictor, options, arguments.steps, arguments.samples, arguments.counts, modes)
+    laboratory.plan()
+    files = find_cases(predictor, arguments.i, arguments.l, arguments.cases)
+    bar = tqdm(read_cases(predictor, files), total=len(files), unit="case", disable=arguments.disable_progress_bar)
+    for case in bar:
+        bar.set_description(case.name)
+        laboratory.study(case)
+    return laboratory.findings, predictor
+
+
+def set_patch_size(predictor: DiffusionPredictor, size: list[int] | None) -> None:
+    """Use tiles of another size than planned.
+
+    Raises:
+        OptionError: if the network cannot take them.
+    """
+    if size is None:
+        return
+    planned = predictor.configuration_manager.patch_size
+    strides = predictor.configuration_manager.network_arch_init_kwargs["strides"]
+    factors = [1] * len(planned)
+    for stride in strides:
+        steps = stride if isinstance(stride, list | tuple) else [stride] * len(planned)
+        factors = [a * b for a, b in zip(factors, steps, strict=True)]
+    if len(size) != len(planned) or any(n < 1 or n % f for n, f in zip(size, factors, strict=False)):
+        raise OptionError(f"--patch_size is {size}, expected {len(planned)} multiples of {factors}, as {list(planned)}")
+    predictor.configuration_manager.configuration["patch_size"] = list(size)
+
+
+def describe(arguments: argparse.Namespace, predictor: DiffusionPredictor) -> dict[str, Any]:
+    """Model, options, versions and hardware."""
+    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("run", "verb")}
+    predictor.set_options(PredictionOptions(steps=arguments.steps, sampler=arguments.sampler, seed=arguments.seed))
+    return {
+        "trainer": predictor.trainer_name,
+        "data set": predictor.plans_manager.dataset_name,
+        "plans": predictor.plans_manager.plans_name,
+        "patch size": list(predictor.configuration_manager.patch_size),
+        "sampling": asdict(predictor.sampling) if predictor.sampling else "one pass",
+        "options": {k: v for k, v in given.items() if k not in ("i", "l", "o", "m")},
+        "versions": {"nnunetv2-diffusion": __version__, **{name: version(name) for name in PACKAGES}},
+        "python": platform.python_version(),
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}",
+    }
+
+
+def write_results(arguments: argparse.Namespace, findings: Findings, predictor: DiffusionPredictor) -> None:
+    """CSV of all rows, PNG of all figures, the tables as Markdown and report.html, in a new folder."""
+    settings, tables = describe(arguments, predictor), all_tables(findings)
+    figures = {name: (caption, to_png(figure)) for name, (caption, figure) in all_figures(findings).items()}
+    arguments.o.mkdir(parents=True)
+    for name in ("steps", "samples", "counts", "modes"):
+        rows = getattr(findings, name)
+        if rows:
+            (arguments.o / f"{name}.csv").write_text(rows_to_csv(rows))
+    for name, (_, png) in figures.items():
+        (arguments.o / f"{name}.png").write_bytes(png)
+    (arguments.o / "settings.json").write_text(json.dumps(settings, indent=2))
+    (arguments.o / "tables.md").write_text("\n\n".join(to_markdown(table) for table in tables) + "\n")
+    title = f"{settings['trainer']} on {settings['data set']}"
+    (arguments.o / "report.html").write_text(html_report(title, list(figures.values()), tables, settings))

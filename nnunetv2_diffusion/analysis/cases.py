@@ -1,0 +1,101 @@
+"""Labelled cases, and the score of a mask."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nnunetv2_diffusion.evaluation.files import read_segmentation
+from nnunetv2_diffusion.evaluation.labels import LabelSet, read_labels
+from nnunetv2_diffusion.evaluation.metrics import EMPTY_RULES, count, overlap_scores
+from nnunetv2_diffusion.inference.inputs import InputError, check_headers, list_cases
+from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
+
+MEAN = "mean"  # name of the mean over classes or regions
+
+
+@dataclass
+class LabelledCase:
+    """A preprocessed image with its reference.
+
+    Attributes:
+        name: of the case.
+        data: for the network, (C, *spatial).
+        properties: of nnU-Net's preprocessing.
+        image: first channel as it is in the file, (z, y, x).
+        reference: labels, (z, y, x).
+    """
+
+    name: str
+    data: torch.Tensor
+    properties: dict[str, Any]
+    image: np.ndarray
+    reference: np.ndarray
+
+
+def label_set(predictor: DiffusionPredictor) -> LabelSet:
+    """Classes or regions of a model."""
+    return read_labels(predictor.dataset_json, predictor.plans_manager.plans, "dataset.json of the model")
+
+
+def find_cases(
+    predictor: DiffusionPredictor, images: Path, labels: Path, limit: int | None
+) -> dict[str, tuple[list[Path], Path]]:
+    """Name -> image files and reference of the first ``limit`` cases; all for None.
+
+    Raises:
+        InputError: if an image or its reference is missing or cannot be read.
+    """
+    ending = predictor.dataset_json["file_ending"]
+    cases = dict(list(list_cases(images, predictor.dataset_json).items())[:limit])
+    check_headers(cases, ending)
+    found = {name: (files, labels / f"{name}{ending}") for name, files in cases.items()}
+    for _, reference in found.values():
+        if not reference.is_file():
+            raise InputError(f"{reference}: missing, expected the reference of a case in {images}")
+    return found
+
+
+def read_cases(predictor: DiffusionPredictor, files: dict[str, tuple[list[Path], Path]]) -> Iterator[LabelledCase]:
+    """Read and preprocess one case after the other.
+
+    Raises:
+        EvaluationError: a reference cannot be read or has an unknown label.
+        InputError: image and reference differ in shape.
+    """
+    reader = predictor.plans_manager.image_reader_writer_class()
+    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+    managers = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
+    labels = label_set(predictor)
+    for name, (channels, file) in files.items():
+        image, properties = reader.read_images([str(f) for f in channels])
+        reference = read_segmentation(reader, file, labels, ignore=True).values.reshape(image.shape[1:])
+        data, _, properties = preprocessor.run_case_npy(image.copy(), None, properties, *managers)
+        yield LabelledCase(name, torch.from_numpy(data).float(), properties, image[0], reference)
+
+
+def dice_scores(labels: LabelSet, reference: np.ndarray, mask: np.ndarray) -> dict[str, float]:
+    """Dice of every class or region by name, and their mean; NaN where both masks are empty."""
+    valid = labels.valid(reference)
+    scores = {
+        target.name: overlap_scores(
+            count(labels.mask(reference, target), labels.mask(mask, target), valid), EMPTY_RULES["nnunet"]
+        )["Dice"]
+        for target in labels.targets
+    }
+    known = [v for v in scores.values() if not np.isnan(v)]
+    return {**scores, MEAN: float(np.mean(known)) if known else float("nan")}
+
+
+def pairwise_dice(labels: LabelSet, masks: list[np.ndarray]) -> float:
+    """Mean Dice over all pairs of masks and all classes or regions; two empty masks agree."""
+    pairs = [(a, b) for i, a in enumerate(masks) for b in masks[i + 1 :]]
+    values = [
+        overlap_scores(count(labels.mask(a, t), labels.mask(b, t)), EMPTY_RULES["hidiff"])["Dice"]
+        for a, b in pairs
+        for t in labels.targets
+    ]
+    return float(np.mean(values)) if values else float("nan")

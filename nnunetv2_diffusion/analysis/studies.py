@@ -1,0 +1,148 @@
+"""The studies: what is predicted, and the rows of numbers that come out of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from nnunetv2_diffusion.analysis.cases import LabelledCase, dice_scores, label_set, pairwise_dice
+from nnunetv2_diffusion.inference.cases import CaseResult, draw_case, final_mask, uncertainty_maps
+from nnunetv2_diffusion.inference.maps import to_original_geometry
+from nnunetv2_diffusion.inference.options import PredictionOptions
+from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
+from nnunetv2_diffusion.inference.sliding_window import OverlapMeter
+
+Row = dict[str, Any]
+MODES: dict[str, dict[str, Any]] = {
+    "full": {"tta": "full"},
+    "interleaved": {"tta": "interleaved"},
+    "interleaved-early-exit": {"tta": "interleaved", "early_exit": True},
+    "none": {"tta": "none"},
+    "none-early-exit": {"tta": "none", "early_exit": True},
+    "none-volume": {"tta": "none", "aggregate": "volume"},
+    "interleaved-volume": {"tta": "interleaved", "aggregate": "volume"},
+}
+
+
+@dataclass
+class Findings:
+    """Rows of all studies, and what the pictures show.
+
+    Attributes:
+        steps: case, sample, step, label, Dice: of every step of every sample.
+        counts: case, K, label, Dice, passes_per_tile, seconds: predictions with K steps.
+        modes: case, mode, label, Dice, passes_per_tile, seconds, disagreement: kinds of mirroring and blending.
+        samples: case, Dice (of the mean), pairwise_dice (of the samples), sample_dice (mean of the samples').
+        pictures: case -> slices (rows, columns): image, reference, mask, entropy, variance.
+    """
+
+    steps: list[Row] = field(default_factory=list)
+    counts: list[Row] = field(default_factory=list)
+    modes: list[Row] = field(default_factory=list)
+    samples: list[Row] = field(default_factory=list)
+    pictures: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+
+class Laboratory:
+    """Runs studies on one case after the other.
+
+    Args:
+        predictor: of the model.
+        options: what all predictions share.
+        chain_steps: K of the studies of steps, samples and modes.
+        samples: N.
+        counts: the K that are compared.
+        modes: names of ``MODES`` that are compared.
+    """
+
+    def __init__(
+        self,
+        predictor: DiffusionPredictor,
+        options: PredictionOptions,
+        chain_steps: int | None,
+        samples: int,
+        counts: Sequence[int],
+        modes: Sequence[str],
+    ):
+        self.predictor, self.options = predictor, options
+        self.chain_steps, self.samples, self.counts, self.modes = chain_steps, samples, counts, modes
+        self.labels = label_set(predictor)
+        self.findings = Findings()
+
+    def plan(self) -> list[PredictionOptions]:
+        """Options of every prediction of a case; raises OptionError if the model cannot follow one."""
+        one = replace(self.options, steps=self.chain_steps, samples=1)
+        planned = [replace(one, samples=self.samples, save_steps=True)]
+        planned += [replace(one, steps=k) for k in self.counts]
+        planned += [replace(one, **MODES[mode]) for mode in self.modes]
+        for options in planned:
+            self.predictor.set_options(options)
+        return planned
+
+    def study(self, case: LabelledCase) -> None:
+        """All studies on one case."""
+        first, *others = self.plan()
+        self._study_samples(case, first)
+        for k, options in zip(self.counts, others, strict=False):
+            self._add(self.findings.counts, case, self._draw(case, options), K=k)
+        self.predictor.meter = OverlapMeter(self.predictor.label_manager.has_regions)
+        try:
+            for mode, options in zip(self.modes, others[len(self.counts) :], strict=True):
+                result = self._draw(case, options)
+                self._add(self.findings.modes, case, result, mode=mode, disagreement=self.predictor.meter.disagreement)
+        finally:
+            self.predictor.meter = None
+
+    def _draw(self, case: LabelledCase, options: PredictionOptions, **kwargs: Any) -> CaseResult:
+        self.predictor.set_options(options)
+        return draw_case(self.predictor, case.data, case.name, **kwargs)
+
+    def _mask(self, case: LabelledCase, p: Any) -> np.ndarray:
+        return final_mask(self.predictor, p, case.properties)
+
+    def _add(self, rows: list[Row], case: LabelledCase, result: CaseResult, **setting: Any) -> None:
+        """A row for each label of a prediction."""
+        cost = {"passes_per_tile": result.passes.per_tile, "tiles": result.passes.tiles, "seconds": result.seconds}
+        scores = dice_scores(self.labels, case.reference, self._mask(case, result.moments.mean()))
+        rows += [{"case": case.name, **setting, "label": n, "Dice": v, **cost} for n, v in scores.items()]
+
+    def _study_samples(self, case: LabelledCase, options: PredictionOptions) -> None:
+        """Every step of every sample, and how samples agree."""
+        masks: list[np.ndarray] = []
+
+        def keep(member: Any, number: int) -> None:
+            for step, p in enumerate(member.steps, start=1):
+                mask = self._mask(case, p)
+                scores = dice_scores(self.labels, case.reference, mask)
+                where = {"case": case.name, "sample": number, "step": step}
+                self.findings.steps += [{**where, "label": n, "Dice": v} for n, v in scores.items()]
+            masks.append(mask)
+
+        result = self._draw(case, options, keep=keep)
+        mean = self._mask(case, result.moments.mean())
+        singles = [dice_scores(self.labels, case.reference, mask)["mean"] for mask in masks]
+        self.findings.samples.append(
+            {
+                "case": case.name,
+                "Dice": dice_scores(self.labels, case.reference, mean)["mean"],
+                "sample_dice": float(np.nanmean(singles)) if not np.isnan(singles).all() else float("nan"),
+                "pairwise_dice": pairwise_dice(self.labels, masks),
+            }
+        )
+        self.findings.pictures[case.name] = self._picture(case, mean, result)
+
+    def _picture(self, case: LabelledCase, mask: np.ndarray, result: CaseResult) -> dict[str, np.ndarray]:
+        """The slice with most foreground of what a report shows."""
+        maps = uncertainty_maps(self.predictor, result)
+        kinds = ["entropy", "variance"]
+        managers = self.predictor.plans_manager, self.predictor.configuration_manager
+        shown = to_original_geometry(np.stack([maps[k] for k in kinds]), case.properties, *managers)
+        index = int(np.argmax((case.reference > 0).sum((1, 2))))
+        slices = {
+            "image": case.image,
+            "reference": case.reference,
+            "mask": mask,
+            **dict(zip(kinds, shown, strict=True)),
+        }
+        return {kind: np.array(values[index]) for kind, values in slices.items()}

@@ -1,0 +1,173 @@
+"""The verb analyse: on tiny models with random weights, and its tables on rows made by hand."""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import SimpleITK as sitk  # noqa: N813, its usual name
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
+from tiny_model import make_model, write_images
+
+from nnunetv2_diffusion import cli
+from nnunetv2_diffusion.analysis.analyse import set_patch_size
+from nnunetv2_diffusion.analysis.cases import dice_scores, pairwise_dice
+from nnunetv2_diffusion.analysis.studies import MODES, Findings
+from nnunetv2_diffusion.analysis.tables import cost_table, gains, rows_to_csv, sample_table, step_table
+from nnunetv2_diffusion.evaluation.labels import read_labels
+from nnunetv2_diffusion.inference.loading import load_predictor
+from nnunetv2_diffusion.inference.options import OptionError
+
+LABELS = read_labels({"labels": {"background": 0, "left": 1, "right": 2}}, None, "here")
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """Model, images and references of two cases."""
+    root = tmp_path_factory.mktemp("analyse")
+    model, images = make_model(root / "model"), write_images(root / "images")
+    labels = root / "labels"
+    labels.mkdir()
+    for file in images.iterdir():
+        image = sitk.ReadImage(str(file))
+        values = sitk.GetArrayFromImage(image)
+        mask = sitk.GetImageFromArray((values > 0).astype(np.uint8) + (values > 1).astype(np.uint8))
+        mask.CopyInformation(image)
+        sitk.WriteImage(mask, str(labels / file.name.replace("_0000", "")))
+    return model, images, labels
+
+
+def analyse(setting, out, *options):
+    model, images, labels = setting
+    fixed = ["-m", model, "-i", images, "-l", labels, "-o", out, "-device", "cpu", "--disable_progress_bar"]
+    return cli.main(["analyse", *map(str, fixed), *map(str, options)])
+
+
+@pytest.fixture(scope="module")
+def results(setting, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results") / "out"
+    assert analyse(setting, out, "--steps", 3, "--samples", 2, "--counts", 1, 2, "--modes", "all") == 0
+    return out
+
+
+def rows(file):
+    with file.open() as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_there_are_rows_for_everything_that_was_studied(results):
+    steps = rows(results / "steps.csv")
+    assert len(steps) == 2 * 2 * 3 * 3, "cases, samples, steps, labels and their mean"
+    assert {r["label"] for r in steps} == {"left part", "right part", "mean"}
+    assert {r["mode"] for r in rows(results / "modes.csv")} == set(MODES)
+    assert {r["K"] for r in rows(results / "counts.csv")} == {"1", "2"}
+    assert all(0 <= float(r["pairwise_dice"]) <= 1 for r in rows(results / "samples.csv"))
+
+
+def test_passes_are_those_of_each_mode(results):
+    passes = {r["mode"]: float(r["passes_per_tile"]) for r in rows(results / "modes.csv")}
+    assert passes["none"] == passes["none-volume"] == 3
+    assert passes["full"] == 24
+    assert passes["interleaved"] == passes["interleaved-volume"] == 8
+    assert passes["none-early-exit"] <= 3
+
+
+def test_tiles_overlap_and_their_disagreement_is_measured(results):
+    disagreement = [float(r["disagreement"]) for r in rows(results / "modes.csv")]
+    assert all(0 <= d <= 1 for d in disagreement)
+    assert max(disagreement) > 0
+
+
+def test_the_report_is_one_file_that_needs_no_other(results):
+    page = (results / "report.html").read_text()
+    assert len(re.findall(r'src="data:image/png;base64,', page)) == 6
+    assert not re.search(r'(src|href)="(?!data:)', page)
+    assert "http" not in page.replace("http-equiv", "")
+    for title in ("Dice by reverse step", "Number of steps", "Mirroring and blending", "Settings and versions"):
+        assert title in page
+    assert json.loads((results / "settings.json").read_text())["sampling"]["steps"] == 3
+    assert {f.name for f in results.glob("*.png")} == {
+        "cases.png", "steps.png", "gain.png", "agreement.png", "counts.png", "modes.png"
+    }  # fmt: skip
+
+
+def test_a_model_without_a_chain_has_one_step(setting, tmp_path):
+    model = make_model(tmp_path / "model", "nnUNetTrainerNoDiff")
+    assert analyse((model, *setting[1:]), tmp_path / "out", "--samples", 1) == 0
+    assert {r["step"] for r in rows(tmp_path / "out" / "steps.csv")} == {"1"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--samples", 0), "--samples is 0"),
+        (("--counts", 1, 9999), "9999"),
+        (("--cases", 0), "--cases is 0"),
+        (("--patch_size", 8, 12), "--patch_size is [8, 12], expected 3 multiples of [4, 4, 4]"),
+        (("--patch_size", 8, 12, 6), "expected 3 multiples"),
+    ],
+)
+def test_bad_options_are_named_and_nothing_is_written(setting, tmp_path, capsys, options, words):
+    assert analyse(setting, tmp_path / "out", *options) == 1
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_reference_and_an_existing_output_are_named(setting, results, tmp_path, capsys):
+    model, images, _ = setting
+    assert analyse((model, images, tmp_path), tmp_path / "out") == 1
+    assert f"{tmp_path / 'case_0.nii.gz'}: missing" in capsys.readouterr().err
+    assert analyse(setting, results) == 1
+    assert f"{results} exists" in capsys.readouterr().err
+
+
+def test_tiles_may_have_another_size(setting):
+    predictor = load_predictor(setting[0], progress=False)
+    set_patch_size(predictor, [8, 8, 8])
+    import torch
+
+    few, many = (len(predictor.canvas(torch.zeros(1, n, n, n)).tiles) for n in (8, 16))
+    assert (few, many) == (1, 27)
+    with pytest.raises(OptionError, match="multiples"):
+        set_patch_size(predictor, [0, 8, 8])
+
+
+# --- numbers by hand -------------------------------------------------------------------------------------------------
+
+
+def test_dice_by_hand():
+    reference, mask = np.array([[[0, 1, 1, 2]]]), np.array([[[0, 1, 2, 0]]])
+    scores = dice_scores(LABELS, reference, mask)
+    assert scores == {"left": pytest.approx(2 / 3), "right": 0.0, "mean": pytest.approx(1 / 3)}
+    assert np.isnan(dice_scores(LABELS, 0 * reference, 0 * mask)["mean"])
+    assert pairwise_dice(LABELS, [reference, mask, mask]) == pytest.approx((1 / 3 + 1 / 3 + 1) / 3)
+
+
+def made(case, sample, values):
+    return [{"case": case, "sample": sample, "step": i, "label": "mean", "Dice": v} for i, v in enumerate(values, 1)]
+
+
+def test_gains_and_ranges_by_hand():
+    findings = Findings(steps=made("a", 0, [0.5, 0.7]) + made("a", 1, [0.6, 0.6]) + made("b", 0, [0.9, 0.8]) * 2)
+    assert gains(findings) == {"a": pytest.approx(0.1), "b": pytest.approx(-0.1)}
+    table = step_table(findings)
+    assert [row[0] for row in table.rows] == ["1", "2"]
+    assert table.rows[0][1].startswith("0.7250"), "mean of a (0.55) and b (0.9)"
+    assert table.rows[0][2].startswith("0.0500"), "range of a (0.1) and b (0)"
+
+
+def test_agreement_that_ranks_errors_has_no_excess_risk():
+    samples = [{"Dice": d, "sample_dice": d, "pairwise_dice": d / 2 + 0.5} for d in (0.5, 0.7, 0.9)]
+    assert sample_table(Findings(samples=samples)).rows[0][-1] == "0.0000"
+
+
+def test_costs_are_means_over_cases():
+    shared = {"label": "mean", "K": 2, "passes_per_tile": 2.0}
+    rows = [{**shared, "case": "a", "Dice": 0.5, "seconds": 1.0}, {**shared, "case": "b", "Dice": 0.7, "seconds": 3.0}]
+    (row,) = cost_table(rows, "K", "t").rows
+    assert list(row) == ["2", "0.6000 +- 0.1000", "2.00", "2.0"]
+    assert rows_to_csv(rows).splitlines()[0] == "label,K,passes_per_tile,case,Dice,seconds"
