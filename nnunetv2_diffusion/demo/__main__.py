@@ -12,6 +12,8 @@ from nnunetv2_diffusion.demo.data import RawDataError, hold_out
 from nnunetv2_diffusion.demo.phantoms import write_phantoms
 from nnunetv2_diffusion.demo.picture import draw_case, reverse_steps
 from nnunetv2_diffusion.demo.pipeline import Job, dice_scores, plan, predict_and_score, train
+from nnunetv2_diffusion.planning.schema import SettingsError
+from nnunetv2_diffusion.planning.settings import parse_settings, read_assignments
 from nnunetv2_diffusion.training.recipes import RECIPES
 
 SYNTHETIC = "Dataset501_Demo"
@@ -45,6 +47,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         choices=tuple(RECIPES),
         help="of the diffusion trainers; the paper's is fast in short runs",
     )
+    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings, for example hidiff.refiner_norm=batch")
     add("--base-features", type=int, default=8, help="channels of the first stage; nnU-Net plans 32")
     add("--batch-size", type=int, default=2, help="patches in a step")
     add("--test-cases", type=int, help="unseen cases to score; default 6 phantoms, or 10 %% of --raw, 20 at most")
@@ -167,12 +170,14 @@ def main(arguments: list[str] | None = None) -> int:
     if out.exists():
         raise SystemExit(f"{out} exists; the demo writes into a new folder only")
     try:
+        settings = read_assignments(options.set)
+        parse_settings(settings, "--set")  # a typo shows before anything is written
         name = make_data(options, out)
-    except RawDataError as error:
+    except (RawDataError, SettingsError) as error:
         raise SystemExit(str(error)) from error
     job = Job(
         out, name, options.configuration, options.epochs, options.iterations, options.base_features,
-        options.batch_size, options.device, options.recipe,
+        options.batch_size, options.device, options.recipe, settings,
     )  # fmt: skip
     plan(job)
     trainers = [EQUAL_LENGTH.get(t, t) for t in (options.trainer, options.compare) if t]

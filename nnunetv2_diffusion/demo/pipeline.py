@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_diffusion.planning.derive import derive_plans, write_plans
-from nnunetv2_diffusion.planning.settings import HIDIFF
+from nnunetv2_diffusion.planning.settings import HIDIFF, merge_settings
 
 PLANS = "demoPlans"
 # the paper's rate of 1e-4 is for tens of thousands of iterations
@@ -32,6 +32,7 @@ class Job:
         batch_size: patches in a step.
         device: as nnU-Net's -device.
         recipe: of the diffusion trainers; a short training gets further with the paper's than with the host's.
+        settings: further changes of the settings.
         seconds: filled with the time of every command.
     """
 
@@ -44,6 +45,7 @@ class Job:
     batch_size: int
     device: str
     recipe: str = "paper"
+    settings: dict = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -110,6 +112,7 @@ def plan(job: Job) -> None:
         "num_val_iterations_per_epoch": max(5, job.iterations // 10),
         HIDIFF: SHORT_HIDIFF,
     }
+    settings = merge_settings(settings, job.settings)
     write_plans(derive_plans(stock, PLANS, {job.configuration: network}, settings), job.preprocessed)
     write_split(job)
 

@@ -6,7 +6,7 @@ one prediction by environment variables, because ``nnUNetv2_predict`` passes no 
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -141,6 +141,35 @@ def merge_settings(present: Mapping[str, Any], changes: Mapping[str, Any]) -> di
     if isinstance(present.get(HIDIFF), Mapping) and isinstance(changes.get(HIDIFF), Mapping):
         merged[HIDIFF] = {**present[HIDIFF], **changes[HIDIFF]}
     return merged
+
+
+def read_assignments(texts: Iterable[str]) -> dict[str, Any]:
+    """Changes from a command line: ``steps=5``, ``hidiff.refiner_norm=batch``.
+
+    Args:
+        texts: key=value each; the value is JSON, or a string if it is none.
+
+    Returns:
+        a section as for ``parse_settings``, which is not validated.
+
+    Raises:
+        SettingsError: for a text without key or sign.
+    """
+    section: dict[str, Any] = {}
+    for text in texts:
+        key, sign, value = text.partition("=")
+        if not sign or not key:
+            raise SettingsError(f"{text!r} cannot be read, expected key=value, for example steps=5 or hidiff.steps=1")
+        try:
+            parsed = json.loads(value)
+        except ValueError:
+            parsed = value
+        *outer, inner = key.strip().split(".")
+        place = section
+        for name in outer:
+            place = place.setdefault(name, {})
+        place[inner] = parsed
+    return section
 
 
 def parse_settings(section: Mapping[str, Any] | None, where: str = SECTION) -> DiffusionSettings:

@@ -58,7 +58,8 @@ def test_a_2d_image(models):
     ("image", "spacing", "words"),
     [
         (np.zeros((9, 13, 8)), None, "spacing is missing"),
-        (np.zeros((9, 13, 8)), (1, 1), "spatial axis"),
+        (np.zeros((9, 13, 8)), (1, 1), "expected \\(1 channels"),
+        (np.zeros((9, 13)), (1, 1, 1), "spatial axis"),
         (np.zeros((9, 13, 8)), (1, 1, 0), "positive"),
         (np.zeros((2, 9, 13, 8)), (1, 1, 1), "expected \\(1 channels"),
         ("nowhere.nii.gz", None, "nowhere.nii.gz: no such file"),

@@ -17,6 +17,7 @@ from nnunetv2_diffusion.planning.settings import (
     environment_overrides,
     merge_settings,
     parse_settings,
+    read_assignments,
     read_settings,
     settings_table,
 )
@@ -418,3 +419,18 @@ def test_changes_to_hidiff_keep_its_other_settings():
 def test_the_table_of_hidiff_lists_every_setting():
     table = settings_table(HiDiffSettings)
     assert all(f"| `{name}` | {json.dumps(f.default)} |" in table for name, f in HIDIFF_FIELDS.items())
+
+
+def test_assignments_become_a_section():
+    section = read_assignments(
+        ["steps=5", "sampler=ddim", "hidiff.refiner_norm=batch", "hidiff.steps=1", "num_epochs=null"]
+    )
+    expected = {"refiner_norm": "batch", "steps": 1}
+    assert section == {"steps": 5, "sampler": "ddim", "hidiff": expected, "num_epochs": None}
+    assert parse_settings(section).hidiff.refiner_norm == "batch"
+
+
+@pytest.mark.parametrize("text", ["steps", "=5", ""])
+def test_an_assignment_that_is_none_is_refused(text):
+    with pytest.raises(SettingsError, match="expected key=value"):
+        read_assignments([text])
