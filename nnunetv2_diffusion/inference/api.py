@@ -95,10 +95,8 @@ def predict_image(
 
     with tempfile.TemporaryDirectory() as folder:
         result = draw_case(model, data, "image", Path(folder), keep if keep_samples else None)
-    maps = uncertainty_maps(model, result)
-    stacked = to_original_geometry(
-        np.stack(list(maps.values())), properties, model.plans_manager, model.configuration_manager
-    )
+    maps, managers = uncertainty_maps(model, result), (model.plans_manager, model.configuration_manager)
+    stacked = to_original_geometry(np.stack(list(maps.values())), properties, *managers)
     spacing = tuple(float(s) for s in properties["spacing"])
     summary = describe(model, "image", data, properties, result)
     return Prediction(

@@ -74,14 +74,6 @@ def load_predictor(
         CheckpointError: a file is missing, damaged, or of another network.
         OptionError: the model cannot do what is asked for.
     """
-    files = find_folds(folder, folds, checkpoint)
-    plans, dataset_json = PlansManager(_json(folder / "plans.json")), _json(folder / "dataset.json")
-    checkpoints = [load_checkpoint_file(file) for file in files]
-    first = checkpoints[0]
-    configuration = plans.get_configuration(first["init_args"]["configuration"])
-    network = build_network(first["trainer_name"], plans, configuration, dataset_json)
-    parameters = [c["network_weights"] for c in checkpoints]
-    _check_weights(network, dict(zip(files, parameters, strict=True)))
     predictor = DiffusionPredictor(
         options or PredictionOptions(),
         tile_step_size=step_size,
@@ -91,9 +83,21 @@ def load_predictor(
         verbose_preprocessing=verbose,
         allow_tqdm=progress,
     )
+    _load(predictor, folder, find_folds(folder, folds, checkpoint))
+    predictor.prepare()
+    return predictor
+
+
+def _load(predictor: DiffusionPredictor, folder: Path, files: list[Path]) -> None:
+    """Give a predictor the network of a model, and the weights of its folds."""
+    plans, dataset_json = PlansManager(_json(folder / "plans.json")), _json(folder / "dataset.json")
+    checkpoints = [load_checkpoint_file(file) for file in files]
+    first = checkpoints[0]
+    configuration = plans.get_configuration(first["init_args"]["configuration"])
+    network = build_network(first["trainer_name"], plans, configuration, dataset_json)
+    parameters = [c["network_weights"] for c in checkpoints]
+    _check_weights(network, dict(zip(files, parameters, strict=True)))
     axes = first.get("inference_allowed_mirroring_axes")
     predictor.manual_initialization(
         network, plans, configuration, parameters, dataset_json, first["trainer_name"], axes
     )
-    predictor.prepare()
-    return predictor
