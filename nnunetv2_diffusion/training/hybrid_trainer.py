@@ -32,6 +32,7 @@ from nnunetv2_diffusion.training.host import (
 from nnunetv2_diffusion.training.pretrained import find_segmentor, load_segmentor
 
 GRADIENT_CLIP = 12  # nnU-Net's
+RECENT_EPOCHS = 5  # whose pseudo Dice tells at the end whether the refiner pays
 VALIDATION_STEPS = 3  # of the refiner in the validation of every epoch: all T would take longer than the training
 
 
@@ -371,3 +372,13 @@ class HybridTrainer(PlannedTrainer):
                 f"mean difference {100 * np.nanmean(refined - prior):+.2f} points"
             )
         super().on_epoch_end()
+
+    def on_train_end(self) -> None:
+        """As nnU-Net's; then a word if the refiner does not pay."""
+        super().on_train_end()
+        recent = [np.nanmean(self.pseudo_dice[name][-RECENT_EPOCHS:]) for name in ("prior", "refined")]
+        if not self.is_pretraining and recent[1] < recent[0]:
+            self.print_to_log_file(
+                f"The refiner does not pay yet: {100 * (recent[1] - recent[0]):+.2f} points of pseudo Dice to the "
+                "prior. Train longer, or predict the segmentor's own mask with nnUNet_diffusion_steps=0."
+            )

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny_project import batch_for
 
 from nnunetv2_diffusion.checkpoints import CheckpointError
@@ -185,6 +186,15 @@ def test_validation_shows_prior_and_refined_dice(make_hidiff, capsys):
         found = super(type(trainer).__mro__[1], trainer).validation_step(batch_for(trainer))
     dice = 2 * found["tp_hard"] / (2 * found["tp_hard"] + found["fp_hard"] + found["fn_hard"])
     np.testing.assert_allclose(trainer.pseudo_dice["prior"][0], dice, atol=1e-5)
+
+
+@pytest.mark.parametrize(("refined", "told"), [([0.4, 0.3], True), ([0.6, 0.3], False)])
+def test_the_end_tells_whether_the_refiner_pays(make_hidiff, monkeypatch, capsys, refined, told):
+    trainer = make_hidiff(hidiff={"pretraining_epochs": 0})
+    monkeypatch.setattr(nnUNetTrainer, "on_train_end", lambda self: None)
+    trainer.pseudo_dice = {"prior": [[0.5, 0.3]], "refined": [refined]}
+    trainer.on_train_end()
+    assert ("The refiner does not pay yet: -5.00 points" in capsys.readouterr().out) == told
 
 
 def test_continued_training_is_identical(make_hidiff, tmp_path):
