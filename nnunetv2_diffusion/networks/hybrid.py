@@ -99,7 +99,7 @@ class HybridSegmentor(HeadsMixin):
         binarized: 1-bit weights and activations in the refiner.
         cross_transformer: exchange features at the bottleneck by the X-Former.
         focal_gamma: of the focal loss that the refiner is trained with; 0 if its outputs are probabilities as they are.
-        prior_residual: the refiner's output is added to what the prior says of the noise, see ``prior_logits``.
+        prior_residual: the refiner's output corrects the logit of the prior's mask, see ``estimate_noise``.
 
     Raises:
         ValueError: if sampling wants more steps than the process has.
@@ -169,7 +169,9 @@ class HybridSegmentor(HeadsMixin):
         given = (image, y_t, prior, t.to(image.device), self._conditions(image, features))
         logits = _twice(self.refiner, *given) if _slow_alone(image) else self.refiner(*given)
         if self.prior_residual:
-            logits = logits.float() + self.prior_logits(y_t, prior, t)
+            # The refiner corrects the logit of the mask, which says the same whatever was drawn as y_t. A correction
+            # of the noise's logit would have to change its sign with every voxel of y_t's speckle.
+            logits = (1 - 2 * y_t) * logits.float() + self.prior_logits(y_t, prior, t)
         return logits
 
     def noise_probability(

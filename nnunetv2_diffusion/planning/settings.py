@@ -35,7 +35,9 @@ class HiDiffSettings(Settings):
     cross_transformer: bool = setting(True, "exchange features with the segmentor by the X-Former")
     refiner_width: int = setting(32, "channels of the refiner's first stage; 128 in the paper (2D)", low=4)
     refiner_norm: str = setting("instance", "normalisation in the refiner; paper: batch", choices=("instance", "batch"))
-    prior_residual: bool = setting(True, "add the refiner's output to what the prior says of the noise; paper: false")
+    prior_residual: bool = setting(
+        True, "the refiner corrects the prior's mask; paper: false, it estimates the noise from scratch"
+    )
     noise_loss: str = setting("focal", "loss of the estimated noise beside the KL divergence", choices=("focal", "bce"))
     focal_gamma: float = setting(2.0, "focusing parameter of the focal loss", low=0.0)
     calibrated: bool = setting(

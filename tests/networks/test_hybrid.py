@@ -80,6 +80,29 @@ def test_samples_of_an_untrained_refiner_have_the_prior_as_mean(make_hybrid, geo
     assert (mean - prior).abs().mean() < (0.03 if sampler == "ddim" else 0.06)
 
 
+@pytest.mark.parametrize("gamma", [0.0, 2.0])
+@pytest.mark.parametrize("t", [0, 5, 9])
+def test_a_correction_of_the_mask_means_the_same_whatever_was_drawn(make_hybrid, geometries, gamma, t):
+    """The estimate of the mask moves with the refiner's output, for y_t = 0 and 1; at T it is the same for both."""
+    hybrid = make_hybrid(focal_gamma=gamma)
+    image = image_for(geometries)
+    correction = torch.randn(2, 3, *geometries["2d"].patch)
+    time = torch.full((2,), t)
+
+    def estimates(size):
+        hybrid.refiner.forward = lambda *given: size * correction
+        drawn = [torch.full_like(prior, value) for value in (0.0, 1.0)]
+        return [(y - hybrid.noise_probability(image, y, prior, time, output.features)).abs() for y in drawn]
+
+    with torch.inference_mode():
+        output = hybrid.segmentor(image)
+        prior = hybrid.prior(output.logits)
+        for before, after in zip(estimates(0.0), estimates(1.0), strict=True):
+            assert torch.equal(after > before, correction > 0)
+        if t == 9:  # y_T is drawn from the prior: it says nothing of the mask
+            torch.testing.assert_close(*estimates(1.0), atol=5e-3, rtol=0)
+
+
 def test_without_residual_the_refiner_says_that_few_voxels_are_wrong(make_hybrid, geometries):
     hybrid = make_hybrid(steps=10, prior_residual=False)
     hybrid.segmentor.decoder.seg_layers[-1].weight.data *= 200  # probabilities near 0 and 1
