@@ -78,7 +78,7 @@ def case_pictures(findings: Findings) -> Figure:
         overlay(axes[1], shown["image"], shown["reference"], "reference")
         overlay(axes[2], shown["image"], shown["mask"], f"prediction, Dice {row['Dice']:.3f}")
         for panel, kind in zip(axes[3:], ("entropy", "variance"), strict=True):
-            heat(panel, shown[kind], max(float(shown[kind].max()), 1e-6), kind)
+            heat(panel, shown[kind], max(float(shown[kind].max()), 1e-3), kind)
     figure.tight_layout()
     return figure
 

@@ -50,6 +50,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings, for example hidiff.refiner_norm=batch")
     add("--base-features", type=int, default=8, help="channels of the first stage; nnU-Net plans 32")
     add("--batch-size", type=int, default=2, help="patches in a step")
+    add("--patch-size", type=int, nargs="+", metavar="N", help="voxels along each axis; default: as nnU-Net plans")
     add("--test-cases", type=int, help="unseen cases to score; default 6 phantoms, or 10 %% of --raw, 20 at most")
     add("--seed", type=int, default=0, help="of the phantoms and of the choice of unseen cases")
     add("-device", "--device", default="cpu", choices=("cpu", "cuda", "mps"), help="as in nnU-Net")
@@ -177,7 +178,7 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit(str(error)) from error
     job = Job(
         out, name, options.configuration, options.epochs, options.iterations, options.base_features,
-        options.batch_size, options.device, options.recipe, settings,
+        options.batch_size, options.device, options.recipe, settings, options.patch_size,
     )  # fmt: skip
     plan(job)
     trainers = [EQUAL_LENGTH.get(t, t) for t in (options.trainer, options.compare) if t]

@@ -33,6 +33,7 @@ class Job:
         device: as nnU-Net's -device.
         recipe: of the diffusion trainers; a short training gets further with the paper's than with the host's.
         settings: further changes of the settings.
+        patch_size: voxels along each axis; None for nnU-Net's.
         seconds: filled with the time of every command.
     """
 
@@ -46,6 +47,7 @@ class Job:
     device: str
     recipe: str = "paper"
     settings: dict = field(default_factory=dict)
+    patch_size: list[int] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -105,6 +107,8 @@ def plan(job: Job) -> None:
     )  # fmt: skip
     stock = json.loads((job.preprocessed / "nnUNetPlans.json").read_text())
     network = {"base_features": job.base_features, "batch_size": job.batch_size}
+    if job.patch_size is not None:
+        network["patch_size"] = job.patch_size
     settings = {
         "recipe": job.recipe,
         "num_epochs": job.epochs,

@@ -91,7 +91,7 @@ class SampleMasks:
         folder: Path | str,
         labels: Mapping[str, int | Sequence[int]],
         region_masks: bool = False,
-        chunk: int = 2**22,
+        chunk: int = 2**19,
     ):
         """Open the file.
 

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pytest
 import torch
 from tiny_project import tiny_plans
 
@@ -79,6 +80,7 @@ def test_unknown_label_is_named(regions):
     assert "case case_" in printed
 
 
+@pytest.mark.slow
 def test_cascade(project):
     plans = json.loads((project.preprocessed / "tiny.json").read_text())
     plans["plans_name"] = "cascade"
