@@ -43,7 +43,7 @@ class PredictionOptions:
     sampler: str | None = None
     samples: int | None = None
     seed: int | None = None
-    tta: str = "full"
+    tta: str = "interleaved"
     early_exit: bool = False
     aggregate: str = "window"
     save_uncertainty: bool = False

@@ -83,15 +83,21 @@ def _add_host_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_own_options(parser: argparse.ArgumentParser) -> None:
+    defaults = PredictionOptions()
     ours = parser.add_argument_group("diffusion; defaults are the settings of the model's plans")
     add = ours.add_argument
     add("--steps", type=int, metavar="K", help="reverse steps; 0: the segmentor's own mask of a HiDiff model")
     add("--sampler", choices=SAMPLERS)
     add("--samples", type=int, metavar="N", help="masks to draw; the result is their mean")
     add("--seed", type=int)
-    add("--tta", choices=TTA, default="full", help="mirroring: a chain a view, one chain through all views, or none")
+    add("--tta", choices=TTA, default=defaults.tta, help="mirroring: a chain a view, one chain through all, or none")
     add("--early_exit", action="store_true", help="end a tile's chain when a step leaves its labels unchanged")
-    add("--aggregate", choices=AGGREGATION, default="window", help="blend tiles at the end, or after every step")
+    add(
+        "--aggregate",
+        choices=AGGREGATION,
+        default=defaults.aggregate,
+        help="blend tiles at the end, or after every step",
+    )
     add("--save_uncertainty", action="store_true", help=f"maps and a JSON for each case in {UNCERTAINTY}/")
     add("--save_samples", action="store_true", help=f"every sample's mask in {SAMPLES}/000/ ...")
     add("--save_steps", action="store_true", help=f"the mask after every step in {STEPS}/01/ ...")
