@@ -1,10 +1,13 @@
 """Laws of chains taken apart, and of the loop that puts them together."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from nnunetv2_diffusion.diffusion import GaussianDiffusion, SamplingConfig, linear_beta_schedule
 from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, SinglePass, Window, make_chain
+from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.sliding_window import (
     Blend,
     Tile,
@@ -178,6 +181,30 @@ def test_a_gaussian_chain_is_the_networks_own_given_its_noise(make_segmentor, wa
         found = list(run_chain(chain, TileEstimator(chain, image, lambda: None), [[()]] * 3, noise))
     for a, b in zip(found, own, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_a_bernoulli_chain_is_the_networks_own_given_its_noise(models, sampler):
+    network = load_predictor(models("nnUNetTrainerHiDiff"), progress=False).network
+    image, config = torch.randn(1, 1, 8, 12, 8), SamplingConfig(4, sampler)
+    noise, steps = box((8, 12, 8), channels=3), iter(range(9))
+    feed = SimpleNamespace(uniform=lambda shape: noise.uniform(next(steps)))
+    with torch.inference_mode():
+        own = [step.y_start for step in network.chain(image, network.segmentor(image), feed, config)]
+        chain = make_chain(network, config, sigmoid=False)
+        found = list(run_chain(chain, TileEstimator(chain, image, lambda: None), [[()]] * 4, noise))
+    for a, b in zip(found, own, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+
+
+def test_the_prior_of_interleaved_views_is_their_mean(models):
+    network = load_predictor(models("nnUNetTrainerHiDiff"), progress=False).network
+    image = torch.randn(1, 1, 8, 12, 8)
+    chain = make_chain(network, SamplingConfig(2, "ddim"), sigmoid=False)
+    with torch.inference_mode():
+        found = TileEstimator(chain, image, lambda: None).prior(VIEWS)
+        expected = [mirror(network.prior(network.segmentor(mirror(image, v)).logits), v) for v in VIEWS]
+    torch.testing.assert_close(found, sum(expected) / len(expected))
 
 
 def test_mirroring_of_a_single_pass_is_nnunets_mean_of_views_in_probabilities(make_unet):
