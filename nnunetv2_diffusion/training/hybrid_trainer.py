@@ -111,7 +111,6 @@ class HybridTrainer(PlannedTrainer):
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         own = self.settings.hidiff
-        self.process = BernoulliDiffusion(cosine_beta_schedule(own.timesteps))
         self.pretraining_epochs = self.num_epochs // 2 if own.pretraining_epochs is None else own.pretraining_epochs
         self.pseudo_dice: dict[str, list] = {"prior": [], "refined": []}
         self._resuming = False
@@ -267,6 +266,11 @@ class HybridTrainer(PlannedTrainer):
         t = torch.randint(self.process.num_timesteps, (len(y_start),))
         y_t = self.process.q_sample(y_start, prior, t, torch.rand_like(prior))
         return Draw(y_start, y_t, t, valid)
+
+    @property
+    def process(self) -> BernoulliDiffusion:
+        """The network's diffusion process."""
+        return self.inner_network.process
 
     def diffusion_loss(self, image: torch.Tensor, output: SegmentorOutput, draw: Draw) -> torch.Tensor:
         """L_Diff, eq. 13, in bits: one pass of the refiner, mean over the batch."""
