@@ -8,6 +8,7 @@ from nnunetv2_diffusion.diffusion.bernoulli_loss import (
     variational_bound,
 )
 from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion
+from nnunetv2_diffusion.diffusion.mask_encoding import ENCODINGS, AnalogBits, MaskEncoding, make_encoding
 from nnunetv2_diffusion.diffusion.noise import ContentNoise
 from nnunetv2_diffusion.diffusion.position_noise import PositionNoise
 from nnunetv2_diffusion.diffusion.process import DiffusionProcess
@@ -27,13 +28,16 @@ from nnunetv2_diffusion.diffusion.time_sampling import (
 )
 
 __all__ = [
+    "ENCODINGS",
     "SAMPLERS",
     "TIME_SAMPLERS",
+    "AnalogBits",
     "BernoulliDiffusion",
     "ContentNoise",
     "DiffusionProcess",
     "GaussianDiffusion",
     "ImportanceTimeSampler",
+    "MaskEncoding",
     "PositionNoise",
     "SamplingConfig",
     "UniformTimeSampler",
@@ -44,6 +48,7 @@ __all__ = [
     "focal_to_probability",
     "gaussian_reverse_step",
     "linear_beta_schedule",
+    "make_encoding",
     "noise_loss",
     "reverse_process",
     "variational_bound",

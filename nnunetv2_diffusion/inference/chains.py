@@ -23,7 +23,7 @@ class BoxNoise:
     Attributes:
         seed: the user's.
         sample: index of the sample.
-        channels: K.
+        channels: of a state.
         start: first voxel of the box along three axes.
         size: voxels along three axes.
         planar: leave out the first axis, of size 1: a tile of a 2D network.
@@ -44,11 +44,11 @@ class BoxNoise:
         return (field[:, 0] if self.planar else field)[None]
 
     def normal(self, step: int) -> torch.Tensor:
-        """Standard normal noise before a step, (1, K, *spatial)."""
+        """Standard normal noise before a step, (1, C_mask, *spatial)."""
         return self._draw("normal", step)
 
     def uniform(self, step: int) -> torch.Tensor:
-        """Uniform noise in (0, 1) before a step, (1, K, *spatial)."""
+        """Uniform noise in (0, 1) before a step, (1, C_mask, *spatial)."""
         return self._draw("uniform", step)
 
 
@@ -67,9 +67,11 @@ class Chain(ABC):
         steps: K.
         has_prior: states are drawn from a prior; else ``prior`` is None everywhere.
         stochastic: samples differ.
+        channels: of a state, C_mask; 0 without states.
     """
 
     steps: int
+    channels: int = 0
     has_prior = False
     stochastic = True
 
@@ -104,7 +106,7 @@ class GaussianChain(Chain):
 
     def __init__(self, network: DiffusionSegmentor, config: SamplingConfig):
         self.network, self.config = network, config
-        self.steps = config.steps
+        self.steps, self.channels = config.steps, network.encoding.channels
         self.process = network.process.respace(config.steps)
 
     def _index(self, step: int) -> torch.Tensor:
@@ -128,7 +130,8 @@ class GaussianChain(Chain):
     ) -> torch.Tensor:
         """See ``Chain``."""
         t = self.process.timestep_map[self._index(step)]
-        seen = previous if self.network.self_conditioning else None
+        conditioned = self.network.self_conditioning and previous is not None
+        seen = self.network.encoding.encode(previous) if conditioned else None
         heads = self.network(window.image, state, t, seen, full_resolution_only=True)
         return self.network.probabilities(heads[0] if isinstance(heads, list | tuple) else heads)
 
@@ -136,8 +139,9 @@ class GaussianChain(Chain):
         self, state: torch.Tensor, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: BoxNoise
     ) -> torch.Tensor:
         """See ``Chain``."""
+        x_start = to_x_start(self.network.encoding.encode(estimate))
         return gaussian_reverse_step(
-            self.process, to_x_start(estimate), state, self._index(step), lambda: noise.normal(step + 1),
+            self.process, x_start, state, self._index(step), lambda: noise.normal(step + 1),
             self.config.sampler, self.config.eta,
         )  # fmt: skip
 
@@ -149,7 +153,7 @@ class BernoulliChain(Chain):
 
     def __init__(self, network: HybridSegmentor, config: SamplingConfig):
         self.network, self.config = network, config
-        self.steps = config.steps
+        self.steps, self.channels = config.steps, network.encoding.channels
         self.process = network.process.respace(config.steps)
 
     def _index(self, step: int) -> torch.Tensor:
@@ -175,13 +179,14 @@ class BernoulliChain(Chain):
         """See ``Chain``."""
         t = self.process.timestep_map[self._index(step)]
         eps = self.network.noise_probability(window.image, state, prior, t, window.features)
-        return self.process.predict_y_start(state, eps)
+        return self.network.encoding.decode(self.process.predict_y_start(state, eps))
 
     def advance(
         self, state: torch.Tensor, estimate: torch.Tensor, prior: torch.Tensor, step: int, noise: BoxNoise
     ) -> torch.Tensor:
         """See ``Chain``."""
-        eps = (state - estimate).abs()  # the same average as of the noise: for a state of 0 or 1, linear
+        code = self.network.encoding.encode(estimate)
+        eps = (state - code).abs()  # the same average as of the noise: for a state of 0 or 1, linear
         return bernoulli_reverse_step(
             self.process, eps, state, prior, self._index(step), lambda: noise.uniform(step + 1), self.config.sampler
         )

@@ -187,11 +187,16 @@ class DiffusionPredictor(nnUNetPredictor):
         return [p[0][(slice(None), *canvas.crop[1:])] for p in blended]
 
     def _noise(
-        self, sample: int, start: Sequence[int], size: Sequence[int], device: torch.device, planar: bool = False
+        self,
+        chain: Chain,
+        sample: int,
+        start: Sequence[int],
+        size: Sequence[int],
+        device: torch.device,
+        planar: bool = False,
     ) -> BoxNoise:
         seed = self.sampling.seed if self.sampling else 0
-        heads = self.label_manager.num_segmentation_heads
-        return BoxNoise(seed, sample, heads, tuple(start), tuple(size), planar, device)
+        return BoxNoise(seed, sample, chain.channels, tuple(start), tuple(size), planar, device)
 
     def _draw_tiles(
         self, chain: Chain, plan: list[Schedule], canvas: Canvas, sample: int, count: PassCount
@@ -202,7 +207,7 @@ class DiffusionPredictor(nnUNetPredictor):
         for tile in canvas.tiles:
             image = canvas.data[tile.index][None].to(self.device)
             estimator = TileEstimator(chain, image.contiguous(), count.tick)
-            noise = self._noise(sample, tile.start, tile.size, self.device, tile.planar)
+            noise = self._noise(chain, sample, tile.start, tile.size, self.device, tile.planar)
             for blend, p in zip(blends, self._tile_masks(chain, plan, estimator, noise, kept), strict=True):
                 blend.add(tile, p)
         return [blend.mean() for blend in blends]
@@ -225,7 +230,7 @@ class DiffusionPredictor(nnUNetPredictor):
         kept = chain.steps if self.options.save_steps else 1
         estimator = VolumeEstimator(chain, canvas.data, canvas.tiles, canvas.blend, self.device, count.tick)
         start = [-p for p in canvas.padding]
-        noise = self._noise(sample, start, canvas.data.shape[1:], self.results_device)
+        noise = self._noise(chain, sample, start, canvas.data.shape[1:], self.results_device)
         return self._tile_masks(chain, plan, estimator, noise, kept)
 
 

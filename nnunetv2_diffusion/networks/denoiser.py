@@ -69,8 +69,8 @@ class DenoisingUNet(nn.Module):
 
     Args:
         unet: PlainConvUNet or ResidualEncoderUNet built for the image channels alone; it is taken over and changed.
-        mask_channels: K, channels of the noisy mask; 0 for a network without mask.
-        self_conditioning: K further channels for the estimate of the pass before.
+        mask_channels: C_mask, channels of the noisy mask, K for one-hot; 0 for a network without mask.
+        self_conditioning: C_mask further channels for the estimate of the pass before.
         time_conditioning: modulate every norm with the time step.
         transformer_layers: layers at the bottleneck; 0 for none.
         transformer_heads: attention heads.
@@ -125,9 +125,9 @@ class DenoisingUNet(nn.Module):
 
         Args:
             image: (B, C, *spatial).
-            mask: noisy mask (B, K, *spatial) in [0, 1]; None if the network has no mask channels.
+            mask: noisy mask (B, C_mask, *spatial) in [0, 1]; None if the network has no mask channels.
             t: training time index (B,); None if the network has no time conditioning.
-            estimate: probabilities (B, K, *spatial) of the pass before; None stands for zeros.
+            estimate: encoded probabilities (B, C_mask, *spatial) of the pass before; None stands for zeros.
             full_resolution_only: leave out the deep-supervision heads even if they are enabled.
 
         Returns:

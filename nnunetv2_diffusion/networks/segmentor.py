@@ -9,6 +9,7 @@ from torch import nn
 from nnunetv2_diffusion.diffusion import (
     ContentNoise,
     GaussianDiffusion,
+    MaskEncoding,
     SamplingConfig,
     reverse_process,
 )
@@ -46,7 +47,8 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
         unet: see ``DenoisingUNet``.
         process: trained diffusion process; None for a network without mask, whose forward is a plain pass.
         sampling: how predictions are drawn; may be replaced at any time.
-        mask_channels: K.
+        num_heads: K, classes with background, or regions.
+        encoding: of the mask; x_t and estimate have its channels (C_mask), K for one-hot, the default.
         **kwargs: see ``DenoisingUNet``.
 
     Raises:
@@ -61,13 +63,16 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
         unet: nn.Module,
         process: GaussianDiffusion | None,
         sampling: SamplingConfig | None,
-        mask_channels: int,
+        num_heads: int,
+        encoding: MaskEncoding | None = None,
         **kwargs: Any,
     ):
-        super().__init__(unet, mask_channels if process is not None else 0, **kwargs)
+        encoding = encoding or MaskEncoding(num_heads)
+        super().__init__(unet, encoding.channels if process is not None else 0, **kwargs)
+        self.encoding = encoding
         self.process = process
         self.sampling = sampling
-        self.num_heads = mask_channels
+        self.num_heads = num_heads
         self._run = self.denoise
         if process is not None:
             process.respace(sampling.steps)  # raises now rather than at the first prediction
@@ -88,9 +93,9 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
 
         Args:
             image: (B, C, *spatial).
-            x_t: diffusion state (B, K, *spatial), unclipped, in [-1, 1] space.
+            x_t: diffusion state (B, C_mask, *spatial), unclipped, in [-1, 1] space.
             t: training time index (B,).
-            estimate: probabilities (B, K, *spatial) for self-conditioning.
+            estimate: encoded probabilities (B, C_mask, *spatial) for self-conditioning.
             full_resolution_only: leave out deep-supervision heads.
 
         Returns:
@@ -150,7 +155,7 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
             config.steps steps, noisiest first; only the last one has deep-supervision heads.
         """
         process = self.process.respace(config.steps)
-        shape = (self.num_heads, *image.shape[2:])
+        shape = (self.encoding.channels, *image.shape[2:])
         estimate = None
         current: ReverseStep
 
@@ -160,10 +165,10 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
             current = ReverseStep(x_t, int(t[0]), list(heads) if isinstance(heads, list | tuple) else [heads])
             if is_last:
                 return x_t  # the chain ends here: nobody uses its state any more
-            p = self.probabilities(current.heads[0])
+            code = self.encoding.encode(self.probabilities(current.heads[0]))
             if self.self_conditioning:
-                estimate = p
-            return to_x_start(p)
+                estimate = code
+            return to_x_start(code)
 
         for _ in reverse_process(
             process, predict_x_start, noise(shape), lambda: noise(shape), config.sampler, config.eta

@@ -91,6 +91,11 @@ class DiffusionSettings(Settings):
     time_conditioning: bool = setting(
         True, "tell the network the time step; false reproduces the published, time-blind network"
     )
+    mask_encoding: str = setting(
+        "one-hot",
+        "channels of the noisy mask: one a class, or ceil(log2 classes) analog bits; regions are bits as they are",
+        choices=("one-hot", "analog-bits"),
+    )
     transformer_layers: int = setting(1, "self-attention layers at the bottleneck, 0 for none", low=0)
     transformer_heads: int = setting(8, "attention heads", low=1)
     transformer_width: float = setting(

@@ -11,19 +11,26 @@ from tqdm import tqdm
 
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.denoiser import SUPPORTED
-from nnunetv2_diffusion.planning.settings import read_settings
+from nnunetv2_diffusion.planning.settings import SettingsError, read_settings
 
 
-def check_plans(plans: dict, configuration: str) -> None:
+def check_plans(plans: dict, configuration: str, dataset_json: dict) -> None:
     """Raise before anything is written if the settings or the architecture of a configuration cannot be used.
 
     Raises:
-        SettingsError: unknown key or unusable value in the ``diffusion`` section.
+        SettingsError: unknown key or unusable value in the ``diffusion`` section, or an encoding for classes where
+            dataset.json has regions.
         UnsupportedArchitectureError: not a PlainConvUNet or ResidualEncoderUNet.
     """
-    manager = PlansManager(plans).get_configuration(configuration)
+    plans_manager = PlansManager(plans)
+    manager = plans_manager.get_configuration(configuration)
     where = f"configuration {configuration} of {plans.get('plans_name', 'the plans')}"
-    read_settings(manager.configuration, where)
+    settings = read_settings(manager.configuration, where)
+    if settings.mask_encoding != "one-hot" and plans_manager.get_label_manager(dataset_json).has_regions:
+        raise SettingsError(
+            f"{where}: mask_encoding is {settings.mask_encoding!r}, expected 'one-hot': dataset.json defines regions, "
+            "which overlap and have no class numbers to write in bits"
+        )
     name = manager.network_arch_class_name.rsplit(".", 1)[-1]
     supported = [c.__name__ for c in SUPPORTED]
     if name not in supported:

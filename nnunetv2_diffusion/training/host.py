@@ -20,7 +20,7 @@ from nnunetv2_diffusion.planning.settings import (
     read_settings,
 )
 from nnunetv2_diffusion.training import checks
-from nnunetv2_diffusion.training.losses import one_hot_target
+from nnunetv2_diffusion.training.losses import encoded_target
 
 
 def apply_schedule_length(trainer: nnUNetTrainer, settings: DiffusionSettings) -> None:
@@ -99,7 +99,7 @@ class PlannedTrainer(nnUNetTrainer):
         device: torch.device = torch.device("cuda"),
     ):
         # before nnU-Net makes folders and log files: a typo in the plans leaves no trace
-        checks.check_plans(plans, configuration)
+        checks.check_plans(plans, configuration, dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
         self.settings = read_settings(self.configuration_manager.configuration, self.plans_manager.plans_name)
         apply_schedule_length(self, self.settings)
@@ -134,10 +134,10 @@ class PlannedTrainer(nnUNetTrainer):
         return datasets
 
     def truth(self, target: torch.Tensor | list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ground truth at full resolution, one channel a head, and where it is known; see ``one_hot_target``."""
-        return one_hot_target(
+        """Ground truth at full resolution, encoded, and where it is known; see ``encoded_target``."""
+        return encoded_target(
             target[0] if isinstance(target, list) else target,
-            self.label_manager.num_segmentation_heads,
+            self.inner_network.encoding,
             self.label_manager.has_regions,
             self.label_manager.ignore_label,
         )

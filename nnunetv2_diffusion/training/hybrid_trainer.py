@@ -16,6 +16,7 @@ from nnunetv2_diffusion.diffusion import (
     BernoulliDiffusion,
     SamplingConfig,
     cosine_beta_schedule,
+    make_encoding,
     noise_loss,
     variational_bound,
 )
@@ -142,8 +143,8 @@ class HybridTrainer(PlannedTrainer):
             SettingsError: for unusable settings or environment variables.
             UnsupportedArchitectureError: for an architecture that cannot be used.
         """
-        settings = read_settings(configuration_manager.configuration, plans_manager.plans_name).hidiff
-        settings = sampling_from_environment(settings)
+        common = read_settings(configuration_manager.configuration, plans_manager.plans_name)
+        settings = sampling_from_environment(common.hidiff)
         kernel_sizes, strides = refiner_topology(configuration_manager.network_arch_init_kwargs)
         sampling = None
         if settings.steps:
@@ -164,6 +165,7 @@ class HybridTrainer(PlannedTrainer):
             settings.cross_transformer,
             settings.focal_gamma if settings.noise_loss == "focal" and settings.calibrated else 0.0,
             settings.prior_residual,
+            make_encoding(common.mask_encoding, num_output_channels),
         )
 
     def _compile(self) -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from nnunetv2_diffusion.diffusion import MaskEncoding
+
 
 class SampleDiceCELoss(nn.Module):
     """weight_dice * Dice + weight_ce * CE of every sample (Fu et al. 2024, section 4.2: 1 and 20).
@@ -54,52 +56,71 @@ class SampleDiceCELoss(nn.Module):
             float32 (B,).
         """
         logits = logits.float()
-        truth, valid = one_hot_target(target, logits.shape[1], self.regions, self.ignore_label)
-        if self.regions:
-            p = logits.sigmoid()
-            ce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1, keepdim=True)
-            foreground = slice(None)
-        else:
-            log_p = logits.log_softmax(1)
-            p = log_p.exp()
-            ce = -(truth * log_p).sum(1, keepdim=True)
-            foreground = slice(1, None)
+        terms = self._region_terms if self.regions else self._class_terms
+        ce, overlap, predicted, present, known = terms(logits, target)
+        dice = (2 * overlap + self.smooth) / (predicted + present + self.smooth).clamp(min=1e-8)
+        return self.weight_dice * (1 - dice.mean(1)) + self.weight_ce * ce / known.clamp(min=1)
+
+    def _region_terms(self, logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Sums over space: cross-entropy (B,), overlap, predicted and true volume (B, K), known voxels (B,)."""
+        truth, valid = encoded_target(target, MaskEncoding(logits.shape[1]), True, self.ignore_label)
         space = tuple(range(2, logits.ndim))
-        ce = (ce * valid).sum(space).mean(1) / valid.sum(space).mean(1).clamp(min=1)
-        p, truth = (p * valid)[:, foreground], truth[:, foreground]
-        overlap = 2 * (p * truth).sum(space) + self.smooth
-        dice = overlap / (p.sum(space) + truth.sum(space) + self.smooth).clamp(min=1e-8)
-        return self.weight_dice * (1 - dice.mean(1)) + self.weight_ce * ce
+        ce = F.binary_cross_entropy_with_logits(logits, truth, reduction="none").mean(1, keepdim=True)
+        p = logits.sigmoid() * valid
+        sums = (x.sum(space) for x in (p * truth, p, truth))
+        return (ce * valid).sum(space)[:, 0], *sums, valid.sum(space)[:, 0]
+
+    def _class_terms(self, logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """As for regions, without background in overlap and volumes.
+
+        With a hundred classes every map of all of them counts: only logarithm and probability are made, and the rest
+        is gathered from the labelled class.
+        """
+        labels, valid = known_labels(target, self.ignore_label)
+        log_p = logits.log_softmax(1)
+        p = log_p.exp()
+        ce = -(log_p.gather(1, labels) * valid).flatten(1).sum(1)
+        bins, known = labels.flatten(1), valid.flatten(1)
+        zeros = known.new_zeros(p.shape[:2])
+        overlap = zeros.scatter_add(1, bins, p.gather(1, labels).flatten(1) * known)
+        present = zeros.scatter_add(1, bins, known)
+        predicted = torch.einsum("bkn,bn->bk", p.flatten(2), known)
+        return ce, overlap[:, 1:], predicted[:, 1:], present[:, 1:], known.sum(1)
 
 
-def one_hot_target(
-    target: torch.Tensor, num_heads: int, regions: bool, ignore_label: int | None
+def known_labels(labels: torch.Tensor, ignore_label: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels (B, 1, *spatial) as integers, 0 where they are to be ignored, and float32 1 where they are known."""
+    labels = labels.long()
+    if ignore_label is None:
+        return labels, torch.ones_like(labels, dtype=torch.float32)
+    valid = labels != ignore_label
+    return labels * valid, valid.float()
+
+
+def encoded_target(
+    target: torch.Tensor, encoding: MaskEncoding, regions: bool, ignore_label: int | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """nnU-Net's target as one channel a head, and where it is known.
+    """nnU-Net's target as the channels of a mask, and where it is known.
 
     Args:
         target: (B, 1, *spatial) labels, or (B, K [+ 1], *spatial) regions of which the last channel marks ignored
             voxels if ignore_label is not None.
-        num_heads: K.
+        encoding: of the mask; for regions it keeps them as they are.
         regions: which of the two.
         ignore_label: see above.
 
     Returns:
-        float32 (B, K, *spatial), zero at ignored voxels, and float32 (B, 1, *spatial), 1 where the truth is known.
+        float32 (B, C_mask, *spatial), zero at ignored voxels, and float32 (B, 1, *spatial), 1 where the truth is known.
     """
     if regions:
-        truth = target[:, :num_heads].float()
+        truth = target[:, : encoding.channels].float()
         valid = torch.ones_like(truth[:, :1])
         if ignore_label is not None:
-            valid = 1 - target[:, num_heads:].float()
+            valid = 1 - target[:, encoding.channels :].float()
         return truth * valid, valid
-    labels = target.long()
-    valid = torch.ones_like(labels)
-    if ignore_label is not None:
-        valid = (labels != ignore_label).long()
-    truth = torch.zeros(len(labels), num_heads, *labels.shape[2:], device=labels.device)
-    truth.scatter_(1, labels * valid, 1.0)
-    return truth * valid, valid.float()
+    labels, valid = known_labels(target, ignore_label)
+    truth = encoding.encode_labels(labels)
+    return truth if ignore_label is None else truth * valid, valid
 
 
 class SampleDeepSupervision(nn.Module):

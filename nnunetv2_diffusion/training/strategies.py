@@ -1,9 +1,9 @@
 """Training strategies of Fu et al. 2024: what the network is given in the pass that is trained.
 
 Every strategy turns (predict, process, x_start, t) into the input of that last pass. ``predict(x, t, samples)`` is
-one pass without gradient (the paper's StopGradient) on the image that returns probabilities in [0, 1]; ``samples``
-are the batch indices that x stands for, None for all. Masks are in [-1, 1], t is 0-based, all tensors are
-(B, K, *spatial), all noise is fresh.
+one pass without gradient (the paper's StopGradient) on the image that returns probabilities, encoded, in [0, 1];
+``samples`` are the batch indices that x stands for, None for all. Masks are in [-1, 1], t is 0-based, all tensors are
+(B, C_mask, *spatial) with the channels of the mask's encoding (classes, if it is one-hot), all noise is fresh.
 
 Steps are indexed in the process's own chain; the network is told ``process.timestep_map[t]``.
 """

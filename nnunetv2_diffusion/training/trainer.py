@@ -15,6 +15,7 @@ from nnunetv2_diffusion.diffusion import (
     SamplingConfig,
     UniformTimeSampler,
     linear_beta_schedule,
+    make_encoding,
 )
 from nnunetv2_diffusion.networks import DiffusionSegmentor, to_x_start
 from nnunetv2_diffusion.planning.settings import (
@@ -123,6 +124,7 @@ class DiffusionTrainer(PlannedTrainer):
             build_process(settings) if cls.uses_mask else None,
             SamplingConfig(settings.steps, settings.sampler, settings.eta, settings.samples, settings.seed),
             num_output_channels,
+            make_encoding(settings.mask_encoding, num_output_channels),
             self_conditioning=cls.uses_mask and cls.strategy.self_conditioning,
             time_conditioning=cls.uses_mask and settings.time_conditioning,
             transformer_layers=settings.transformer_layers,
@@ -209,19 +211,20 @@ class DiffusionTrainer(PlannedTrainer):
         return (losses * weights.to(losses.device)).mean()
 
     def _x_start(self, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        """Ground truth at full resolution in [-1, 1], float32; 0 where it is to be ignored."""
+        """Ground truth at full resolution, encoded, in [-1, 1], float32; 0 where it is to be ignored."""
         truth, valid = self.truth(target)
         return to_x_start(truth) * valid
 
     def _first_pass(self, image: torch.Tensor) -> Callable[..., torch.Tensor]:
-        """predict(x, t, samples) for strategies: probabilities of one pass without gradient."""
+        """predict(x, t, samples) for strategies: encoded probabilities of one pass without gradient."""
 
         def predict(x: torch.Tensor, t: torch.Tensor, samples: torch.Tensor | None = None) -> torch.Tensor:
             seen = image if samples is None else image[samples]
             # no cache: weights that autocast casts here would be reused, without gradient, by the trained pass
             with torch.no_grad(), self._autocast(cache_enabled=False):
-                logits = self.inner_network(seen, x, self.process.timestep_map[t], full_resolution_only=True)
-                return self.inner_network.probabilities(logits)
+                network = self.inner_network
+                logits = network(seen, x, self.process.timestep_map[t], full_resolution_only=True)
+                return network.encoding.encode(network.probabilities(logits))
 
         return predict
 

@@ -21,6 +21,10 @@ from nnunetv2_diffusion.training.checks import check_images, check_labels, check
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
+CLASSES_JSON = {"labels": {"background": 0, "a": 1, "b": 2}}
+REGIONS_JSON = {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regions_class_order": [1, 2]}
+
+
 def make_plans(architecture: str = "PlainConvUNet", diffusion: dict | None = None) -> dict:
     configuration = {
         "architecture": {
@@ -38,24 +42,32 @@ def make_plans(architecture: str = "PlainConvUNet", diffusion: dict | None = Non
 @pytest.mark.parametrize("diffusion", [None, {}, {"steps": 3, "recipe": "paper"}])
 @pytest.mark.parametrize("configuration", ["2d", "child"])
 def test_plans_of_nnunet_pass(architecture, diffusion, configuration):
-    check_plans(make_plans(architecture, diffusion), configuration)
+    check_plans(make_plans(architecture, diffusion), configuration, CLASSES_JSON)
 
 
 @pytest.mark.parametrize("configuration", ["2d", "child"])
 def test_a_typo_in_the_settings_is_named_with_its_place(configuration):
     with pytest.raises(SettingsError, match=rf"configuration {configuration} of somePlans.*'step'.*'steps'"):
-        check_plans(make_plans(diffusion={"step": 3}), configuration)
+        check_plans(make_plans(diffusion={"step": 3}), configuration, CLASSES_JSON)
 
 
 def test_an_unsupported_architecture_is_named_with_its_place():
     with pytest.raises(UnsupportedArchitectureError, match=r"configuration 2d of somePlans: .*\.ResUNetX, .*PlainConv"):
-        check_plans(make_plans("ResUNetX"), "2d")
+        check_plans(make_plans("ResUNetX"), "2d", CLASSES_JSON)
+
+
+@pytest.mark.parametrize("configuration", ["2d", "child"])
+def test_bits_of_class_numbers_are_refused_for_regions(configuration):
+    plans = make_plans(diffusion={"mask_encoding": "analog-bits"})
+    check_plans(plans, configuration, CLASSES_JSON)
+    with pytest.raises(SettingsError, match=rf"configuration {configuration} of somePlans: mask_encoding.*'one-hot'"):
+        check_plans(plans, configuration, REGIONS_JSON)
 
 
 def test_plans_are_left_alone():
     plans = make_plans(diffusion={"steps": 3})
     copied = copy.deepcopy(plans)
-    check_plans(plans, "child")
+    check_plans(plans, "child", CLASSES_JSON)
     assert plans == copied
 
 

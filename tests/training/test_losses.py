@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from nnunetv2_diffusion.training.losses import SampleDeepSupervision, SampleDiceCELoss, one_hot_target
+from nnunetv2_diffusion.diffusion import MaskEncoding
+from nnunetv2_diffusion.training.losses import SampleDeepSupervision, SampleDiceCELoss, encoded_target
 
 K = 4
 IGNORE = 4
@@ -125,7 +126,7 @@ def test_loss_is_the_mean_over_samples(regions, space):
 @kinds
 def test_a_perfect_answer_costs_nothing_and_the_opposite_a_lot(regions):
     target = make_target(regions, (6, 5))
-    truth, _ = one_hot_target(target, K, regions, None)
+    truth, _ = encoded_target(target, MaskEncoding(K), regions, None)
     loss = SampleDiceCELoss(regions)
     assert loss.per_sample(100 * (2 * truth - 1), target).abs().max() < 1e-3
     assert loss.per_sample(-100 * (2 * truth - 1), target).min() > 50
@@ -223,9 +224,9 @@ def test_a_patch_that_is_ignored_altogether_has_a_finite_loss_without_gradient(r
 
 
 @spaces
-def test_one_hot_target_of_classes(space):
+def test_encoded_target_of_classes(space):
     target, ignored = make_ignoring(False, space)
-    truth, valid = one_hot_target(target, K, False, IGNORE)
+    truth, valid = encoded_target(target, MaskEncoding(K), False, IGNORE)
     assert truth.dtype == valid.dtype == torch.float32
     assert truth.shape == (3, K, *space)
     assert torch.equal(valid == 0, ignored)
@@ -235,28 +236,28 @@ def test_one_hot_target_of_classes(space):
 
 @spaces
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32])
-def test_one_hot_target_of_regions(space, dtype):
+def test_encoded_target_of_regions(space, dtype):
     target, ignored = make_ignoring(True, space)
-    truth, valid = one_hot_target(target.to(dtype), K, True, IGNORE)
+    truth, valid = encoded_target(target.to(dtype), MaskEncoding(K), True, IGNORE)
     assert truth.dtype == valid.dtype == torch.float32
     assert torch.equal(valid == 0, ignored)
     assert torch.equal(truth.bool(), target[:, :K] & ~ignored)
 
 
 @kinds
-def test_one_hot_target_without_ignore_label_is_known_everywhere(regions):
+def test_encoded_target_without_ignore_label_is_known_everywhere(regions):
     target = make_target(regions, (6, 5))
-    truth, valid = one_hot_target(target, K, regions, None)
+    truth, valid = encoded_target(target, MaskEncoding(K), regions, None)
     assert torch.equal(valid, torch.ones(3, 1, 6, 5))
     expected = target.float() if regions else F.one_hot(target[:, 0].long(), K).movedim(-1, 1).float()
     assert torch.equal(truth, expected)
 
 
 @kinds
-def test_one_hot_target_leaves_its_input_alone(regions):
+def test_encoded_target_leaves_its_input_alone(regions):
     target, _ = make_ignoring(regions, (6, 5))
     copied = target.clone()
-    one_hot_target(target, K, regions, IGNORE)
+    encoded_target(target, MaskEncoding(K), regions, IGNORE)
     assert torch.equal(target, copied)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunetv2_diffusion.diffusion import GaussianDiffusion, linear_beta_schedule
+from nnunetv2_diffusion.diffusion import GaussianDiffusion, MaskEncoding, linear_beta_schedule
 from nnunetv2_diffusion.training import (
     DiffusionTrainer,
     RecycleXT,
@@ -76,6 +76,7 @@ class ToyNetwork(nn.Module):
     def __init__(self, theta: torch.Tensor):
         super().__init__()
         self.theta = nn.Parameter(theta.clone())
+        self.encoding = MaskEncoding(3)
         self.passes = []
 
     def forward(self, image, x_t, t, estimate=None, full_resolution_only=False):
