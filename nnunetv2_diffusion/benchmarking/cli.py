@@ -25,6 +25,7 @@ TRAINERS = (
     "nnUNetTrainerNoDiff",
     "nnUNetTrainerHiDiff",
 )
+CLASS_TRAINER = "nnUNetTrainerRecycleXT"
 
 
 def _positive(text: str) -> int:
@@ -42,7 +43,7 @@ def _sizes(text: str) -> tuple[int, ...]:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser with its two subcommands."""
+    """The parser with its subcommands."""
     parser = argparse.ArgumentParser(
         prog="scripts/benchmark", description="Cost of the diffusion trainers as a ratio to stock nnU-Net's."
     )
@@ -67,8 +68,16 @@ def build_parser() -> argparse.ArgumentParser:
     )
     refiner.add_argument("--width", type=_positive, default=32, help="channels of the first stage (default: 32)")
     refiner.add_argument("--paper", action="store_true", help="only count, for the setting of the paper")
+    classes = commands.add_parser(
+        "classes",
+        help="time and memory of a training step with more classes, for every mask encoding",
+        description=f"Time train_step of {CLASS_TRAINER} with every mask encoding, and of {REFERENCE}, on made-up "
+        "plans with more and more classes.",
+    )
+    classes.add_argument("--counts", nargs="+", type=_positive, default=[3, 16, 104], metavar="K", help="3 16 104")
     for command, trainers, rounds in (
         (refiner, (), 10),
+        (classes, (), 5),
         (train, TRAINERS, 10),
         (predict, ("nnUNetTrainerRecycleXT",), 20),
     ):
@@ -156,6 +165,11 @@ def _check_new_file(path: Path) -> None:
 
 def _problem(args: argparse.Namespace) -> Problem:
     """Plans from files or made up; settles the defaults in args."""
+    if args.what == "classes":
+        if args.plans is not None or args.classes is not None:
+            found = "--plans" if args.plans is not None else "--classes"
+            raise BenchmarkError(f"{found} cannot be used with classes, which makes up plans for each of --counts")
+        args.classes = args.counts[0]
     own = {"dim": 3, "patch": None, "base_features": 32, "classes": 3, "stages": 4}
     if args.plans is not None:
         given = [name for name in own if getattr(args, name) is not None] + ["resenc"] * args.resenc
@@ -174,6 +188,12 @@ def _problem(args: argparse.Namespace) -> Problem:
     return synthetic_problem(
         args.dim, args.patch, args.batch, args.base_features, args.classes, args.stages, args.resenc
     )
+
+
+def _class_problems(args: argparse.Namespace) -> dict[int, Problem]:
+    """Made-up plans by number of classes."""
+    shape = (args.dim, args.patch, args.batch, args.base_features)
+    return {count: synthetic_problem(*shape, count, args.stages, args.resenc) for count in args.counts}
 
 
 def _device(args: argparse.Namespace) -> torch.device:
@@ -213,7 +233,7 @@ def run(args: argparse.Namespace, problem: Problem, device: torch.device) -> tup
         results, targets, rows = _measure(
             args, problem, commands.Turns(device, Stopwatch(device, args.clock), args.rounds, args.warmup)
         )
-    described = host.describe_problem(problem, None if args.what == "train-step" else 1)
+    described = host.describe_problem(problem, None if args.what in ("train-step", "classes") else 1)
     content = {
         "schema": report.SCHEMA,
         "command": _command(args),
@@ -233,8 +253,12 @@ def run(args: argparse.Namespace, problem: Problem, device: torch.device) -> tup
 def _measure(args: argparse.Namespace, problem: Problem, turns: Any) -> tuple[list[dict], list[report.Target], str]:
     """Results, targets and table of a subcommand."""
     from nnunetv2_diffusion.benchmarking import commands
+    from nnunetv2_diffusion.benchmarking.classes import class_steps, class_table, class_targets
     from nnunetv2_diffusion.benchmarking.refiner import refiner_steps
 
+    if args.what == "classes":
+        results = class_steps(_class_problems(args), CLASS_TRAINER, turns)
+        return results, class_targets(results), class_table(results)
     if args.what == "refiner":
         results, rows = refiner_steps(problem, args.width, turns)
         return results, [], rows
@@ -257,7 +281,8 @@ def _command(args: argparse.Namespace) -> str:
     """The command with every default spelled out, but for where the JSON goes."""
     words = ["scripts/benchmark", args.what]
     for name, value in _settings(args).items():
-        if value is None or value is False or (name == "configuration" and args.plans is None):
+        implied = (name == "classes" and args.what == "classes") or (name == "configuration" and args.plans is None)
+        if value is None or value is False or implied:
             continue
         words.append(f"--{name.replace('_', '-')}")
         if isinstance(value, tuple):

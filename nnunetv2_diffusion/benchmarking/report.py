@@ -3,8 +3,9 @@
 The JSON holds ``schema`` (another number when a key goes or changes its meaning), ``command`` with all defaults
 spelled out, ``settings``, ``hardware``, ``versions``, ``results`` and ``targets``. A result has ``seconds`` (median,
 mean, min, max and each of the ``rounds``), ``ratio`` to nnUNetTrainer in the same round, ``peak_memory_bytes`` and
-``peak_memory_ratio`` (null on a CPU); for train-step ``parameters`` and ``parameter_overhead``; for predict ``steps``,
-``passes``, ``pass_ratio`` (mean pass to a stock prediction) and ``outside_share`` (of the time, outside of passes).
+``peak_memory_ratio`` (null on a CPU, but for classes, where allocations are counted); for train-step ``parameters``
+and ``parameter_overhead``; for classes their number; for predict ``steps``, ``passes``, ``pass_ratio`` (mean pass to
+a stock prediction) and ``outside_share`` (of the time, outside of passes).
 """
 
 import os
@@ -103,7 +104,8 @@ def spread(values: dict[str, float] | None, scale: float = 1, digits: int = 2) -
     return f"{median} ({low}-{high})"
 
 
-def _memory(row: dict) -> str:
+def memory_cell(row: dict) -> str:
+    """Peak memory and its ratio to the reference's."""
     if row["peak_memory_ratio"] is None:
         return NOT_MEASURED
     return f"{row['peak_memory_bytes'] / 2**30:.2f} GiB ({row['peak_memory_ratio']:.3f}x)"
@@ -119,7 +121,7 @@ def train_table(results: list[dict[str, Any]]) -> str:
             ("mean", lambda r: f"{r['ratio']['mean']:.2f}"),
             ("parameters", lambda r: f"{r['parameters']:,}"),
             ("overhead", lambda r: f"{100 * r['parameter_overhead']:.2f} %"),
-            ("peak memory", _memory),
+            ("peak memory", memory_cell),
         ],
         results,
     )
@@ -135,7 +137,7 @@ def predict_table(results: list[dict[str, Any]]) -> str:
             ("ratio, median (min-max)", lambda r: spread(r["ratio"])),
             ("one pass / stock's", lambda r: spread(r["pass_ratio"])),
             ("outside of passes, %", lambda r: spread(r["outside_share"], scale=100)),
-            ("peak memory", _memory),
+            ("peak memory", memory_cell),
         ],
         results,
     )
