@@ -11,6 +11,7 @@ from nnunetv2_diffusion import __version__
 # only when its verb is called, so that --help and doctor work where torch or nnU-Net cannot be imported.
 VERBS = {
     "doctor": ("nnunetv2_diffusion.doctor", "check this installation, and say what to type where something is wrong"),
+    "plan": ("nnunetv2_diffusion.planning.plan", "derive plans from existing ones, by preset and settings"),
     "predict": ("nnunetv2_diffusion.inference.predict", "predict as nnU-Net does, with samples and uncertainty"),
     "evaluate": ("nnunetv2_diffusion.evaluation.evaluate", "score predictions, with surface distances and calibration"),
     "compare": ("nnunetv2_diffusion.evaluation.compare", "compare predictions of the same cases, with paired tests"),

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_diffusion.planning.derive import derive_plans, write_plans
+from nnunetv2_diffusion.planning.presets import load_preset
 from nnunetv2_diffusion.planning.settings import HIDIFF, merge_settings
 
 PLANS = "demoPlans"
-# The paper's rate of 1e-4 is for tens of thousands of iterations. One step gives the mean mask; what more steps draw
-# from a refiner that has seen a few hundred batches is worse (README).
-SHORT_HIDIFF = {"refiner_width": 8, "steps": 1, "learning_rate": 2e-3, "segmentor_learning_rate": 4e-4}
+# Of HiDiff: the paper's rate of 1e-4 is for tens of thousands of iterations. One step gives the mean mask; what more
+# steps draw from a refiner that has seen a few hundred batches is worse (README).
+PRESET = "cpu-demo"
 
 
 @dataclass
@@ -115,7 +116,7 @@ def plan(job: Job) -> None:
         "num_epochs": job.epochs,
         "num_iterations_per_epoch": job.iterations,
         "num_val_iterations_per_epoch": max(5, job.iterations // 10),
-        HIDIFF: SHORT_HIDIFF,
+        HIDIFF: load_preset(PRESET).diffusion["all"][HIDIFF],
     }
     settings = merge_settings(settings, job.settings)
     write_plans(derive_plans(stock, PLANS, {job.configuration: network}, settings), job.preprocessed)

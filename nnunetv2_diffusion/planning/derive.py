@@ -13,7 +13,7 @@ from typing import Any
 from nnunetv2_diffusion.planning.settings import SECTION, merge_settings, parse_settings
 
 STOCK_PLANS = ("nnUNetPlans*", "nnUNetResEnc*")
-OVERRIDES = ("patch_size", "batch_size", "base_features", "max_features")
+OVERRIDES = ("patch_size", "batch_size", "base_features", "max_features", "n_stages")
 
 
 class PlansError(ValueError):
@@ -78,8 +78,8 @@ def derive_plans(
         plans: nnU-Net's plans (2.5 or newer), as read from their JSON file; not changed.
         name: ``plans_name`` of the result.
         configurations: for each configuration to change, any of ``patch_size`` (voxels, one integer an axis),
-            ``batch_size``, ``base_features`` (channels of the first stage, doubled at each next one) and
-            ``max_features`` (upper limit of the channels of a stage).
+            ``batch_size``, ``base_features`` (channels of the first stage, doubled at each next one),
+            ``max_features`` (upper limit of the channels of a stage) and ``n_stages`` (at most as many as there are).
         settings: diffusion settings for all configurations; defaults for those not named.
 
     Raises:
@@ -87,11 +87,9 @@ def derive_plans(
         SettingsError: for diffusion settings that cannot be used.
     """
     check_plans_name(name)
-    if not isinstance(plans, Mapping) or not isinstance(plans.get("configurations"), Mapping):
-        raise PlansError("plans have no 'configurations', expected the content of an nnU-Net plans file")
+    resolved = resolve_configurations(plans)
     derived = deepcopy(dict(plans))
     derived["plans_name"] = name
-    resolved = {c: _resolve(plans["configurations"], c) for c in plans["configurations"]}
     for configuration, overrides in configurations.items():
         where = f"configuration {configuration} of {name}"
         if configuration not in resolved:
@@ -101,6 +99,17 @@ def derive_plans(
         derived["configurations"][configuration].update(changes)
     add_settings(derived["configurations"], settings, name)
     return derived
+
+
+def resolve_configurations(plans: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every configuration with what it inherits.
+
+    Raises:
+        PlansError: for a content that is no nnU-Net plans.
+    """
+    if not isinstance(plans, Mapping) or not isinstance(plans.get("configurations"), Mapping):
+        raise PlansError("plans have no 'configurations', expected the content of an nnU-Net plans file")
+    return {name: _resolve(plans["configurations"], name) for name in plans["configurations"]}
 
 
 def write_plans(plans: Mapping[str, Any], folder: str | os.PathLike) -> Path:
@@ -165,6 +174,9 @@ def _changes(configuration: Mapping[str, Any], overrides: Mapping[str, Any], whe
     if overrides and "architecture" not in configuration:
         raise PlansError(f"{where}: no 'architecture', expected plans of nnU-Net 2.5 or newer")
     changes: dict[str, Any] = {}
+    if "n_stages" in overrides:
+        changes["architecture"] = _shorten(configuration["architecture"], overrides["n_stages"], where)
+        configuration = {**configuration, **changes}
     if "batch_size" in overrides:
         changes["batch_size"] = _positive(overrides["batch_size"], "batch_size", where)
     if "patch_size" in overrides:
@@ -181,6 +193,20 @@ def _changes(configuration: Mapping[str, Any], overrides: Mapping[str, Any], whe
         architecture["arch_kwargs"]["features_per_stage"] = [min(base * 2**i, largest) for i in range(len(present))]
         changes["architecture"] = architecture
     return changes
+
+
+def _shorten(architecture: Mapping[str, Any], n_stages: Any, where: str) -> dict[str, Any]:
+    """An architecture without its last stages."""
+    shorter = deepcopy(dict(architecture))
+    kwargs = shorter["arch_kwargs"]
+    most = kwargs["n_stages"]
+    if _positive(n_stages, "n_stages", where) > most or n_stages < 2:
+        raise PlansError(f"{where}: n_stages is {n_stages}, expected 2 .. {most}, the stages of the plans")
+    kwargs["n_stages"] = n_stages
+    for key, values in kwargs.items():
+        if isinstance(values, list) and len(values) in (most, most - 1):  # one a stage, or one a decoder stage
+            kwargs[key] = values[: n_stages - (most - len(values))]
+    return shorter
 
 
 def _positive(value: Any, key: str, where: str) -> int:

@@ -1,0 +1,109 @@
+"""Presets: named settings, and changes of nnU-Net's network, to be merged into plans."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_diffusion.planning.derive import OVERRIDES
+from nnunetv2_diffusion.planning.schema import SettingsError
+from nnunetv2_diffusion.planning.settings import merge_settings, parse_settings
+
+KEYS = ("summary", "source", "trainers", "network", "diffusion")
+KINDS = ("2d", "3d")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """One file of ``plans/presets``.
+
+    Attributes:
+        name: of the file, without its ending.
+        summary: what it is, in a line.
+        source: where its numbers come from.
+        trainers: that it is meant for; empty for all.
+        network: for "2d" and "3d", changes as for ``derive_plans``.
+        diffusion: settings for "all" configurations, and for those of "2d" and "3d" beside them.
+    """
+
+    name: str
+    summary: str
+    source: str
+    trainers: list[str]
+    network: dict[str, dict[str, Any]]
+    diffusion: dict[str, dict[str, Any]]
+
+    def settings(self, axes: int) -> dict[str, Any]:
+        """Settings for a configuration whose patch has two or three axes."""
+        return merge_settings(self.diffusion.get("all", {}), self.diffusion.get(f"{axes}d", {}))
+
+    def overrides(self, axes: int) -> dict[str, Any]:
+        """Changes of the network of a configuration whose patch has two or three axes."""
+        return dict(self.network.get(f"{axes}d", {}))
+
+
+def _folder() -> Path:
+    """``plans/presets`` of the checkout that is run, or where it is installed."""
+    package = Path(__file__).resolve().parents[1]
+    installed = package / "presets"
+    return installed if installed.is_dir() else package.parent / "plans" / "presets"
+
+
+def preset_names() -> list[str]:
+    """Names of all presets."""
+    return sorted(file.name.removesuffix(".json") for file in _folder().iterdir() if file.name.endswith(".json"))
+
+
+def load_preset(name: str) -> Preset:
+    """Read and validate a preset.
+
+    Raises:
+        SettingsError: naming the preset and the key, if there is no such preset or it cannot be used.
+    """
+    names = preset_names()
+    if name not in names:
+        raise SettingsError(f"there is no preset {name!r}, expected one of {', '.join(names)}")
+    return parse_preset(name, json.loads((_folder() / f"{name}.json").read_text(encoding="utf-8")))
+
+
+def parse_preset(name: str, content: Mapping[str, Any]) -> Preset:
+    """A preset from the content of its file, validated.
+
+    Raises:
+        SettingsError: naming the key.
+    """
+    where = f"preset {name}"
+    if set(content) != set(KEYS):
+        raise SettingsError(f"{where}: keys are {sorted(content)}, expected {sorted(KEYS)}")
+    for key, kinds, known in (("network", KINDS, OVERRIDES), ("diffusion", ("all", *KINDS), None)):
+        for kind, values in content[key].items():
+            if kind not in kinds:
+                raise SettingsError(f"{where}: {key} has {kind!r}, expected one of {', '.join(kinds)}")
+            unknown = [k for k in values if known is not None and k not in known]
+            if unknown:
+                raise SettingsError(f"{where}: {key} has {unknown[0]!r}, expected one of {', '.join(known)}")
+    preset = Preset(name, **content)
+    for axes in (2, 3):
+        parse_settings(preset.settings(axes), where)
+    return preset
+
+
+def presets_table() -> str:
+    """All presets and what they set, as Markdown; the docs hold a copy that a test compares."""
+    rows = ["| preset | 2D | 3D |", "|---|---|---|"]
+    for name in preset_names():
+        preset = load_preset(name)
+        cells = [_cell({**preset.overrides(axes), **preset.settings(axes)}) for axes in (2, 3)]
+        rows.append(f"| `{name}`: {preset.summary}. Source: {preset.source}. | {cells[0]} | {cells[1]} |")
+    return "\n".join(rows)
+
+
+def _cell(values: Mapping[str, Any], prefix: str = "") -> str:
+    words = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            words.append(_cell(value, f"{key}."))
+        else:
+            words.append(f"`{prefix}{key}={json.dumps(value)}`")
+    return " ".join(words)
