@@ -153,7 +153,7 @@ class BernoulliChain(Chain):
 
     def __init__(self, network: HybridSegmentor, config: SamplingConfig):
         self.network, self.config = network, config
-        self.steps, self.channels = config.steps, network.encoding.channels
+        self.steps, self.channels = config.steps, network.num_heads
         self.process = network.process.respace(config.steps)
 
     def _index(self, step: int) -> torch.Tensor:
@@ -179,14 +179,13 @@ class BernoulliChain(Chain):
         """See ``Chain``."""
         t = self.process.timestep_map[self._index(step)]
         eps = self.network.noise_probability(window.image, state, prior, t, window.features)
-        return self.network.encoding.decode(self.process.predict_y_start(state, eps))
+        return self.process.predict_y_start(state, eps)
 
     def advance(
         self, state: torch.Tensor, estimate: torch.Tensor, prior: torch.Tensor, step: int, noise: BoxNoise
     ) -> torch.Tensor:
         """See ``Chain``."""
-        code = self.network.encoding.encode(estimate)
-        eps = (state - code).abs()  # the same average as of the noise: for a state of 0 or 1, linear
+        eps = (state - estimate).abs()  # the same average as of the noise: for a state of 0 or 1, linear
         return bernoulli_reverse_step(
             self.process, eps, state, prior, self._index(step), lambda: noise.uniform(step + 1), self.config.sampler
         )

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from nnunetv2_diffusion.diffusion import (
     BernoulliDiffusion,
     ContentNoise,
-    MaskEncoding,
     SamplingConfig,
     bernoulli_reverse_process,
     focal_logits,
@@ -28,7 +27,7 @@ FIRST_CONDITION = 2  # features enter from the third stage on, as in the publish
 
 
 class RefinementStep(NamedTuple):
-    """One step of a refinement: the state that it saw, its training time, and its soft estimate of the mask's code."""
+    """One step of a refinement: the state that it saw, its training time, and its soft estimate of the mask."""
 
     y_t: torch.Tensor
     t: int
@@ -101,7 +100,6 @@ class HybridSegmentor(HeadsMixin):
         cross_transformer: exchange features at the bottleneck by the X-Former.
         focal_gamma: of the focal loss that the refiner is trained with; 0 if its outputs are probabilities as they are.
         prior_residual: the refiner's output corrects the logit of the prior's mask, see ``estimate_noise``.
-        encoding: of the mask; states and prior have its channels (C_mask), K for one-hot, the default.
 
     Raises:
         ValueError: if sampling wants more steps than the process has.
@@ -125,10 +123,8 @@ class HybridSegmentor(HeadsMixin):
         cross_transformer: bool = True,
         focal_gamma: float = 0.0,
         prior_residual: bool = True,
-        encoding: MaskEncoding | None = None,
     ):
         super().__init__()
-        self.encoding = encoding or MaskEncoding(num_heads)
         self.segmentor = segmentor
         self.prior_residual = prior_residual
         self.focal_gamma = focal_gamma
@@ -144,8 +140,8 @@ class HybridSegmentor(HeadsMixin):
             channels.pop(len(strides) - 1)
         start = {"noise_probability": 0.5} if prior_residual else {}  # adds nothing to the prior's logits
         self.refiner = Refiner(
-            image_channels, self.encoding.channels, kernel_sizes, strides, channels, width, norm, binarized,
-            cross_transformer, **start,
+            image_channels, num_heads, kernel_sizes, strides, channels, width, norm, binarized, cross_transformer,
+            **start,
         )  # fmt: skip
 
     def compile_parts(self, **kwargs: Any) -> None:
@@ -154,19 +150,19 @@ class HybridSegmentor(HeadsMixin):
         self.refiner.compile(**kwargs)
 
     def prior(self, logits: torch.Tensor) -> torch.Tensor:
-        """f(image): encoded probabilities of the segmentor's logits, float32 also under autocast."""
+        """f(image): probabilities of the segmentor's logits, float32 also under autocast."""
         with torch.autocast(logits.device.type, enabled=False):
-            return self.encoding.encode(self.probabilities(logits))
+            return self.probabilities(logits)
 
     def estimate_noise(
         self, image: torch.Tensor, y_t: torch.Tensor, prior: torch.Tensor, t: torch.Tensor, features: list[torch.Tensor]
     ) -> torch.Tensor:
-        """Logits of the Bernoulli noise between y_t and the mask, (B, C_mask, *spatial); one pass of the refiner.
+        """Logits of the Bernoulli noise between y_t and the mask, (B, K, *spatial); one pass of the refiner.
 
         Args:
             image: (B, C, *spatial).
-            y_t: state, 0 or 1, (B, C_mask, *spatial).
-            prior: f(image), encoded, (B, C_mask, *spatial).
+            y_t: state, 0 or 1, (B, K, *spatial).
+            prior: f(image), (B, K, *spatial).
             t: training time index (B,), 0-based.
             features: of the segmentor, fine to coarse.
         """
@@ -181,7 +177,7 @@ class HybridSegmentor(HeadsMixin):
     def noise_probability(
         self, image: torch.Tensor, y_t: torch.Tensor, prior: torch.Tensor, t: torch.Tensor, features: list[torch.Tensor]
     ) -> torch.Tensor:
-        """P(y_t is wrong), calibrated, (B, C_mask, *spatial) in float32; arguments as for ``estimate_noise``."""
+        """P(y_t is wrong), calibrated, (B, K, *spatial) in float32; arguments as for ``estimate_noise``."""
         eps = self.estimate_noise(image, y_t, prior, t, features).float().sigmoid()
         return focal_to_probability(eps, self.focal_gamma)
 
@@ -237,7 +233,7 @@ class HybridSegmentor(HeadsMixin):
             noise = ContentNoise(hashes, config.seed, sample, image.device)
             for step in self.chain(image, output, noise, config):
                 last = step
-            return [self.encoding.decode(last.y_start)]
+            return [last.y_start]
 
         (mean,) = average_samples(draw, config.samples)
         logits = self.bounded_logits(mean)
@@ -261,7 +257,7 @@ class HybridSegmentor(HeadsMixin):
         """
         process = self.process.respace(config.steps)
         prior = self.prior(output.logits)
-        shape = (self.encoding.channels, *image.shape[2:])
+        shape = (self.num_heads, *image.shape[2:])
         y_t = (noise.uniform(shape) < prior).float()
         seen: list[tuple[torch.Tensor, int]] = []
 

@@ -93,7 +93,7 @@ class DiffusionSettings(Settings):
     )
     mask_encoding: str = setting(
         "one-hot",
-        "channels of the noisy mask: one a class, or ceil(log2 classes) analog bits; regions are bits as they are",
+        "channels of the noisy mask: one a class, or ceil(log2 classes) analog bits; HiDiff has one a class",
         choices=("one-hot", "analog-bits"),
     )
     transformer_layers: int = setting(1, "self-attention layers at the bottleneck, 0 for none", low=0)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_diffusion.checkpoints import check_checkpoint
+from nnunetv2_diffusion.diffusion import MaskEncoding
 from nnunetv2_diffusion.networks.heads import HeadsMixin
 from nnunetv2_diffusion.planning.schema import S
 from nnunetv2_diffusion.planning.settings import (
@@ -133,11 +134,13 @@ class PlannedTrainer(nnUNetTrainer):
             checks.check_labels(datasets, self.label_manager, folder, show_progress=True)
         return datasets
 
-    def truth(self, target: torch.Tensor | list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    def truth(
+        self, target: torch.Tensor | list[torch.Tensor], encoding: MaskEncoding
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Ground truth at full resolution, encoded, and where it is known; see ``encoded_target``."""
         return encoded_target(
             target[0] if isinstance(target, list) else target,
-            self.inner_network.encoding,
+            encoding,
             self.label_manager.has_regions,
             self.label_manager.ignore_label,
         )

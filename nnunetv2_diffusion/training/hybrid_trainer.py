@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.diffusion import (
     BernoulliDiffusion,
+    MaskEncoding,
     SamplingConfig,
     cosine_beta_schedule,
-    make_encoding,
     noise_loss,
     variational_bound,
 )
@@ -143,8 +143,8 @@ class HybridTrainer(PlannedTrainer):
             SettingsError: for unusable settings or environment variables.
             UnsupportedArchitectureError: for an architecture that cannot be used.
         """
-        common = read_settings(configuration_manager.configuration, plans_manager.plans_name)
-        settings = sampling_from_environment(common.hidiff)
+        settings = read_settings(configuration_manager.configuration, plans_manager.plans_name).hidiff
+        settings = sampling_from_environment(settings)
         kernel_sizes, strides = refiner_topology(configuration_manager.network_arch_init_kwargs)
         sampling = None
         if settings.steps:
@@ -165,7 +165,6 @@ class HybridTrainer(PlannedTrainer):
             settings.cross_transformer,
             settings.focal_gamma if settings.noise_loss == "focal" and settings.calibrated else 0.0,
             settings.prior_residual,
-            make_encoding(common.mask_encoding, num_output_channels),
         )
 
     def _compile(self) -> None:
@@ -261,7 +260,7 @@ class HybridTrainer(PlannedTrainer):
     @torch.no_grad()
     def _draw(self, output: SegmentorOutput, target: torch.Tensor | list[torch.Tensor]) -> Draw:
         """Time steps, and y_t = y_0 xor eps with eps ~ B((1 - alphas_cumprod) |f(x) - y_0|)."""
-        y_start, valid = self.truth(target)
+        y_start, valid = self.truth(target, MaskEncoding(self.inner_network.num_heads))
         prior = self.inner_network.prior(output.logits)
         # ignored voxels: no ground truth may enter, so the segmentor's own guess stands for it
         y_start = torch.where(valid.bool(), y_start, (torch.rand_like(prior) < prior).float())

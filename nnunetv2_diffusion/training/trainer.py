@@ -212,7 +212,7 @@ class DiffusionTrainer(PlannedTrainer):
 
     def _x_start(self, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         """Ground truth at full resolution, encoded, in [-1, 1], float32; 0 where it is to be ignored."""
-        truth, valid = self.truth(target)
+        truth, valid = self.truth(target, self.inner_network.encoding)
         return to_x_start(truth) * valid
 
     def _first_pass(self, image: torch.Tensor) -> Callable[..., torch.Tensor]:

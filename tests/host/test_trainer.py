@@ -10,10 +10,15 @@ from nnunetv2_diffusion.planning.settings import SettingsError
 STRATEGIES = ["DiffSeg", "SelfCondXt", "SelfCondXtPlus1", "RecycleXtPlus1", "RecycleXT"]
 
 
-@pytest.mark.parametrize("recipe", ["nnunet", "paper"])
-@pytest.mark.parametrize("name", [*STRATEGIES, "NoDiff"])
-def test_every_trainer_learns_a_simple_task(make_trainer, name, recipe):
-    trainer = make_trainer(name, recipe=recipe, num_iterations_per_epoch=25, num_epochs=1)
+@pytest.mark.parametrize(
+    ("name", "recipe", "encoding"),
+    [
+        *[(name, recipe, "one-hot") for name in (*STRATEGIES, "NoDiff") for recipe in ("nnunet", "paper")],
+        *[(name, "paper", "analog-bits") for name in STRATEGIES],
+    ],
+)
+def test_every_trainer_learns_a_simple_task(make_trainer, name, recipe, encoding):
+    trainer = make_trainer(name, recipe=recipe, mask_encoding=encoding, num_iterations_per_epoch=25, num_epochs=1)
     torch.manual_seed(0)
     batch = batch_for(trainer)
     trainer.on_train_epoch_start()

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from nnunetv2_diffusion.diffusion import GaussianDiffusion, SamplingConfig, linear_beta_schedule
+from nnunetv2_diffusion.diffusion import AnalogBits, GaussianDiffusion, SamplingConfig, linear_beta_schedule
 from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, SinglePass, Window, make_chain
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.sliding_window import (
@@ -167,17 +167,20 @@ def test_a_gaussian_chain_told_the_truth_returns_it(make_segmentor, sampler):
     torch.testing.assert_close(last, truth, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("kwargs", [{}, {"self_conditioning": True}])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"self_conditioning": True}, {"self_conditioning": True, "encoding": AnalogBits(3)}]
+)
 def test_a_gaussian_chain_is_the_networks_own_given_its_noise(make_segmentor, wake, kwargs):
     network = wake(make_segmentor(steps=3, **kwargs)).eval()
-    image, noise = torch.randn(1, 1, 16, 20), BoxNoise(0, 0, 3, (0, 0, 0), (1, 16, 20), True, CPU)
-    steps = iter(range(9))
+    image, steps = torch.randn(1, 1, 16, 20), iter(range(9))
+    noise = BoxNoise(0, 0, network.encoding.channels, (0, 0, 0), (1, 16, 20), True, CPU)
     with torch.inference_mode():
         own = [
             network.probabilities(s.heads[0])
             for s in network.chain(image, lambda _: noise.normal(next(steps)), network.sampling)
         ]
         chain = make_chain(network, network.sampling, sigmoid=False)
+        assert chain.channels == network.encoding.channels
         found = list(run_chain(chain, TileEstimator(chain, image, lambda: None), [[()]] * 3, noise))
     for a, b in zip(found, own, strict=True):
         assert torch.equal(a, b)

@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 
-from nnunetv2_diffusion.diffusion import ContentNoise, GaussianDiffusion, SamplingConfig, linear_beta_schedule
+from nnunetv2_diffusion.diffusion import (
+    AnalogBits,
+    ContentNoise,
+    GaussianDiffusion,
+    SamplingConfig,
+    linear_beta_schedule,
+)
 from nnunetv2_diffusion.diffusion.noise import content_hash
 from nnunetv2_diffusion.networks import DiffusionSegmentor, to_mask, to_x_start
 
@@ -438,3 +444,38 @@ def test_process_may_be_one_that_was_respaced_for_training(make_unet, image, wak
     network.time.register_forward_pre_hook(lambda module, args: times.append(args[0].tolist()))
     network(image)
     assert times == [[t, t] for t in (1000, 750, 500, 250, 0)]
+
+
+# --- analog bits -----------------------------------------------------------------------------------------------------
+
+
+def test_a_network_of_many_classes_has_few_channels_of_bits_for_mask_and_estimate(make_segmentor, image):
+    network = make_segmentor(classes=20, encoding=AnalogBits(20), self_conditioning=True, steps=2).eval()
+    assert next(m for m in network.encoder.modules() if isinstance(m, torch.nn.Conv2d)).in_channels == 1 + 2 * 5
+    assert network(image).shape == (2, 20, *PATCH)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("conditioned", [False, True])
+def test_with_two_classes_bits_and_one_hot_predict_the_same(make_segmentor, wake, image, sampler, conditioned):
+    """If the one-hot network reads the second class alone, and its noise there is that of the bits."""
+    given = {"classes": 2, "steps": 4, "sampler": sampler, "self_conditioning": conditioned}
+    bits = wake(make_segmentor(encoding=AnalogBits(2), **given), size=0.4).eval()
+    one_hot = make_segmentor(**given).eval()
+    state = bits.state_dict()
+    for key in [k for k, v in state.items() if v.shape != one_hot.state_dict()[k].shape]:
+        weight = torch.zeros_like(one_hot.state_dict()[key])
+        weight[:, [0, *range(2, weight.shape[1], 2)]] = state[key]
+        state[key] = weight
+    one_hot.load_state_dict(state)
+    drawn = torch.randn(4, 2, 1, *PATCH)
+
+    def chain(network):
+        fields = iter(drawn)
+        last = [*network.chain(image, lambda shape: next(fields).expand(2, *shape), network.sampling)][-1]
+        return network.probabilities(last.heads[0])
+
+    with torch.inference_mode():
+        first, second = chain(bits), chain(one_hot)
+    assert first.std() > 0.05
+    torch.testing.assert_close(first, second, atol=1e-5, rtol=1e-4)
