@@ -11,7 +11,8 @@ import torch
 from nnunetv2_diffusion.demo.data import RawDataError, hold_out
 from nnunetv2_diffusion.demo.phantoms import write_phantoms
 from nnunetv2_diffusion.demo.picture import draw_case, reverse_steps
-from nnunetv2_diffusion.demo.pipeline import Job, dice_scores, plan, predict_and_score, train
+from nnunetv2_diffusion.demo.pipeline import PRESET, Job, dice_scores, plan, predict_and_score, train
+from nnunetv2_diffusion.planning.presets import load_preset
 from nnunetv2_diffusion.planning.schema import SettingsError
 from nnunetv2_diffusion.planning.settings import parse_settings, read_assignments
 from nnunetv2_diffusion.training.recipes import RECIPES
@@ -48,13 +49,17 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="of the diffusion trainers; the paper's is fast in short runs",
     )
     add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings, for example hidiff.refiner_norm=batch")
-    add("--base-features", type=int, default=8, help="channels of the first stage; nnU-Net plans 32")
-    add("--batch-size", type=int, default=2, help="patches in a step")
+    add("--base-features", type=int, help="channels of the first stage; nnU-Net plans 32, the preset cpu-demo 8")
+    add("--batch-size", type=int, help="patches in a step; default: that of the preset cpu-demo, 2 volumes or 8 slices")
     add("--patch-size", type=int, nargs="+", metavar="N", help="voxels along each axis; default: as nnU-Net plans")
     add("--test-cases", type=int, help="unseen cases to score; default 6 phantoms, or 10 %% of --raw, 20 at most")
     add("--seed", type=int, default=0, help="of the phantoms and of the choice of unseen cases")
     add("-device", "--device", default="cpu", choices=("cpu", "cuda", "mps"), help="as in nnU-Net")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    for name, value in load_preset(PRESET).overrides(2 if options.configuration == "2d" else 3).items():
+        if getattr(options, name) is None:
+            setattr(options, name, value)
+    return options
 
 
 def free_folder(name: str) -> Path:
