@@ -1,0 +1,51 @@
+"""Kvasir-SEG polyps (Jha et al. 2020), as in Chen et al. 2024 (HiDiff), section IV-A.
+
+Owner: https://datasets.simula.no/kvasir-seg/ (``kvasir-seg.zip``).
+
+Expected: a folder (``Kvasir-SEG``) with ``images`` and ``masks``, 1000 JPEG files each, an image and its mask of the
+same name. Known from https://github.com/DebeshJha/Kvasir-SEG (README.md: two folders, same names, 1000 images) and from
+https://github.com/RazvanDu/DUCK-Net/blob/main/ImageLoader/ImageLoader2D.py (JPEG, masks from 127 on are polyps).
+Masks are lossy files with grey edges: any value from 128 on is polyp here.
+
+Split: 800, 100 and 100. HiDiff follows DUCK-Net (Dumitru et al. 2023), which draws the same numbers from a list in the
+order of the file system, so its parts cannot be had from its code: drawn here with a seed. DUCK-Net offers its parts at
+https://github.com/RazvanDu/DUCK-Net#data-sets ; give their names with ``--splits``.
+"""
+
+from nnunetv2_diffusion.datasets import splits
+from nnunetv2_diffusion.datasets.images import RGB, write_mask, write_rgb
+from nnunetv2_diffusion.datasets.layouts import matching, pairs
+from nnunetv2_diffusion.datasets.raw import Case, Collection, DataSet
+from nnunetv2_diffusion.datasets.sources import Sources
+
+COUNTS = (800, 100, 100)
+JPEG = r"([\w-]+)\.jpe?g"
+
+
+def collect(sources: Sources, seed: int) -> Collection:
+    """All pairs, drawn into parts."""
+    root = sources.find_folder(
+        lambda folder, subfolders, files: {"images", "masks"} <= subfolders,
+        "folder with images and masks",
+        prefer="Kvasir-SEG",
+    )
+    images, masks = (matching(sources, root / name, JPEG) for name in ("images", "masks"))
+    found = pairs(sources, images, masks, root)
+    cases = [Case(key, (image,), mask) for key, (image, mask) in found.items()]
+    sentence = f"drawn with seed {seed}; numbers of Chen et al. 2024, whose list is not published"
+    return Collection(**splits.draw(cases, COUNTS, seed), split=sentence, drawn=True)
+
+
+DATASET = DataSet(
+    title="KvasirSEG",
+    summary="Polyps in endoscopic images (Kvasir-SEG, Jha et al. 2020).",
+    reference="https://datasets.simula.no/kvasir-seg/",
+    channels=RGB,
+    labels={"background": 0, "polyp": 1},
+    counts=COUNTS,
+    collect=collect,
+    write_image=write_rgb,
+    write_label=write_mask,
+    file_ending=".png",
+    wanted=r"\.jpe?g$",
+)
