@@ -41,6 +41,7 @@ OTHER = {
     "seed": 9,
     "self_conditioning_probability": 0.25,
     "time_conditioning": False,
+    "mask_encoding": "analog-bits",
     "transformer_layers": 2,
     "transformer_heads": 4,
     "transformer_width": 1.0,
@@ -352,7 +353,7 @@ HIDIFF_OTHER = {
     "binarized": False,
     "cross_transformer": False,
     "refiner_width": 128,
-    "refiner_norm": "batch",
+    "refiner_norm": "instance",
     "prior_residual": False,
     "noise_loss": "bce",
     "focal_gamma": 1.0,
@@ -425,7 +426,7 @@ def test_assignments_become_a_section():
     section = read_assignments(
         ["steps=5", "sampler=ddim", "hidiff.refiner_norm=batch", "hidiff.steps=1", "num_epochs=null"]
     )
-    expected = {"refiner_norm": "batch", "steps": 1}
+    expected = {"refiner_norm": "instance", "steps": 1}
     assert section == {"steps": 5, "sampler": "ddim", "hidiff": expected, "num_epochs": None}
     assert parse_settings(section).hidiff.refiner_norm == "batch"
 
