@@ -426,7 +426,7 @@ def test_assignments_become_a_section():
     section = read_assignments(
         ["steps=5", "sampler=ddim", "hidiff.refiner_norm=batch", "hidiff.steps=1", "num_epochs=null"]
     )
-    expected = {"refiner_norm": "instance", "steps": 1}
+    expected = {"refiner_norm": "batch", "steps": 1}
     assert section == {"steps": 5, "sampler": "ddim", "hidiff": expected, "num_epochs": None}
     assert parse_settings(section).hidiff.refiner_norm == "batch"
 
