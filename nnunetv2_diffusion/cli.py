@@ -12,6 +12,10 @@ from nnunetv2_diffusion import __version__
 VERBS = {
     "doctor": ("nnunetv2_diffusion.doctor", "check this installation, and say what to type where something is wrong"),
     "plan": ("nnunetv2_diffusion.planning.plan", "derive plans from existing ones, by preset and settings"),
+    "warm-start": (
+        "nnunetv2_diffusion.planning.warm_start",
+        "make weights for nnUNetv2_train -pretrained_weights from an ordinary nnU-Net checkpoint",
+    ),
     "predict": ("nnunetv2_diffusion.inference.predict", "predict as nnU-Net does, with samples and uncertainty"),
     "evaluate": ("nnunetv2_diffusion.evaluation.evaluate", "score predictions, with surface distances and calibration"),
     "compare": ("nnunetv2_diffusion.evaluation.compare", "compare predictions of the same cases, with paired tests"),

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import nn
 
+HOST_SKIPS = ".seg_layers."  # in keys that nnU-Net's -pretrained_weights does not load
+
 
 class HeadsMixin(nn.Module):
     """Heads that are exclusive classes or independent regions.
@@ -16,10 +18,12 @@ class HeadsMixin(nn.Module):
 
     min_probability: float  # bounds the logits: nnU-Net adds them up, times a weight of 10, in half precision
     parts: tuple[str, ...] = ()  # names of children that settings can leave out
+    warm_heads: bool | None  # the weights came from a warm-start file, with its heads or without; None: they did not
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.sigmoid = False
+        self.warm_heads = None
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
         """Softmax over heads, or sigmoid for regions, in float32."""
@@ -41,11 +45,36 @@ class HeadsMixin(nn.Module):
         self.sigmoid = bool(state.item())
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch's, but a checkpoint of another network is named as such instead of listing every key."""
+        """As torch's, but a checkpoint of another network is named as such instead of listing every key.
+
+        Heads that a warm-start file carries are taken along, see ``carry_heads``.
+        """
         problem = describe_mismatch(self.state_dict(), state_dict, self.parts) if strict else None
         if problem:
             raise RuntimeError(problem)
-        return super().load_state_dict(state_dict, strict, assign)
+        result = super().load_state_dict(state_dict, strict, assign)
+        heads = getattr(state_dict.get("_extra_state"), "warm_heads", None)
+        self.warm_heads = None if heads is None else bool(heads)
+        if heads:
+            super().load_state_dict(heads, strict=False)
+            print(f"nnunetv2_diffusion: segmentation heads taken from the warm-start file, {len(heads)} tensors")
+        return result
+
+
+def carry_heads(weights: Mapping[str, torch.Tensor], copied: bool) -> None:
+    """Mark the weights of a ``HeadsMixin`` as a warm start, in place, and let its heads pass nnU-Net's loader.
+
+    nnU-Net's ``-pretrained_weights`` keeps the network's own value of every key with ``.seg_layers.``, and demands
+    all others. A further key for the heads would thus be demanded of every checkpoint, those of earlier trainings
+    included. So the heads are an attribute of the extra state, which nnU-Net hands to the network as it is, and which
+    ``torch.save`` and ``torch.load`` keep, ``weights_only`` included. Checkpoints without it load as ever.
+
+    Args:
+        weights: state dict, ``_extra_state`` included.
+        copied: the heads are to be taken along; otherwise those of the network stay, as in nnU-Net's fine-tuning.
+    """
+    carried = {key: w for key, w in weights.items() if copied and HOST_SKIPS in key}
+    weights["_extra_state"].warm_heads = carried
 
 
 def average_samples(draw: Callable[[int], list[torch.Tensor]], samples: int) -> list[torch.Tensor]:

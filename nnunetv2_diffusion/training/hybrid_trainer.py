@@ -112,7 +112,8 @@ class HybridTrainer(PlannedTrainer):
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
         own = self.settings.hidiff
-        self.pretraining_epochs = self.num_epochs // 2 if own.pretraining_epochs is None else own.pretraining_epochs
+        self._alone = self.num_epochs // 2 if own.pretraining_epochs is None else own.pretraining_epochs
+        self.pretraining_epochs = self._alone
         self.pseudo_dice: dict[str, list] = {"prior": [], "refined": []}
         self._resuming = False
 
@@ -220,6 +221,18 @@ class HybridTrainer(PlannedTrainer):
         self.segmentor_optimizer.load_state_dict(state["segmentor_optimizer"])
         self.pretraining_epochs = state["pretraining_epochs"]
         self.pseudo_dice = state["pseudo_dice"]
+
+    def on_train_start(self) -> None:
+        """As nnU-Net's; weights of ``-pretrained_weights``, loaded after ``initialize``, may change the plan."""
+        warm_heads = self.inner_network.warm_heads if self.was_initialized else None
+        if warm_heads is not None:
+            self.pretraining_epochs = 0 if warm_heads else self._alone
+            heads = "heads included; it is not" if warm_heads else "with fresh heads; it is"
+            self.print_to_log_file(
+                f"segmentor: from the warm-start file, {heads} trained alone first ({self.pretraining_epochs} of "
+                f"{self.num_epochs} epochs)"
+            )
+        super().on_train_start()
 
     def load_checkpoint(self, filename_or_checkpoint: str | dict) -> None:
         """As nnU-Net's; the segmentor's start is not looked for again."""
