@@ -34,7 +34,7 @@ class HiDiffSettings(Settings):
     binarized: bool = setting(True, "refiner with 1-bit weights and activations")
     cross_transformer: bool = setting(True, "exchange features with the segmentor by the X-Former")
     refiner_width: int = setting(32, "channels of the refiner's first stage; 128 in the paper (2D)", low=4)
-    refiner_norm: str = setting("batch", "normalisation in the refiner", choices=("instance", "batch"))
+    refiner_norm: str = setting("instance", "normalisation in the refiner; paper: batch", choices=("instance", "batch"))
     prior_residual: bool = setting(
         True, "the refiner corrects the prior's mask; paper: false, it estimates the noise from scratch"
     )
