@@ -353,7 +353,7 @@ HIDIFF_OTHER = {
     "binarized": False,
     "cross_transformer": False,
     "refiner_width": 128,
-    "refiner_norm": "instance",
+    "refiner_norm": "batch",
     "prior_residual": False,
     "noise_loss": "bce",
     "focal_gamma": 1.0,
