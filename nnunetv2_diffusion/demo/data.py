@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,24 +27,43 @@ def hold_out(source: Path, folder: Path, test_cases: int, seed: int) -> None:
         RawDataError: naming what is missing in source.
         FileExistsError: if folder exists.
     """
-    dataset, cases = read_raw(source)
+    _, cases = read_raw(source)
     if not 0 < test_cases <= len(cases) - 5:
         raise RawDataError(
             f"{source}: {len(cases)} labelled cases, cannot hold out {test_cases} and train on at least 5"
         )
     order = np.random.default_rng(seed).permutation(len(cases))
     held_out = {cases[i] for i in order[:test_cases]}
+    link_parts(source, folder, {"Tr": [c for c in cases if c not in held_out], "Ts": sorted(held_out)})
+
+
+def link_parts(source: Path, folder: Path, parts: Mapping[str, Sequence[str]]) -> None:
+    """Link a raw data set's training cases into the parts of another folder.
+
+    Args:
+        source: a raw data set with imagesTr, labelsTr and dataset.json; only read.
+        folder: created, must not exist.
+        parts: cases of "Tr" (imagesTr, labelsTr) and "Ts".
+
+    Raises:
+        RawDataError: naming what is missing in source.
+        FileExistsError: if folder exists.
+    """
+    dataset, cases = read_raw(source)
+    missing = sorted({case for part in parts.values() for case in part} - set(cases))
+    if missing:
+        shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        raise RawDataError(f"{source}: {len(missing)} cases are missing: {shown}; it has {len(cases)} labelled cases")
     folder.mkdir(parents=True)
     ending = dataset["file_ending"]
-    for part in ("Tr", "Ts"):
-        (folder / f"images{part}").mkdir()
-        (folder / f"labels{part}").mkdir()
-    for case in cases:
-        part = "Ts" if case in held_out else "Tr"
-        _link(source / "labelsTr" / (case + ending), folder / f"labels{part}")
-        for image in _channels(source, case, ending):
-            _link(image, folder / f"images{part}")
-    dataset["numTraining"] = len(cases) - test_cases
+    for part, members in parts.items():
+        for kind in ("images", "labels"):
+            (folder / f"{kind}{part}").mkdir()
+        for case in members:
+            _link(source / "labelsTr" / (case + ending), folder / f"labels{part}")
+            for image in _channels(source, case, ending):
+                _link(image, folder / f"images{part}")
+    dataset["numTraining"] = len(parts["Tr"])
     (folder / "dataset.json").write_text(json.dumps(dataset, indent=2))
 
 

@@ -2,14 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
+from nnunetv2_diffusion.commands import CommandError, CommandRunner
 from nnunetv2_diffusion.planning.derive import derive_plans, write_plans
 from nnunetv2_diffusion.planning.presets import load_preset
 from nnunetv2_diffusion.planning.settings import HIDIFF, merge_settings
@@ -80,23 +78,12 @@ class Job:
             SystemExit: with the end of the output, if it fails.
         """
         log = self.out / "logs" / f"{title}.txt"
-        log.parent.mkdir(parents=True, exist_ok=True)
         print("$", *[f"{k}={v}" for k, v in variables.items()], *command, flush=True)
-        start = time.monotonic()
-        # the command beside this Python, also if its folder is not on PATH
-        beside = Path(sys.executable).parent / command[0]
-        program = str(beside) if beside.exists() else command[0]
-        with log.open("w") as stream:
-            code = subprocess.run(
-                [program, *command[1:]],
-                env={**self.environment(), **variables},
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-            ).returncode
-        self.seconds[title] = time.monotonic() - start
-        if code:
-            tail = "\n".join(log.read_text().splitlines()[-15:])
-            raise SystemExit(f"{command[0]} ended with status {code}; the end of {log}:\n{tail}")
+        try:
+            usage = CommandRunner().run(command, log, {**self.environment(), **variables})
+        except CommandError as error:
+            raise SystemExit(str(error)) from error
+        self.seconds[title] = usage.seconds
         print(f"  {self.seconds[title]:.0f} s", flush=True)
 
 

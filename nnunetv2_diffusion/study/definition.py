@@ -1,0 +1,340 @@
+"""What a study is: a JSON file with cells (trainer, settings, runs), predictions and a fixed split of the cases."""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_diffusion.planning.schema import Settings, SettingsError, parse, setting
+from nnunetv2_diffusion.planning.settings import DiffusionSettings, merge_settings, parse_settings
+from nnunetv2_diffusion.study import StudyError
+
+NAME = r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*"  # no "__", at which nnU-Net splits the names of folders
+STUDY_KEYS = (
+    "name", "summary", "dataset", "configuration", "split", "network", "settings", "device", "cells", "predictions",
+    "analyse", "reference", "questions",
+)  # fmt: skip
+STUDY_REQUIRED = ("name", "dataset", "configuration", "split", "cells", "predictions")
+CELL_KEYS = ("name", "trainer", "runs", "settings", "network", "predictions", "segmentor", "analyse")
+QUESTION_KEYS = ("title", "cells")
+SPLIT_KEYS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Prediction(Settings):
+    """One way to predict the test cases."""
+
+    steps: int | None = setting(None, "K, reverse steps; null for a trainer without a chain", low=0)
+    sampler: str = setting("ddpm", "reverse step", choices=("ddpm", "ddim"))
+    samples: int = setting(1, "masks that are drawn; their probabilities are averaged", low=1)
+    mirroring: bool = setting(False, "average over nnU-Net's mirrored views")
+
+    @property
+    def name(self) -> str:
+        """Short and usable as a folder."""
+        chain = "one_pass" if self.steps is None else f"K{self.steps}_{self.sampler}"
+        return chain + (f"_N{self.samples}" if self.samples > 1 else "") + ("_mirrored" if self.mirroring else "")
+
+
+@dataclass(frozen=True)
+class Analysis(Settings):
+    """Options of the verb ``analyse``: Dice by step, and how samples differ."""
+
+    steps: int = setting(5, "K", low=1)
+    sampler: str = setting("ddpm", "reverse step", choices=("ddpm", "ddim"))
+    samples: int = setting(3, "chains with other noise for each case", low=1)
+    cases: int | None = setting(None, "only the first so many test cases; null: all", low=1)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Names of cases.
+
+    Attributes:
+        train: of the training part, those of nnU-Net's validation included.
+        val: part of ``train`` that is nnU-Net's validation in fold 0: it makes the pseudo Dice, and is not trained on.
+        test: what is predicted and scored.
+    """
+
+    train: tuple[str, ...]
+    val: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def fold(self) -> list[dict[str, list[str]]]:
+        """Content of nnU-Net's splits_final.json, with fold 0 only."""
+        return [{"train": sorted(set(self.train) - set(self.val)), "val": sorted(self.val)}]
+
+    def digest(self) -> str:
+        """Of all names in their parts."""
+        text = json.dumps([sorted(part) for part in (self.train, self.val, self.test)])
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def counts(self) -> dict[str, int]:
+        """Cases that are trained on, that nnU-Net validates, and that are scored."""
+        return {"train": len(self.train) - len(self.val), "val": len(self.val), "test": len(self.test)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One trainer with its settings.
+
+    Attributes:
+        name: of the cell.
+        trainer: class for nnU-Net's ``-tr``.
+        runs: trainings of it.
+        settings: diffusion settings, those of the study included; not completed by defaults.
+        network: changes of the planned network, as for ``derive_plans``, those of the study included.
+        predictions: as asked for; what a trainer without a chain takes of them see ``predictions_of``.
+        segmentor: cell whose checkpoint HiDiff starts from; None for none.
+        analyse: None for no analysis.
+    """
+
+    name: str
+    trainer: str
+    runs: int
+    settings: dict[str, Any]
+    network: dict[str, Any]
+    predictions: tuple[Prediction, ...]
+    segmentor: str | None
+    analyse: Analysis | None
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study as its file describes it.
+
+    Attributes:
+        file: that it was read from.
+        content: of the file.
+        name: of the study.
+        dataset: folder, DatasetXXX_Name.
+        configuration: nnU-Net's, "3d_fullres" for example.
+        split: of the cases.
+        device: as nnU-Net's -device.
+        cells: in the order of the file.
+    """
+
+    file: Path
+    content: dict[str, Any] = field(repr=False)
+    name: str
+    dataset: str
+    configuration: str
+    split: Split
+    device: str
+    cells: tuple[Cell, ...]
+
+    def cell(self, name: str) -> Cell:
+        """By name.
+
+        Raises:
+            StudyError: if there is none.
+        """
+        for cell in self.cells:
+            if cell.name == name:
+                return cell
+        raise StudyError(f"{self.file}: no cell {name!r}, expected one of {', '.join(c.name for c in self.cells)}")
+
+
+def read_study(file: Path) -> Study:
+    """Read and validate a study and its split.
+
+    Raises:
+        StudyError: naming the file and the key.
+    """
+    content = read_json(file)
+    check_keys(content, STUDY_KEYS, STUDY_REQUIRED, str(file))
+    name = _name(content["name"], f"{file}: name")
+    _text(content["dataset"], r"Dataset\d{3}_\w+", f"{file}: dataset", "a folder's name, DatasetXXX_Name")
+    _text(content["configuration"], r"\w+", f"{file}: configuration", "a configuration of nnU-Net, 3d_fullres for one")
+    device = content.get("device", "cuda")
+    if device not in ("cpu", "cuda", "mps"):
+        raise StudyError(f"{file}: device is {device!r}, expected one of cpu, cuda, mps")
+    if not isinstance(content["split"], str):
+        raise StudyError(f"{file}: split is {content['split']!r}, expected the name of a file beside the study's")
+    split = read_split(file.parent / content["split"])
+    cells = _cells(content, file)
+    study = Study(file, content, name, content["dataset"], content["configuration"], split, device, cells)
+    _check_references(study)
+    return study
+
+
+def read_split(file: Path) -> Split:
+    """Read and validate a split.
+
+    Raises:
+        StudyError: naming the file and what is wrong.
+    """
+    content = read_json(file)
+    check_keys(content, SPLIT_KEYS, SPLIT_KEYS, str(file))
+    for part, cases in content.items():
+        if not isinstance(cases, list) or not cases or not all(isinstance(case, str) for case in cases):
+            raise StudyError(f"{file}: {part} is {cases!r}, expected a list of names of cases, one at least")
+        if len(set(cases)) < len(cases):
+            raise StudyError(
+                f"{file}: {part} has cases twice: {', '.join(sorted({c for c in cases if cases.count(c) > 1}))}"
+            )
+    split = Split(**{part: tuple(content[part]) for part in SPLIT_KEYS})
+    both = sorted(set(split.test) & {*split.train, *split.val})
+    if both:
+        raise StudyError(f"{file}: {len(both)} cases are in test and in train or val: {', '.join(both[:10])}")
+    outside = sorted(set(split.val) - set(split.train))
+    if outside:
+        raise StudyError(f"{file}: val has {', '.join(outside[:10])}, expected cases of train only")
+    if len(split.val) == len(split.train):
+        raise StudyError(f"{file}: all cases of train are in val, expected some that are trained on")
+    return split
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Content of a JSON file that holds an object.
+
+    Raises:
+        StudyError: naming the file.
+    """
+    if not file.is_file():
+        raise StudyError(f"{file}: no such file")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StudyError(f"{file}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise StudyError(f"{file}: holds a {type(content).__name__}, expected an object")
+    return content
+
+
+def check_keys(content: Mapping[str, Any], known: Sequence[str], required: Iterable[str], where: str) -> None:
+    """Raise StudyError for unknown and for missing keys, with the expected ones."""
+    for key in content:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise StudyError(f"{where}: unknown key {key!r}; {hint}expected keys are {', '.join(known)}")
+    missing = [key for key in required if key not in content]
+    if missing:
+        raise StudyError(f"{where}: no key {', '.join(map(repr, missing))}, expected {', '.join(known)}")
+
+
+def predictions_of(cell: Cell, kind: str | None) -> tuple[Prediction, ...]:
+    """What is predicted: all that is asked for, or once for each kind of mirroring without a chain.
+
+    Args:
+        cell: whose predictions.
+        kind: "gaussian", "hybrid" (HiDiff), or None for a trainer without a chain.
+
+    Raises:
+        StudyError: for a number of steps that the chain cannot have.
+    """
+    if kind is None:
+        return tuple(dict.fromkeys(Prediction(mirroring=p.mirroring) for p in cell.predictions))
+    settings = parse_settings(cell.settings, f"cell {cell.name}")
+    low, high = (0, settings.hidiff.timesteps) if kind == "hybrid" else (1, settings.chain_length)
+    for prediction in cell.predictions:
+        if prediction.steps is None or not low <= prediction.steps <= high:
+            raise StudyError(
+                f"cell {cell.name}: steps of a prediction is {json.dumps(prediction.steps)}, expected {low} .. {high}"
+            )
+    return cell.predictions
+
+
+def _cells(content: Mapping[str, Any], file: Path) -> tuple[Cell, ...]:
+    common = {key: content.get(key, {}) for key in ("network", "settings")}
+    for key, value in common.items():
+        if not isinstance(value, dict):
+            raise StudyError(f"{file}: {key} is {value!r}, expected an object")
+    _parse(DiffusionSettings, common["settings"], f"{file}: settings")
+    predictions = _predictions(content["predictions"], f"{file}: predictions")
+    analysis = _analysis(content.get("analyse"), f"{file}: analyse")
+    if not isinstance(content["cells"], list) or not content["cells"]:
+        raise StudyError(f"{file}: cells is {content['cells']!r}, expected a list of cells, one at least")
+    default = Cell("", "", 1, common["settings"], common["network"], predictions, None, analysis)
+    cells = tuple(_cell(entry, default, f"{file}: cells[{i}]") for i, entry in enumerate(content["cells"]))
+    names = [cell.name.lower() for cell in cells]  # folders: some file systems take a and A for the same
+    twice = [cell.name for cell in cells if names.count(cell.name.lower()) > 1]
+    if twice:
+        raise StudyError(f"{file}: more than one cell has the name {', '.join(dict.fromkeys(twice))}")
+    return cells
+
+
+def _cell(entry: Any, default: Cell, where: str) -> Cell:
+    """A cell, with what the study says for all."""
+    if not isinstance(entry, dict):
+        raise StudyError(f"{where} is {entry!r}, expected an object")
+    check_keys(entry, CELL_KEYS, ("name", "trainer"), where)
+    where = f"{where} ({entry['name']})"
+    runs = entry.get("runs", 1)
+    if isinstance(runs, bool) or not isinstance(runs, int) or runs < 1:
+        raise StudyError(f"{where}: runs is {runs!r}, expected an integer of at least 1")
+    settings, network = (entry.get(key, {}) for key in ("settings", "network"))
+    if not isinstance(settings, dict) or not isinstance(network, dict):
+        raise StudyError(f"{where}: settings and network are {settings!r} and {network!r}, expected objects")
+    merged = merge_settings(default.settings, settings)
+    _parse(DiffusionSettings, merged, f"{where}: settings")
+    changes: dict[str, Any] = {}
+    if "predictions" in entry:
+        changes["predictions"] = _predictions(entry["predictions"], f"{where}: predictions")
+    if "analyse" in entry:
+        changes["analyse"] = _analysis(entry["analyse"], f"{where}: analyse")
+    return replace(
+        default, name=_name(entry["name"], f"{where}: name"), trainer=_name(entry["trainer"], f"{where}: trainer"),
+        runs=runs, settings=merged, network={**default.network, **network}, segmentor=entry.get("segmentor"), **changes,
+    )  # fmt: skip
+
+
+def _predictions(entries: Any, where: str) -> tuple[Prediction, ...]:
+    if not isinstance(entries, list) or not entries:
+        raise StudyError(f"{where} is {entries!r}, expected a list of objects, one at least")
+    found = tuple(_parse(Prediction, entry, f"{where}[{index}]") for index, entry in enumerate(entries))
+    names = [prediction.name for prediction in found]
+    if len(set(names)) < len(names):
+        raise StudyError(f"{where} has {', '.join(sorted({n for n in names if names.count(n) > 1}))} twice")
+    return found
+
+
+def _analysis(entry: Any, where: str) -> Analysis | None:
+    return None if entry is None else _parse(Analysis, entry, where)
+
+
+def _parse(cls: type[Settings], section: Any, where: str) -> Any:
+    try:
+        if cls is DiffusionSettings:
+            return parse_settings(section, where)
+        return parse(cls, section, where, "this section")
+    except SettingsError as error:
+        raise StudyError(str(error)) from None
+
+
+def _check_references(study: Study) -> None:
+    """Cells that are named must be there."""
+    for cell in study.cells:
+        if cell.segmentor is None:
+            continue
+        if study.cell(cell.segmentor).segmentor is not None:
+            raise StudyError(f"{study.file}: cell {cell.name}: segmentor {cell.segmentor} has a segmentor itself")
+    if "reference" in study.content:
+        study.cell(study.content["reference"])
+    questions = study.content.get("questions", [])
+    if not isinstance(questions, list):
+        raise StudyError(f"{study.file}: questions is {questions!r}, expected a list of objects")
+    for index, question in enumerate(questions):
+        where = f"{study.file}: questions[{index}]"
+        if not isinstance(question, dict):
+            raise StudyError(f"{where} is {question!r}, expected an object")
+        check_keys(question, QUESTION_KEYS, QUESTION_KEYS, where)
+        if not isinstance(question["cells"], list) or len(question["cells"]) < 2:
+            raise StudyError(f"{where}: cells is {question['cells']!r}, expected two names of cells at least")
+        for name in question["cells"]:
+            study.cell(name)
+
+
+def _name(text: Any, where: str) -> str:
+    return _text(text, NAME, where, "letters, digits, and single '-' or '_' between them")
+
+
+def _text(text: Any, pattern: str, where: str, expected: str) -> str:
+    if not isinstance(text, str) or not re.fullmatch(pattern, text):
+        raise StudyError(f"{where} is {text!r}, expected {expected}")
+    return text

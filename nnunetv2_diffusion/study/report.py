@@ -1,0 +1,151 @@
+"""The page of all studies: tables and figures from the JSONs alone, the same for the same files."""
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_diffusion.evaluation.tables import to_markdown
+from nnunetv2_diffusion.study import StudyError
+from nnunetv2_diffusion.study.figures import all_figures, question_boxes, to_png
+from nnunetv2_diffusion.study.results import StudyResults, load_results
+from nnunetv2_diffusion.study.tables import all_tables, test_table
+from nnunetv2_diffusion.study.workplace import write_whole
+
+MARK = "<!-- made by scripts/study report from the JSONs; do not edit -->"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``scripts/study report``."""
+    parser.add_argument("results", type=Path, metavar="RESULTS_DIR", help="JSONs of scripts/study run")
+    parser.add_argument("-o", type=Path, default=Path("docs/results.md"), metavar="FILE.md", help="page (%(default)s)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the page and its figures; 1 with a message if it cannot be done."""
+    try:
+        page, figures = build(load_results(arguments.results), arguments.o.stem)
+        write_page(arguments.o, page, figures)
+    except (StudyError, OSError) as error:
+        print(f"scripts/study report: {error}", file=sys.stderr)
+        return 1
+    print(arguments.o)
+    return 0
+
+
+def build(studies: list[StudyResults], stem: str) -> tuple[str, dict[str, bytes]]:
+    """The page and its figures.
+
+    Args:
+        studies: in the order of the page.
+        stem: name of the page without its ending; figures are below a folder of this name beside it.
+
+    Returns:
+        Markdown, and PNGs by their path from the page.
+    """
+    figures: dict[str, bytes] = {}
+    parts = [MARK, "# Results", ""]
+    parts += ["All numbers and figures come from the JSONs that `scripts/study run` writes, one for each training."]
+    parts += ["", *[f"- [{study.name}](#{study.name.lower()})" for study in studies], ""]
+    for study in studies:
+        parts += _section(study, f"{stem}/figures/{study.name}", figures)
+    return "\n".join(parts).rstrip() + "\n", figures
+
+
+def write_page(file: Path, page: str, figures: Mapping[str, bytes]) -> None:
+    """Write a page that is new, or was made here before.
+
+    Raises:
+        StudyError: if another file is there.
+    """
+    if file.exists() and not file.read_text(encoding="utf-8").startswith(MARK):
+        raise StudyError(f"{file} exists and was not made by scripts/study report; it is not overwritten")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for name, content in figures.items():
+        target = file.parent / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        part.write_bytes(content)
+        os.replace(part, target)
+    write_whole(file, page)
+
+
+def _section(study: StudyResults, folder: str, figures: dict[str, bytes]) -> list[str]:
+    """One study."""
+
+    def place(name: str, caption: str, figure: Any) -> list[str]:
+        path = f"{folder}_{name}.png"
+        figures[path] = to_png(figure)
+        return [f"![{caption}]({path})", "", f"*{caption}*", ""]
+
+    lines = [f"## {study.name}", "", *_facts(study), ""]
+    for table in all_tables(study):
+        lines += [f"### {table.title}", "", *to_markdown(table).splitlines()[2:], ""]
+    lines += ["### Figures", ""]
+    for name, caption, figure in all_figures(study):
+        lines += place(name, caption, figure)
+    for index, question in enumerate(study.content.get("questions", []), start=1):
+        cells = [study.cell(name) for name in question["cells"]]
+        present = [cell for cell in cells if cell is not None]
+        lines += [f"### {question['title']}", ""]
+        if cells[0] is None or len(present) < 2:
+            lines += ["Not answered yet: the cells have no results.", ""]
+            continue
+        lines += [*to_markdown(test_table(present[0], present[1:], "Dice")).splitlines()[2:], ""]
+        caption = f"{question['title']} Dice of every case minus that of {present[0].name}."
+        lines += place(f"question_{index}", caption, question_boxes(present[0], present[1:]))
+    return lines
+
+
+def _facts(study: StudyResults) -> list[str]:
+    """What was run, where, with which code."""
+    records = study.records
+    request, split = records[0]["request"], records[0]["split"]
+    lines = [study.content["summary"], ""] if study.content.get("summary") else []
+    lines += [
+        f"- Data: {request['dataset']}, {request['configuration']}; {split['train']} cases trained on, {split['val']} "
+        f"for nnU-Net's validation, {split['test']} test cases that no training saw.",
+        f"- Hardware: {_different(records, _hardware)}.",
+        f"- Versions: {_different(records, _versions)}.",
+        f"- Code: {_different(records, _code)}.",
+        "- nnU-Net seeds nothing: runs of the same cell differ by chance, and so do these numbers when all is run "
+        "again.",
+    ]
+    if study.unfinished:
+        lines.append(f"- Without results so far: {', '.join(study.unfinished)}.")
+    again = sum(record["training"]["attempts"] > 1 for record in records)
+    if again:
+        lines.append(f"- {again} of {len(records)} trainings were interrupted and continued from nnU-Net's checkpoint.")
+    return lines
+
+
+def _different(records: list[dict[str, Any]], describe: Any) -> str:
+    """All that records say, each once, with its number of trainings if there are several."""
+    texts = [describe(record) for record in records]
+    once = list(dict.fromkeys(texts))
+    return once[0] if len(once) == 1 else "; ".join(f"{text} ({texts.count(text)} trainings)" for text in once)
+
+
+def _hardware(record: dict[str, Any]) -> str:
+    hardware = record["hardware"]
+    if hardware["gpu"]:
+        return f"{hardware['gpu']}, {hardware['cpus']} cores of {hardware['cpu']}"
+    return f"no GPU, {hardware['cpus']} cores of {hardware['cpu']} ({hardware['device']})"
+
+
+def _versions(record: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+
+
+def _code(record: dict[str, Any]) -> str:
+    code = record["code"]
+    if code["commit"] is None:
+        return f"no commit known, package {code['package_sha256']}"
+    text = f"commit {code['commit'][:12]}"
+    if code["dirty"]:
+        text += " with changes that were not committed"
+    if not code["same_package"]:
+        text += f", but with another package installed ({code['package_sha256']})"
+    return text + (", changed while it ran" if record.get("code_changed") else "")

@@ -1,0 +1,223 @@
+"""Run a study: cells that are finished are skipped, interrupted ones are continued, several trainings at once."""
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nnunetv2_diffusion.checkpoints import CheckpointError
+from nnunetv2_diffusion.commands import CommandError, CommandRunner
+from nnunetv2_diffusion.evaluation import EvaluationError
+from nnunetv2_diffusion.study import StudyError
+from nnunetv2_diffusion.study.definition import Cell, Study, predictions_of, read_study
+from nnunetv2_diffusion.study.records import (
+    SCHEMA,
+    STUDY,
+    collect,
+    describe_code,
+    is_finished,
+    note_code,
+    record_file,
+    request_of,
+    to_text,
+)
+from nnunetv2_diffusion.study.stages import Training
+from nnunetv2_diffusion.study.workplace import Workplace, check_cases, write_whole
+
+EXPECTED = (StudyError, CommandError, CheckpointError, EvaluationError, OSError)
+INTERRUPTED = 130
+
+
+@dataclass
+class Unit:
+    """One training with its results.
+
+    Attributes:
+        training: its stages.
+        request: what is asked for.
+        file: of its results.
+        trained: set when its model is there, or will not be.
+    """
+
+    training: Training
+    request: dict[str, Any]
+    file: Path
+    trained: threading.Event = field(default_factory=threading.Event)
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of ``scripts/study run``."""
+    add = parser.add_argument
+    add("study", type=Path, metavar="STUDY.json", help="see studies/")
+    add("--raw", required=True, type=Path, metavar="DIR", help="the raw data set, or the folder that it is in")
+    add("--out", required=True, type=Path, metavar="WORKDIR", help="for data, models and masks; kept to continue")
+    add("--results", type=Path, default=Path("docs/results/study"), metavar="DIR", help="for the JSONs (%(default)s)")
+    add("--cells", nargs="+", metavar="NAME", help="only these")
+    add("--jobs", type=int, default=1, metavar="N", help="trainings at once, on one device (%(default)s)")
+    add("-device", "--device", choices=("cpu", "cuda", "mps"), help="another than the study's")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run; 1 if something failed, 130 if it was interrupted."""
+    old = signal.signal(signal.SIGTERM, signal.default_int_handler)  # commands are ended then, too
+    try:
+        place, units = open_study(arguments)
+        return work(place, units)
+    except EXPECTED as error:
+        print(f"scripts/study run: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command continues", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def open_study(arguments: argparse.Namespace) -> tuple[Workplace, list[Unit]]:
+    """Check everything, then prepare the data; units that are not finished.
+
+    Raises:
+        StudyError, CommandError, OSError: naming what cannot be used.
+    """
+    study = read_study(arguments.study)
+    if arguments.jobs < 1:
+        raise StudyError(f"--jobs is {arguments.jobs}, expected at least 1")
+    cells = [study.cell(name) for name in dict.fromkeys(arguments.cells or [c.name for c in study.cells])]
+    check_cases(study, arguments.raw)
+    device = arguments.device or study.device
+    place = Workplace(arguments.out.resolve(), study, device, CommandRunner(), arguments.jobs)
+    units = open_units(place, cells, arguments.results)
+    if not units:
+        say("all cells are finished")
+        return place, units
+    place.root.mkdir(parents=True, exist_ok=True)
+    _copy_study(study, arguments.results)
+    warn_of_code(place)
+    place.prepare(arguments.raw)
+    return place, units
+
+
+def open_units(place: Workplace, cells: Sequence[Cell], results: Path) -> list[Unit]:
+    """Trainings that are not finished, those that others wait for first.
+
+    Raises:
+        StudyError: for a trainer, prediction or result that cannot be used.
+    """
+    units = []
+    for cell in sorted(cells, key=lambda c: c.segmentor is not None):
+        kind = chain_of(cell.trainer)
+        if cell.segmentor is not None and kind != "hybrid":
+            raise StudyError(f"cell {cell.name}: it has a segmentor, expected a HiDiff trainer and not {cell.trainer}")
+        predictions = predictions_of(cell, kind)
+        for number in range(cell.runs):
+            request = request_of(place.study, cell, number, predictions)
+            file = record_file(results, place.study, cell, number)
+            if is_finished(file, request):
+                say(f"{cell.name} run {number}: finished, {file}")
+                continue
+            training = Training(
+                place, cell, number, predictions, kind is not None, lambda line: print(line, flush=True)
+            )
+            units.append(Unit(training, request, file))
+    return units
+
+
+def chain_of(trainer: str) -> str | None:
+    """Kind of a trainer's chain: "gaussian", "hybrid" (HiDiff), or None.
+
+    Raises:
+        StudyError: if nnU-Net does not find the trainer.
+    """
+    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
+
+    from nnunetv2_diffusion.training import DiffusionTrainer
+    from nnunetv2_diffusion.training.hybrid_trainer import HybridTrainer
+
+    try:
+        found = recursive_find_trainer_class_by_name(trainer)
+    except RuntimeError as error:
+        raise StudyError(f"{error}. Type: nnunetv2_diffusion doctor") from None
+    if issubclass(found, HybridTrainer):
+        return "hybrid"
+    return "gaussian" if issubclass(found, DiffusionTrainer) and found.uses_mask else None
+
+
+def work(place: Workplace, units: Sequence[Unit]) -> int:
+    """Run units, as many at once as there are jobs; what fails does not stop the others, and makes the status 1."""
+    by_name = {(u.training.cell.name, u.training.run): u for u in units}
+    failed = []
+    executor = ThreadPoolExecutor(place.jobs)
+    try:
+        futures: dict[Future, Unit] = {executor.submit(_finish, unit, by_name): unit for unit in units}
+        for count, future in enumerate(as_completed(futures), start=1):
+            unit = futures[future]
+            error = future.exception()
+            if error is not None and not isinstance(error, EXPECTED):
+                raise error
+            say(f"[{count}/{len(units)}] {unit.training.title}: {'FAILED' if error else unit.file}")
+            if error is not None:
+                failed.append(unit)
+                print(f"scripts/study run: {unit.training.title}: {error}", file=sys.stderr, flush=True)
+    except BaseException:
+        place.runner.stop()
+        executor.shutdown(wait=False, cancel_futures=True)
+        for unit in units:
+            unit.trained.set()  # nothing waits for a training that will not come
+        raise
+    finally:
+        executor.shutdown()
+    return 1 if failed else 0
+
+
+def _finish(unit: Unit, units: dict[tuple[str, int], Unit]) -> None:
+    """All stages of a unit, and its results."""
+    training = unit.training
+    try:
+        if training.cell.segmentor is not None:
+            cell, number = training.place.segmentor_run(training.cell, training.run)
+            if (cell.name, number) in units:
+                units[cell.name, number].trained.wait()
+            file = training.place.checkpoint(cell, number)
+            if not file.is_file():
+                raise StudyError(f"its segmentor {cell.name} run {number} is not trained: no {file}")
+        note_code(training)
+        training.work(unit.trained.set)
+    finally:
+        unit.trained.set()
+    unit.file.parent.mkdir(parents=True, exist_ok=True)
+    text = to_text(collect(training, unit.request)) + "\n"
+    if unit.file.exists():
+        raise StudyError(f"{unit.file} was written by another run in the meantime; it is not overwritten")
+    write_whole(unit.file, text)
+
+
+def _copy_study(study: Study, results: Path) -> None:
+    """What the page needs of the study beside the results: order of cells, reference, questions."""
+    folder = results / study.name
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = ("name", "summary", "reference", "questions")
+    content = {key: study.content[key] for key in keys if key in study.content}
+    order = [cell.name for cell in study.cells]
+    record = {"schema": SCHEMA, "kind": STUDY, **content, "cells": order, "settings": study.content.get("settings", {})}
+    write_whole(folder / "study.json", to_text(record) + "\n")
+
+
+def warn_of_code(place: Workplace) -> None:
+    """Say when results will not tell which code made them."""
+    code = describe_code(place.study.file, place.root)
+    if code["commit"] is None:
+        print("warning: no git checkout of this package found; results will name no commit", file=sys.stderr)
+    elif code["dirty"]:
+        print("warning: the checkout has changes that are not committed; results will say so", file=sys.stderr)
+    elif not code["same_package"]:
+        print("warning: the installed package differs from the checkout; results will say so", file=sys.stderr)
