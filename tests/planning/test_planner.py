@@ -1,6 +1,7 @@
 """The planner plans as nnU-Net's does, writes the settings, and leaves stock plans and data alone."""
 
 import hashlib
+import importlib.util
 import inspect
 import json
 import os
@@ -15,18 +16,34 @@ import pytest
 from nnunetv2.experiment_planning.experiment_planners.default_experiment_planner import ExperimentPlanner
 from nnunetv2.experiment_planning.experiment_planners.residual_unets.residual_encoder_unet_planners import (
     ResEncUNetPlanner,
+    nnUNetPlannerResEncL,
+    nnUNetPlannerResEncM,
+    nnUNetPlannerResEncXL,
 )
 from nnunetv2.experiment_planning.plan_and_preprocess_api import plan_experiments
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_diffusion.planning import memory
 from nnunetv2_diffusion.planning.derive import PlansError
+from nnunetv2_diffusion.planning.memory import MemoryEstimate, estimate_memory
 from nnunetv2_diffusion.planning.planner import DiffusionPlannerMixin
 from nnunetv2_diffusion.planning.settings import DiffusionSettings, SettingsError, read_settings
 
 DATASET = "Dataset501_Tiny"
 CASES = ("case_0", "case_1")
 ARCHITECTURES = {"2d", "3d_fullres", "3d_lowres"}
+FOLDER = Path(__file__).resolve().parents[2] / "plans"
+PLANNERS = {
+    "nnUNetPlannerDiffusion": (ExperimentPlanner, "nnUNetDiffusionPlans"),
+    "nnUNetPlannerDiffusionResEncM": (nnUNetPlannerResEncM, "nnUNetDiffusionResEncMPlans"),
+    "nnUNetPlannerDiffusionResEncL": (nnUNetPlannerResEncL, "nnUNetDiffusionResEncLPlans"),
+    "nnUNetPlannerDiffusionResEncXL": (nnUNetPlannerResEncXL, "nnUNetDiffusionResEncXLPlans"),
+    "nnUNetPlannerHiDiff": (ExperimentPlanner, "nnUNetHiDiffPlans"),
+    "nnUNetPlannerHiDiffResEncM": (nnUNetPlannerResEncM, "nnUNetHiDiffResEncMPlans"),
+    "nnUNetPlannerHiDiffResEncL": (nnUNetPlannerResEncL, "nnUNetHiDiffResEncLPlans"),
+    "nnUNetPlannerHiDiffResEncXL": (nnUNetPlannerResEncXL, "nnUNetHiDiffResEncXLPlans"),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +61,31 @@ def quick_estimate(monkeypatch):
         return 250 * int(np.prod(patch_size))
 
     monkeypatch.setattr(ExperimentPlanner, "static_estimate_VRAM_usage", staticmethod(estimate))
+    memory_model(monkeypatch)
+
+
+def memory_model(monkeypatch, fixed=10**8, classes=0, **factors):
+    """Bytes by the number of voxels; those of a family as a multiple of stock's.
+
+    Args:
+        monkeypatch: the fixture.
+        fixed: bytes for any patch, of all families.
+        classes: share that one-hot masks add.
+        factors: by family, of what a sample takes; 1 for those not named.
+
+    Returns:
+        configurations that were asked for.
+    """
+    asked = []
+
+    def estimate(family, configuration, dataset_json, channels, device="cuda"):
+        asked.append((family, configuration))
+        saved = 1000 * factors.get(family, 1) * int(np.prod(configuration["patch_size"]))
+        one_hot = (configuration.get("diffusion") or {}).get("mask_encoding") != "analog-bits"
+        return MemoryEstimate(fixed, 0, 0, 0, 0, int(saved * (1 + classes * one_hot * (family != "stock"))), 0)
+
+    monkeypatch.setattr(memory, "estimate_memory", estimate)
+    return asked
 
 
 @pytest.fixture
@@ -104,15 +146,165 @@ def without_settings(plans):
     return plans
 
 
-def test_signature_is_nnunets_but_for_the_plans_name():
+def load(name):
+    """A planner of this checkout, installed or not."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_nnunet_finds_the_planner(name):
     folder = str(Path(nnunetv2.__path__[0]) / "experiment_planning")
-    planner = recursive_find_python_class(folder, "nnUNetPlannerDiffusion", "nnunetv2.experiment_planning")
-    ours = inspect.signature(planner.__init__).parameters
-    stock = inspect.signature(ExperimentPlanner.__init__).parameters
-    assert list(ours) == list(stock)
-    changed = [name for name in stock if ours[name].default != stock[name].default]
-    assert changed == ["plans_name"]
-    assert ours["plans_name"].default == "nnUNetDiffusionPlans"
+    assert recursive_find_python_class(folder, name, "nnunetv2.experiment_planning").__name__ == name
+
+
+def test_every_planner_of_the_folder_is_tested():
+    assert {file.stem for file in FOLDER.glob("*.py")} - {"__init__"} == set(PLANNERS)
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_planner_is_made_as_nnunets_and_differs_in_the_plans_name(preprocessed, name):
+    stock_class, plans_name = PLANNERS[name]
+    defaults = {p.name: p.default for p in inspect.signature(stock_class.__init__).parameters.values()}
+    target = defaults["gpu_memory_target_in_gb"]
+    planner, stock = load(name)(501), stock_class(501)
+    assert planner.plans_identifier == plans_name
+    ours = {key: value for key, value in vars(planner).items() if key in vars(stock)}
+    assert {**ours, "plans_identifier": stock.plans_identifier} == vars(stock)
+    positional = load(name)(501, target, "Other", "Mine", [1.0, 1.0, 1.0], True)
+    assert (positional.preprocessor_name, positional.plans_identifier) == ("Other", "Mine")
+    assert (positional.overwrite_target_spacing, positional.suppress_transpose) == ([1.0, 1.0, 1.0], True)
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_plans_of_a_network_that_costs_no_more_are_nnunets(preprocessed, name):
+    stock_class, plans_name = PLANNERS[name]
+    ours, stock = load(name)(501).plan_experiment(), stock_class(501).plan_experiment()
+    assert ours["plans_name"] == plans_name
+    assert set(ours["configurations"]) == set(stock["configurations"])
+    for key, configuration in stock["configurations"].items():
+        own = dict(ours["configurations"][key])
+        own.pop("diffusion", None)
+        if "data_identifier" in own:
+            assert own.pop("data_identifier") == f"{plans_name}_{key}"
+        assert own == {k: v for k, v in configuration.items() if k != "data_identifier"}
+
+
+@pytest.mark.parametrize(
+    ("name", "family"), [("nnUNetPlannerDiffusion", "recycling"), ("nnUNetPlannerHiDiff", "hidiff")]
+)
+@pytest.mark.parametrize("factor", [2, 7])
+def test_patch_and_batch_take_no_more_memory_than_nnunets_network_at_its_limit(
+    preprocessed, monkeypatch, name, family, factor
+):
+    """quick_estimate: 250 of nnU-Net's units and 1000 bytes a voxel."""
+    fixed = 10**8
+    memory_model(monkeypatch, fixed, **{family: factor})
+    stock = ExperimentPlanner(501).plan_experiment()["configurations"]
+    plans = load(name)(501).plan_experiment()["configurations"]
+    for key, limit, reference_batch in (("3d_fullres", 560e6, 2), ("2d", 85e6, 12)):
+        voxels, batch = int(np.prod(plans[key]["patch_size"])), plans[key]["batch_size"]
+        assert voxels * batch <= int(np.prod(stock[key]["patch_size"])) * stock[key]["batch_size"]
+        budget = fixed + 1000 * limit / 250 * reference_batch
+        assert fixed + factor * 1000 * voxels * (batch - 0.5) <= budget  # nnU-Net rounds the batch
+        assert batch >= 2
+    assert np.prod(plans["3d_fullres"]["patch_size"]) < np.prod(stock["3d_fullres"]["patch_size"])
+
+
+def test_weights_leave_less_for_activations(preprocessed, monkeypatch):
+    def voxels(extra):
+        def estimate(family, configuration, *rest):
+            own = 0 if family == "stock" else extra
+            return MemoryEstimate(own, 0, 0, 0, 0, 1000 * int(np.prod(configuration["patch_size"])), 0)
+
+        monkeypatch.setattr(memory, "estimate_memory", estimate)
+        return np.prod(
+            load("nnUNetPlannerDiffusion")(501).plan_experiment()["configurations"]["3d_fullres"]["patch_size"]
+        )
+
+    assert voxels(2 * 10**9) < voxels(0)
+
+
+def test_smaller_target_gives_smaller_patches_and_larger_ones_are_not_counted(preprocessed, monkeypatch):
+    asked = memory_model(monkeypatch, recycling=2)
+    sizes = {}
+    for target in (8, 3):
+        asked.clear()
+        plan = load("nnUNetPlannerDiffusion")(501, target).plan_experiment()["configurations"]["3d_fullres"]
+        sizes[target] = np.prod(plan["patch_size"])
+        units = [250 * np.prod(c["patch_size"]) for _, c in asked if len(c["patch_size"]) == 3]
+        assert max(units) <= 560e6 * target / 8  # nnU-Net's own network would not fit either
+    assert sizes[3] < sizes[8]
+
+
+def test_many_classes_are_written_in_bits_and_the_reason_is_printed(preprocessed, monkeypatch, capsys):
+    memory_model(monkeypatch, fixed=0, classes=0.1)
+    configurations = load("nnUNetPlannerDiffusion")(501).plan_experiment()["configurations"]
+    printed = capsys.readouterr().out
+    for name in ARCHITECTURES:
+        assert configurations[name]["diffusion"] == DiffusionSettings(mask_encoding="analog-bits").to_dict()
+        assert f"{name}: mask_encoding is analog-bits: one channel for each of 2 labels would take 9.1%" in printed
+
+
+def test_patch_is_planned_for_the_encoding_that_was_chosen(preprocessed, monkeypatch):
+    memory_model(monkeypatch, fixed=0, classes=9)
+    plans = load("nnUNetPlannerDiffusion")(501).plan_experiment()["configurations"]
+    stock = ExperimentPlanner(501).plan_experiment()["configurations"]
+    assert plans["3d_fullres"]["patch_size"] == stock["3d_fullres"]["patch_size"]
+
+
+@pytest.mark.parametrize("case", ["few", "regions", "hidiff", "edited"])
+def test_masks_stay_one_hot(preprocessed, dataset, monkeypatch, capsys, case):
+    memory_model(monkeypatch, fixed=0, classes=0.03 if case == "few" else 0.1)
+    if case == "regions":
+        description = read(dataset / "dataset.json")
+        description |= {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
+        (dataset / "dataset.json").write_text(json.dumps(description))
+    planner = load("nnUNetPlannerHiDiff" if case == "hidiff" else "nnUNetPlannerDiffusion")
+    if case == "edited":
+        section = {"diffusion": {"mask_encoding": "one-hot"}}
+        content = {"configurations": {name: dict(section) for name in ARCHITECTURES}}
+        (preprocessed / "nnUNetDiffusionPlans.json").write_text(json.dumps(content))
+    configurations = planner(501).plan_experiment()["configurations"]
+    assert {configurations[name]["diffusion"]["mask_encoding"] for name in ARCHITECTURES} == {"one-hot"}
+    assert "analog-bits:" not in capsys.readouterr().out
+
+
+def test_planning_again_plans_for_the_edited_settings(preprocessed, monkeypatch):
+    plan_and_edit(preprocessed, "2d", transformer_layers=3)
+    asked = memory_model(monkeypatch)
+    load("nnUNetPlannerDiffusion")(501).plan_experiment()
+    layers = {len(c["patch_size"]): c["diffusion"].get("transformer_layers") for f, c in asked if f == "recycling"}
+    assert layers[2] == 3
+    assert layers[3] in (None, DiffusionSettings().transformer_layers)
+
+
+def test_planning_counts_the_real_network(tmp_path, dataset, monkeypatch):
+    """Small images and a small target; nothing is replaced."""
+    folder = tmp_path / "preprocessed" / DATASET
+    folder.mkdir(parents=True)
+    intensities = dict.fromkeys(("mean", "std", "min", "max", "median", "percentile_00_5", "percentile_99_5"), 0.5)
+    fingerprint = {
+        "spacings": [[1.0, 1.0, 1.0]] * 2,
+        "shapes_after_crop": [[1, 96, 96]] * 2,
+        "foreground_intensity_properties_per_channel": {"0": intensities},
+        "median_relative_size_after_cropping": 1.0,
+    }
+    (folder / "dataset_fingerprint.json").write_text(json.dumps(fingerprint))
+    target = 0.1
+    planner = load("nnUNetPlannerDiffusion")(501, target)
+    monkeypatch.setattr(planner, "max_dataset_covered", 100)
+    configuration = planner.plan_experiment()["configurations"]["2d"]
+    stock_planner = ExperimentPlanner(501, target)
+    monkeypatch.setattr(stock_planner, "max_dataset_covered", 100)
+    stock = stock_planner.plan_experiment()["configurations"]["2d"]
+    labels = {"labels": {"background": 0, "a": 1, "b": 2}}
+    own = estimate_memory("recycling", configuration, labels, 1)
+    reference = estimate_memory("stock", stock, labels, 1)
+    batch = configuration["batch_size"] - 1  # both are rounded
+    assert own.fixed + batch * own.per_sample <= reference.fixed + (stock["batch_size"] + 1) * reference.per_sample
 
 
 def test_plans_are_nnunets_plus_settings_and_stock_plans_stay_untouched(preprocessed):
