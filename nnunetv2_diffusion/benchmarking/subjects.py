@@ -40,8 +40,10 @@ class TrainingStep:
             yield parameter
             if parameter.grad is not None:
                 yield parameter.grad
-        for state in self.trainer.optimizer.state.values():
-            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
+        for name in ("optimizer", "segmentor_optimizer"):  # HiDiff has two
+            states = getattr(self.trainer, name).state if hasattr(self.trainer, name) else {}
+            for state in states.values():
+                yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
 class PassTimer:

@@ -59,7 +59,8 @@ class AnalogBits(MaskEncoding):
     def encode(self, p: torch.Tensor) -> torch.Tensor:
         """See ``MaskEncoding``."""
         codes = self.codes.to(p.device, p.dtype)
-        return torch.matmul(codes.T, p.flatten(2)).unflatten(2, p.shape[2:])
+        with torch.autocast(p.device.type, enabled=False):  # it would multiply in half precision
+            return torch.matmul(codes.T, p.flatten(2)).unflatten(2, p.shape[2:])
 
     def encode_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """See ``MaskEncoding``."""
@@ -74,7 +75,8 @@ class AnalogBits(MaskEncoding):
         # log P(class) = sum over bits of log P(bit): two matrix products instead of K x channels maps
         codes = self.codes.to(code.device)
         bits = code.float().clamp(1e-7, 1 - 1e-7).flatten(2)
-        logits = torch.matmul(codes, bits.log()) + torch.matmul(1 - codes, (1 - bits).log())
+        with torch.autocast(code.device.type, enabled=False):
+            logits = torch.matmul(codes, bits.log()) + torch.matmul(1 - codes, (1 - bits).log())
         return logits.softmax(1).unflatten(2, code.shape[2:])
 
 

@@ -1,16 +1,16 @@
 """Memory of a training step, counted from the network, the loss and the optimiser that will really be used.
 
-The step is rehearsed with tensors that have shapes and types but no content (PyTorch's fake tensors), as on a GPU,
-half precision included; none is needed, and nothing is computed. What autograd saves for the backward pass is counted
-exactly. What the backward pass itself needs cannot be run in this way and follows from the largest maps.
+The step is rehearsed up to its backward pass with tensors that have shapes and types but no content (PyTorch's fake
+tensors), in half precision where a GPU would use it; no GPU is needed, and nothing is computed. What autograd saves for
+the backward pass is counted exactly. What the backward pass itself needs follows from the largest maps.
 
 Not counted: scratch memory of cuDNN, and what torch.compile saves or costs. The planners compare with nnU-Net's own
 network counted in the same way, and both have these.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -37,6 +37,14 @@ BACKWARD_MAPS = 2
 """The backward pass through a layer holds the gradients of its output and its input: two maps of the largest size."""
 LOSS_MAPS = 3
 """At the heads: the gradients of probabilities, of their logarithms and of the logits, float32."""
+FULL_PRECISION = {
+    *("softmax", "log_softmax", "nll_loss", "binary_cross_entropy_with_logits", "softplus"),
+    *("layer_norm", "group_norm", "norm", "sum", "prod", "cumsum", "cumprod", "reciprocal", "rsqrt"),
+    *("exp", "expm1", "log", "log10", "log1p", "log2", "pow", "__pow__", "interpolate"),
+}
+"""What autocast computes in float32 on CUDA; on a CPU it leaves most of it as it is."""
+AS_GIVEN = {"avg_pool3d"}
+"""What autocast computes in float32 on a CPU alone."""
 OPTIMIZER_STATES = {torch.optim.SGD: 1, torch.optim.AdamW: 2}
 """Numbers that an optimiser keeps for a parameter: momentum; first and second moment."""
 
@@ -157,64 +165,64 @@ class WithoutContent(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _FusedAttention(torch.autograd.Function):
-    """What a GPU's attention saves, which never makes the matrix of weights; without a GPU, torch would count it."""
+class _AsOnGPU(TorchFunctionMode):
+    """While open, tensors that are said to be on the CPU, under its autocast, do as on a GPU with CUDA's.
 
-    @staticmethod
-    def forward(ctx: Any, *given: torch.Tensor) -> torch.Tensor:
-        """Queries, keys and values (B, heads, N, width)."""
-        q, k, v = (x.half() for x in given)
-        attended, normaliser = torch.empty_like(q), torch.empty(q.shape[:-1], device=q.device)
-        ctx.save_for_backward(q, k, v, attended, normaliser)
-        return attended
-
-
-class _AsOnDevice(TorchFunctionMode):
-    """While open, fake tensors do as full ones would on their device.
-
-    A tensor that is asked whether it is true says yes: nnU-Net's loss asks if any voxel is known.
+    Fake tensors that are said to be on a GPU would need its driver, which a machine that only plans may not have.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Called for every torch function."""
-        if func is torch.Tensor.__bool__:
-            return True
-        if func is F.scaled_dot_product_attention and args[0].is_cuda:
-            return _FusedAttention.apply(*args[:3])
-        return func(*args, **(kwargs or {}))
+        kwargs, name = kwargs or {}, func.__name__
+        if name in ("logsigmoid", "log_sigmoid"):
+            return _LogSigmoid.apply(*args)
+        if name == "cross_entropy":  # autocast does not look into it: only its second half is in float32
+            with torch.autocast("cpu", enabled=False):
+                log_p = F.log_softmax(args[0], 1).float()
+                return F.nll_loss(log_p, args[1], ignore_index=kwargs.get("ignore_index", -100))
+        if name in FULL_PRECISION and torch.is_autocast_enabled("cpu"):
+            args = tuple(x.float() if _is_half(x) else x for x in args)
+        elif name in AS_GIVEN:
+            with torch.autocast("cpu", enabled=False):
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
 
 
-def _fake_parameters(module: nn.Module, device: str) -> None:
+class _Agreeing(TorchFunctionMode):
+    """While open, a tensor that is asked whether it is true says yes: nnU-Net's loss asks if any voxel is known."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Called for every torch function."""
+        return True if func is torch.Tensor.__bool__ else func(*args, **(kwargs or {}))
+
+
+class _LogSigmoid(torch.autograd.Function):
+    """What a GPU saves: the input. A CPU saves one more map."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        """x of any shape."""
+        ctx.save_for_backward(x)
+        return torch.empty_like(x)
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float16
+
+
+def _fake_parameters(module: nn.Module) -> None:
     """Replace parameters and buffers by fake tensors; in an open FakeTensorMode."""
     made: dict[int, tuple] = {}  # with the original, so that no other tensor gets its id
     for part in module.modules():
         for store in (part._parameters, part._buffers):
             for name, tensor in store.items():
                 if tensor is not None and id(tensor) not in made:
-                    fake = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+                    fake = torch.empty(tensor.shape, dtype=tensor.dtype)
                     if isinstance(tensor, nn.Parameter):
                         fake = nn.Parameter(fake, tensor.requires_grad)
                     made[id(tensor)] = (tensor, fake)
                 if tensor is not None:
                     store[name] = made[id(tensor)][1]
-
-
-@contextmanager
-def _cuda_autocast(cache_enabled: bool) -> Iterator[None]:
-    """torch.autocast("cuda") for fake tensors, where there is no GPU as well."""
-    before = (torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda"), torch.is_autocast_cache_enabled())
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", torch.float16)
-    torch.set_autocast_cache_enabled(cache_enabled)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if not torch.autocast_decrement_nesting():
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", before[0])
-        torch.set_autocast_dtype("cuda", before[1])
-        torch.set_autocast_cache_enabled(before[2])
 
 
 class _Rehearsal:
@@ -225,16 +233,16 @@ class _Rehearsal:
         configuration: its name.
         dataset_json: labels.
         channels: of the image.
-        device: "cuda", or "cpu" for a step in full precision.
+        half: with autocast, as on a GPU.
     """
 
-    def __init__(self, plans: dict, configuration: str, dataset_json: dict, channels: int, device: str):
+    def __init__(self, plans: dict, configuration: str, dataset_json: dict, channels: int, half: bool):
         # nnU-Net's own __init__ makes folders and a log file: what it sets and what is used here is repeated
         self.plans_manager = PlansManager(plans)
         self.configuration_manager = self.plans_manager.get_configuration(configuration)
         self.label_manager = self.plans_manager.get_label_manager(dataset_json)
-        self.device = torch.device(device)
-        self.channels = channels
+        self.device = torch.device("cpu")
+        self.channels, self.half = channels, half
         self.is_ddp, self.local_rank, self.grad_scaler = False, 0, None
         self.initial_lr, self.weight_decay = 1e-2, 3e-5
         self.num_epochs, self.num_iterations_per_epoch = 1000, 250
@@ -252,7 +260,7 @@ class _Rehearsal:
             )
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)  # schedules are real
         with self.mode:
-            _fake_parameters(self.network, device)
+            _fake_parameters(self.network)
         self.network.sigmoid = self.label_manager.has_regions
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         self.loss = self._build_loss()
@@ -281,21 +289,21 @@ class _Rehearsal:
         return False
 
     def _autocast(self, cache_enabled: bool = True) -> AbstractContextManager:
-        return _cuda_autocast(cache_enabled) if self.device.type == "cuda" else nullcontext()
+        if not self.half:
+            return nullcontext()
+        return torch.autocast("cpu", torch.float16, cache_enabled=cache_enabled)
 
     def batch(self, size: int, patch: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor | list[torch.Tensor]]:
         """Image and target as nnU-Net's loader makes them; in an open FakeTensorMode."""
         patch, labels = tuple(patch), self.label_manager
-        image = torch.zeros(size, self.channels, *patch, device=self.device)
+        image = torch.zeros(size, self.channels, *patch)
         channels, dtype = 1, torch.int16
         if labels.has_regions:
             channels, dtype = len(labels.foreground_regions) + (labels.ignore_label is not None), torch.bool
         scales = self._get_deep_supervision_scales() or [[1.0] * len(patch)]
         targets = [
             torch.zeros(
-                size, channels, *(round(n * s) for n, s in zip(patch, scale, strict=True)), dtype=dtype,
-                device=self.device,
-            )
+                size, channels, *(round(n * s) for n, s in zip(patch, scale, strict=True)), dtype=dtype)
             for scale in scales
         ]  # fmt: skip
         return image, targets if self.enable_deep_supervision else targets[0]
@@ -304,7 +312,7 @@ class _Rehearsal:
         """Bytes saved for backward passes, and temporaries, of a batch; planners ask again for the same patch."""
         key = (size, *patch)
         if key not in self._counts:
-            with self.mode, _AsOnDevice():
+            with self.mode, _Agreeing(), _AsOnGPU() if self.half else nullcontext():
                 self._counts[key] = self._count(*self.batch(size, patch))
         return self._counts[key]
 
@@ -412,7 +420,7 @@ def estimate_memory(
     shared = {key: configuration.get(key) for key in ("architecture", "diffusion")}
     shared["batch_dice"] = configuration.get("batch_dice", False)
     labels = {key: dataset_json[key] for key in ("labels", "regions_class_order") if key in dataset_json}
-    rehearsal = _rehearsal(family, json.dumps([shared, labels], default=_plain), channels, device)
+    rehearsal = _rehearsal(family, json.dumps([shared, labels], default=_plain), channels, device == "cuda")
     patch = [int(size) for size in configuration["patch_size"]]
     constant = rehearsal.constant(patch)
     saved, temporaries = rehearsal.count(2, patch)
@@ -429,11 +437,11 @@ def estimate_memory(
 
 
 @lru_cache(maxsize=32)
-def _rehearsal(family: str, description: str, channels: int, device: str) -> _Rehearsal:
+def _rehearsal(family: str, description: str, channels: int, half: bool) -> _Rehearsal:
     """A rehearsal; its network serves all patches."""
     configuration, dataset_json = json.loads(description)
     plans = {"plans_name": "plans", "label_manager": "LabelManager", "configurations": {"planned": configuration}}
-    return REHEARSALS[family](plans, "planned", dataset_json, channels, device)
+    return REHEARSALS[family](plans, "planned", dataset_json, channels, half)
 
 
 def _total(tensors: Iterable[torch.Tensor]) -> int:

@@ -110,3 +110,12 @@ def test_a_chain_with_an_oracle_ends_at_its_labels(name, sampler, classes):
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match=r"'bits', expected one of one-hot, analog-bits"):
         make_encoding("bits", 3)
+
+
+def test_bits_are_in_full_precision_under_autocast():
+    encoding, p = make_encoding("analog-bits", 5), torch.randn(1, 5, 6, 6).softmax(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        code = encoding.encode(p)
+        back = encoding.decode(code)
+    torch.testing.assert_close(code, encoding.encode(p), rtol=0, atol=0)
+    torch.testing.assert_close(back, encoding.decode(code), rtol=0, atol=0)

@@ -290,3 +290,14 @@ def test_deep_supervision_does_not_compute_outputs_of_weight_zero(pyramid):
 def test_deep_supervision_with_another_number_of_outputs_raises(pyramid, weights):
     with pytest.raises(ValueError, match="zip"):
         SampleDeepSupervision(SampleDiceCELoss(False), weights).per_sample(*pyramid)
+
+
+@kinds
+def test_the_loss_is_computed_in_full_precision_under_autocast(regions):
+    """Counts of voxels do not fit half precision."""
+    logits, target = torch.randn(2, K, 40, 50), make_target(regions, (40, 50), 2)
+    loss = SampleDiceCELoss(regions)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss.per_sample(logits, target)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, loss.per_sample(logits, target), rtol=1e-6, atol=1e-6)
