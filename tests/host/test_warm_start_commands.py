@@ -1,5 +1,6 @@
 """From a stock training to a warm-started one, through the real commands alone."""
 
+import pytest
 import torch
 from tiny_project import tiny_plans
 
@@ -31,6 +32,7 @@ def logits_of(trained, name, image, *given):
         return network(image, *given)
 
 
+@pytest.mark.slow  # four trainings; tests/planning/test_warm_start.py loads such files as nnU-Net does
 def test_stock_training_starts_with_the_logits_of_the_source(project, tmp_path):
     (tmp_path / "nnUNetTrainerStill.py").write_text(STILL)
     found_there = {"nnUNet_extTrainer": str(tmp_path)}
