@@ -3,6 +3,8 @@
 from setuptools import setup
 from setuptools.command.editable_wheel import editable_wheel
 
+PRESETS = "nnunetv2_diffusion.presets"  # read from plans/presets of the checkout
+
 
 class EditableWheel(editable_wheel):
     """``pip install -e .``: without the modules that go into nnU-Net's folders.
@@ -13,7 +15,7 @@ class EditableWheel(editable_wheel):
 
     def run(self) -> None:
         """Build the wheel."""
-        names = [name for name in self.distribution.packages if not name.startswith("nnunetv2.")]
+        names = [name for name in self.distribution.packages if not name.startswith("nnunetv2.") and name != PRESETS]
         self.distribution.packages = names
         self.distribution.package_dir = {name: name.replace(".", "/") for name in names}
         super().run()

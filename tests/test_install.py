@@ -137,7 +137,7 @@ def build(kind, tmp_path):
     sources.mkdir()
     for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         (sources / name).write_bytes((REPOSITORY / name).read_bytes())
-    for file in REPOSITORY.glob("*/**/*.py"):
+    for file in [*REPOSITORY.glob("*/**/*.py"), *REPOSITORY.glob("plans/presets/*.json")]:
         if file.relative_to(REPOSITORY).parts[0] in ("nnunetv2_diffusion", "trainers", "plans"):
             target = sources / file.relative_to(REPOSITORY)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -157,8 +157,11 @@ def test_wheel_holds_every_module_of_the_sources(tmp_path):
     for folder in ("nnunetv2_diffusion", "trainers", "plans"):
         for file in (REPOSITORY / folder).rglob("*.py"):
             expected.add(str(Path(moved.get(folder, folder)) / file.relative_to(REPOSITORY / folder)))
-    built = {name for name in build("build_wheel", tmp_path).namelist() if name.endswith(".py")}
-    assert {Path(name).as_posix() for name in expected} == built
+    names = build("build_wheel", tmp_path).namelist()
+    assert {Path(name).as_posix() for name in expected} == {name for name in names if name.endswith(".py")}
+    presets = {f"nnunetv2_diffusion/presets/{file.name}" for file in (REPOSITORY / "plans" / "presets").glob("*.json")}
+    assert presets
+    assert presets <= set(names)
 
 
 def test_editable_install_claims_nothing_of_nnunet(tmp_path):

@@ -98,7 +98,7 @@ def test_continued_training_is_identical(make_trainer, tmp_path, recipe):
 
 
 def test_ignored_voxels_carry_no_ground_truth(make_trainer):
-    trainer = make_trainer("DiffSeg", initialize=False)
+    trainer = make_trainer("DiffSeg")
     trainer.label_manager._ignore_label = 2
     a = torch.randint(0, 2, (1, 1, 4, 4, 4))
     a[..., 0] = 2
