@@ -60,21 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         description="Time network(image) as nnU-Net's predictor calls it, as a ratio to the stock network. The share "
         "of time outside of the denoising passes is found by timing each pass from within the loop.",
     )
-    refiner = commands.add_parser(
-        "refiner",
-        help="HiDiff's refiner, real and binary, beside its segmentor",
-        description="Parameters, multiply-accumulates and storage by counting, and the time of one pass by the clock, "
-        "of the segmentor and of one refinement step, real-valued and binarised.",
-    )
-    refiner.add_argument("--width", type=_positive, default=32, help="channels of the first stage (default: 32)")
-    refiner.add_argument("--paper", action="store_true", help="only count, for the setting of the paper")
-    classes = commands.add_parser(
-        "classes",
-        help="time and memory of a training step with more classes, for every mask encoding",
-        description=f"Time train_step of {CLASS_TRAINER} with every mask encoding, and of {REFERENCE}, on made-up "
-        "plans with more and more classes.",
-    )
-    classes.add_argument("--counts", nargs="+", type=_positive, default=[3, 16, 104], metavar="K", help="3 16 104")
+    refiner, classes = _refiner_parser(commands), _classes_parser(commands)
     for command, trainers, rounds in (
         (refiner, (), 10),
         (classes, (), 5),
@@ -87,6 +73,29 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="reverse step (default: ddpm)")
     predict.add_argument("--samples", type=_positive, default=1, help="masks that are averaged (default: 1)")
     return parser
+
+
+def _refiner_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    refiner = commands.add_parser(
+        "refiner",
+        help="HiDiff's refiner, real and binary, beside its segmentor",
+        description="Parameters, multiply-accumulates and storage by counting, and the time of one pass by the clock, "
+        "of the segmentor and of one refinement step, real-valued and binarised.",
+    )
+    refiner.add_argument("--width", type=_positive, default=32, help="channels of the first stage (default: 32)")
+    refiner.add_argument("--paper", action="store_true", help="only count, for the setting of the paper")
+    return refiner
+
+
+def _classes_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    classes = commands.add_parser(
+        "classes",
+        help="time and memory of a training step with more classes, for every mask encoding",
+        description=f"Time train_step of {CLASS_TRAINER} with every mask encoding, and of {REFERENCE}, on made-up "
+        "plans with more and more classes.",
+    )
+    classes.add_argument("--counts", nargs="+", type=_positive, default=[3, 16, 104], metavar="K", help="3 16 104")
+    return classes
 
 
 def _add_problem_options(parser: argparse.ArgumentParser) -> None:
