@@ -43,7 +43,7 @@ def pack_checkpoint(source: Path, target: Path) -> None:
     """
     checkpoint = load_checkpoint_file(source)
     packed = {**pack(checkpoint_network(checkpoint)), **{key: checkpoint.get(key) for key in FOR_PREDICTION}}
-    _write_new(packed, target)
+    write_new(packed, target)
 
 
 def unpack_checkpoint(source: Path, target: Path) -> None:
@@ -58,10 +58,10 @@ def unpack_checkpoint(source: Path, target: Path) -> None:
         weights = unpack(packed)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    _write_new({"network_weights": weights, **{key: packed[key] for key in FOR_PREDICTION}}, target)
+    write_new({"network_weights": weights, **{key: packed[key] for key in FOR_PREDICTION}}, target)
 
 
-def _write_new(content: dict, target: Path) -> None:
+def write_new(content: dict, target: Path) -> None:
     """Write a file that does not exist, whole or not at all."""
     if target.exists():
         raise FileExistsError(f"{target} exists; it is not overwritten")

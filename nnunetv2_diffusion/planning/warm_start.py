@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.paths import nnUNet_preprocessed
-from nnunetv2.utilities.dataset_name_id_conversion import maybe_convert_to_dataset_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
@@ -27,7 +25,9 @@ from nnunetv2_diffusion.checkpoints import CheckpointError, build_network, load_
 from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.discriminative import UNetSegmentor
 from nnunetv2_diffusion.networks.heads import HOST_SKIPS, carry_heads
-from nnunetv2_diffusion.packing import _write_new
+from nnunetv2_diffusion.packing import write_new
+from nnunetv2_diffusion.planning.derive import PlansError
+from nnunetv2_diffusion.planning.plan import dataset_folder
 from nnunetv2_diffusion.planning.schema import SettingsError
 
 HEADS = ("auto", "copy", "fresh")
@@ -59,14 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the file; 1 with a message, and nothing written, if it cannot be done."""
-    expected = (WarmStartError, CheckpointError, SettingsError, UnsupportedArchitectureError, OSError)
+    expected = (WarmStartError, PlansError, CheckpointError, SettingsError, UnsupportedArchitectureError, OSError)
     try:
         _check_output(arguments.o)
         source = Source(arguments.source)
-        target = read_target(find_dataset(arguments.d), arguments.c, arguments.p, arguments.tr)
+        target = read_target(dataset_folder(arguments.d), arguments.c, arguments.p, arguments.tr)
         content, report = warm_start(source, target, arguments.heads)
         print("\n".join(report), flush=True)  # before the file: what does not match is known by then
-        _write_new(content, arguments.o)
+        write_new(content, arguments.o)
     except expected as error:
         print(f"nnunetv2_diffusion warm-start: {error}", file=sys.stderr)
         return 1
@@ -79,24 +79,6 @@ def _check_output(file: Path) -> None:
         raise FileExistsError(f"{file} exists; it is not overwritten")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file.parent}: no such folder, expected one to write {file.name} to")
-
-
-def find_dataset(name_or_id: str) -> Path:
-    """The folder of a data set in nnUNet_preprocessed.
-
-    Raises:
-        WarmStartError: if nnU-Net does not know the data set, or it is not preprocessed.
-    """
-    if nnUNet_preprocessed is None:
-        raise WarmStartError("nnUNet_preprocessed is not set, expected the folder with the data set's plans")
-    try:
-        name = maybe_convert_to_dataset_name(int(name_or_id) if name_or_id.isdigit() else name_or_id)
-    except RuntimeError as error:
-        raise WarmStartError(f"-d {name_or_id}: {error}") from error
-    folder = Path(nnUNet_preprocessed) / name
-    if not folder.is_dir():
-        raise WarmStartError(f"{folder}: no such folder, expected a data set that nnU-Net has preprocessed")
-    return folder
 
 
 def _describe(labels: Mapping) -> list:

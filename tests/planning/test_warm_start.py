@@ -94,7 +94,7 @@ class Site:
         torch.manual_seed(0)
         self.folder, self.preprocessed = folder, folder / "preprocessed" / DATASET
         self.preprocessed.mkdir(parents=True)
-        monkeypatch.setattr(module, "nnUNet_preprocessed", str(folder / "preprocessed"))
+        monkeypatch.setenv("nnUNet_preprocessed", str(folder / "preprocessed"))
         self.plans, self.dataset = make_plans(), make_dataset()
         self.checkpoint, self.output = folder / "stock.pth", folder / "warm.pth"
 
