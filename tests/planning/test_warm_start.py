@@ -11,7 +11,6 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_diffusion.checkpoints import build_network, load_checkpoint_file
 from nnunetv2_diffusion.cli import main
-from nnunetv2_diffusion.planning import warm_start as module
 
 LABELS = {"background": 0, "outer": 1, "inner": 2}
 RECYCLING = ("DiffSeg", "NoDiff", "RecycleXT", "RecycleXtPlus1", "SelfCondXt", "SelfCondXtPlus1")
