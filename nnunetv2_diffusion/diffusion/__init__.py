@@ -25,6 +25,7 @@ from nnunetv2_diffusion.diffusion.time_sampling import (
     TIME_SAMPLERS,
     ImportanceTimeSampler,
     UniformTimeSampler,
+    make_time_sampler,
 )
 
 __all__ = [
@@ -49,6 +50,7 @@ __all__ = [
     "gaussian_reverse_step",
     "linear_beta_schedule",
     "make_encoding",
+    "make_time_sampler",
     "noise_loss",
     "reverse_process",
     "variational_bound",

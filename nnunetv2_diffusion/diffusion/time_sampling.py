@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
-TIME_SAMPLERS = ("uniform", "importance")
+TIME_SAMPLERS = ("uniform", "importance", "importance-published")
 
 
 class UniformTimeSampler:
@@ -37,38 +37,52 @@ class ImportanceTimeSampler:
     A moving average of the squared loss is kept for every t. Once each allowed t was seen ``warmup`` times,
     p_t = (1 - uniform_share) * sqrt(E[L_t^2]) / sum + uniform_share / T, renormalised over the allowed range.
     The loss of a sample is weighted by 1 / (p_t * N), N the number of allowed steps, which leaves the expected
-    gradient that of uniform sampling. (The published code multiplies by p_t * T, which counts high losses twice.)
-    During warm-up the steps that lack visits are drawn, each equally often, with weight 1.
+    gradient that of uniform sampling. During warm-up the steps that lack visits are drawn, each equally often, with
+    weight 1.
 
     Args:
         num_timesteps: T.
         warmup: visits of each step before its loss is trusted.
         decay: of the moving average.
         uniform_share: part of the probability that stays uniform.
+        published: weight by p_t * T as the published code of Fu et al. 2024 does, p_t before it is renormalised. High
+            losses then count twice, and the expected gradient is not that of uniform sampling: for comparison only.
     """
 
-    def __init__(self, num_timesteps: int, warmup: int = 10, decay: float = 0.9, uniform_share: float = 0.01):
+    def __init__(
+        self,
+        num_timesteps: int,
+        warmup: int = 10,
+        decay: float = 0.9,
+        uniform_share: float = 0.01,
+        published: bool = False,
+    ):
         self.num_timesteps = num_timesteps
         self.warmup = warmup
         self.decay = decay
         self.uniform_share = uniform_share
+        self.published = published
         self.loss_sq = torch.zeros(num_timesteps, dtype=torch.float64)
         self.count = torch.zeros(num_timesteps, dtype=torch.long)
 
     def probabilities(self, t_range: tuple[int, int]) -> torch.Tensor:
         """p_t of all T steps, float64; 0 outside t_range = [low, high), summing to 1."""
-        root = self.loss_sq.sqrt()
-        total = root.sum()
-        uniform = torch.full_like(root, 1 / self.num_timesteps)
-        p = uniform
-        if total > 0:
-            p = (1 - self.uniform_share) * root / total + self.uniform_share * uniform
+        p = self._probabilities()
         allowed = torch.zeros_like(p)
         allowed[slice(*t_range)] = p[slice(*t_range)]
         return allowed / allowed.sum()
 
+    def _probabilities(self) -> torch.Tensor:
+        """p_t over all T steps, before some are ruled out."""
+        root = self.loss_sq.sqrt()
+        total = root.sum()
+        uniform = torch.full_like(root, 1 / self.num_timesteps)
+        if total > 0:
+            return (1 - self.uniform_share) * root / total + self.uniform_share * uniform
+        return uniform
+
     def sample(self, batch_size: int, t_range: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw t in t_range = [low, high): LongTensor (B,) and float32 weights 1 / (p_t * N) (B,)."""
+        """Draw t in t_range = [low, high): LongTensor (B,) and float32 weights (B,), 1 / (p_t * N) or as published."""
         low, high = t_range
         if not 0 <= low < high <= self.num_timesteps:
             raise ValueError(f"t_range is {t_range}, expected 0 <= low < high <= {self.num_timesteps}")
@@ -78,6 +92,8 @@ class ImportanceTimeSampler:
             return torch.multinomial(deficit, batch_size, replacement=True), torch.ones(batch_size)
         p = self.probabilities(t_range)
         t = torch.multinomial(p, batch_size, replacement=True)
+        if self.published:
+            return t, (self._probabilities()[t] * self.num_timesteps).float()
         return t, (1 / (p[t] * (high - low))).float()
 
     def update(self, t: Sequence[int], loss: Sequence[float]) -> None:
@@ -111,3 +127,16 @@ class ImportanceTimeSampler:
                 )
         self.loss_sq = state["loss_sq"].detach().to("cpu", torch.float64, copy=True)
         self.count = state["count"].detach().to("cpu", torch.long, copy=True)
+
+
+def make_time_sampler(name: str, num_timesteps: int) -> UniformTimeSampler | ImportanceTimeSampler:
+    """The sampler of a name in TIME_SAMPLERS.
+
+    Raises:
+        ValueError: for another name.
+    """
+    if name not in TIME_SAMPLERS:
+        raise ValueError(f"time_sampling is {name!r}, expected one of {', '.join(TIME_SAMPLERS)}")
+    if name == "uniform":
+        return UniformTimeSampler(num_timesteps)
+    return ImportanceTimeSampler(num_timesteps, published=name == "importance-published")

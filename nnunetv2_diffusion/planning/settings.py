@@ -79,7 +79,11 @@ class DiffusionSettings(Settings):
     training_steps: int | None = setting(
         None, "train on a schedule respaced to so many steps (5 in table 8 of the paper); null: all T", low=1
     )
-    time_sampling: str = setting("uniform", "how training draws t", choices=("uniform", "importance"))
+    time_sampling: str = setting(
+        "uniform",
+        "how training draws t; importance-published reproduces the wrong weight of the published code",
+        choices=("uniform", "importance", "importance-published"),
+    )
     steps: int = setting(2, "K, network passes of one predicted sample; 5 in the paper", low=1)
     sampler: str = setting("ddpm", "reverse step", choices=("ddpm", "ddim"))
     eta: float = setting(0.0, "DDIM's noise, 0 deterministic to 1 as DDPM", low=0.0, high=1.0)

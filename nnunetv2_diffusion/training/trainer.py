@@ -11,11 +11,10 @@ from torch import nn
 
 from nnunetv2_diffusion.diffusion import (
     GaussianDiffusion,
-    ImportanceTimeSampler,
     SamplingConfig,
-    UniformTimeSampler,
     linear_beta_schedule,
     make_encoding,
+    make_time_sampler,
 )
 from nnunetv2_diffusion.networks import DiffusionSegmentor, to_x_start
 from nnunetv2_diffusion.planning.settings import (
@@ -94,8 +93,7 @@ class DiffusionTrainer(PlannedTrainer):
         self.recipe = RECIPES[self.settings.recipe]
         self.enable_deep_supervision = self.recipe.deep_supervision
         self.process = build_process(self.settings)
-        samplers = {"uniform": UniformTimeSampler, "importance": ImportanceTimeSampler}
-        self.time_sampler = samplers[self.settings.time_sampling](self.process.num_timesteps)
+        self.time_sampler = make_time_sampler(self.settings.time_sampling, self.process.num_timesteps)
         self._iteration = 0
 
     @classmethod
@@ -206,7 +204,7 @@ class DiffusionTrainer(PlannedTrainer):
         if not hasattr(self.loss, "per_sample"):
             return self.loss(output, target)
         losses = self.loss.per_sample(output, target)
-        if self.settings.time_sampling == "importance":
+        if self.settings.time_sampling != "uniform":
             self._share_losses(t, losses)
         return (losses * weights.to(losses.device)).mean()
 

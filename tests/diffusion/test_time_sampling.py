@@ -6,7 +6,12 @@ import math
 import pytest
 import torch
 
-from nnunetv2_diffusion.diffusion import TIME_SAMPLERS, ImportanceTimeSampler, UniformTimeSampler
+from nnunetv2_diffusion.diffusion import (
+    TIME_SAMPLERS,
+    ImportanceTimeSampler,
+    UniformTimeSampler,
+    make_time_sampler,
+)
 
 LOSS_SQ = (0.5, 0.1, 0.0, 2.0, 1.0, 0.3)
 ranges = pytest.mark.parametrize("t_range", [(0, 6), (0, 5), (1, 6), (2, 4), (3, 4)], ids=str)
@@ -33,8 +38,13 @@ def weight_of_each_step(sampler, t_range, draws=20_000) -> tuple[torch.Tensor, t
 # ---- uniform
 
 
-def test_the_known_samplers_are_uniform_and_importance():
-    assert set(TIME_SAMPLERS) == {"uniform", "importance"}
+def test_samplers_are_made_by_name():
+    assert set(TIME_SAMPLERS) == {"uniform", "importance", "importance-published"}
+    assert isinstance(make_time_sampler("uniform", 5), UniformTimeSampler)
+    assert not make_time_sampler("importance", 5).published
+    assert make_time_sampler("importance-published", 5).published
+    with pytest.raises(ValueError, match="time_sampling is 'other', expected one of uniform, importance"):
+        make_time_sampler("other", 5)
 
 
 @ranges
@@ -158,6 +168,24 @@ def test_the_weighted_mean_of_draws_estimates_the_uniform_mean():
     error = estimates.mean().item() - values[:5].mean().item()
     assert abs(error) < 5 * estimates.std().item() / math.sqrt(len(t))
     assert abs(values[t].mean().item() - values[:5].mean().item()) > 0.3  # without weights it would be biased
+
+
+@ranges
+def test_the_published_weight_is_p_before_renormalising_times_all_steps(t_range):
+    sampler, correct = with_history(LOSS_SQ, published=True), with_history(LOSS_SQ)
+    low, high = t_range
+    frequency, weights = weight_of_each_step(sampler, t_range, draws=100_000)
+    p = correct.probabilities((0, 6))
+    torch.testing.assert_close(weights[low:high], p[low:high] * 6, rtol=1e-6, atol=0)
+    expected = correct.probabilities(t_range)  # drawn as without the mistake
+    assert bool(((frequency - expected).abs() < 5 * (expected * (1 - expected) / 100_000).sqrt() + 1e-12).all())
+
+
+def test_the_published_weight_is_made_of_the_probabilities_that_the_reference_reports(golden):
+    g = golden("imgx_time_sampler")
+    sampler = with_history(g["upd__loss_sq_hist"], published=True)
+    _, weights = weight_of_each_step(sampler, (0, 5), draws=200_000)
+    torch.testing.assert_close(weights[:5].double() / 6, g["imp__probs_t_by_index"][:5].double(), rtol=1e-5, atol=1e-9)
 
 
 # ---- history
