@@ -15,10 +15,9 @@ of the file system there: drawn here with a seed, images one by one as there, al
 video. DUCK-Net offers its parts at https://github.com/RazvanDu/DUCK-Net#data-sets ; give their names with ``--splits``.
 """
 
-from nnunetv2_diffusion.datasets import splits
-from nnunetv2_diffusion.datasets.images import RGB, write_mask, write_rgb
 from nnunetv2_diffusion.datasets.layouts import matching, pairs
-from nnunetv2_diffusion.datasets.raw import Case, Collection, DataSet
+from nnunetv2_diffusion.datasets.polyps import drawn, polyp_dataset
+from nnunetv2_diffusion.datasets.raw import Case, Collection
 from nnunetv2_diffusion.datasets.sources import Sources
 
 COUNTS = (488, 62, 62)
@@ -34,20 +33,14 @@ def collect(sources: Sources, seed: int) -> Collection:
     images, masks = (matching(sources, root / name, NUMBERED) for name in ("Original", "Ground Truth"))
     found = pairs(sources, images, masks, root)
     cases = [Case(f"cvc_{int(key):03d}", (found[key][0],), found[key][1]) for key in sorted(found, key=int)]
-    sentence = f"drawn with seed {seed}; numbers of Chen et al. 2024, whose list is not published"
-    return Collection(**splits.draw(cases, COUNTS, seed), split=sentence, drawn=True)
+    return drawn(cases, COUNTS, seed)
 
 
-DATASET = DataSet(
+DATASET = polyp_dataset(
     title="CVCClinicDB",
     summary="Polyps in endoscopic images (CVC-ClinicDB, Bernal et al. 2015).",
     reference="https://polyp.grand-challenge.org/CVCClinicDB/",
-    channels=RGB,
-    labels={"background": 0, "polyp": 1},
     counts=COUNTS,
     collect=collect,
-    write_image=write_rgb,
-    write_label=write_mask,
-    file_ending=".png",
     wanted=r"\.(tiff?|png)$",
 )

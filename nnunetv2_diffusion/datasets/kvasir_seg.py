@@ -12,10 +12,9 @@ order of the file system, so its parts cannot be had from its code: drawn here w
 https://github.com/RazvanDu/DUCK-Net#data-sets ; give their names with ``--splits``.
 """
 
-from nnunetv2_diffusion.datasets import splits
-from nnunetv2_diffusion.datasets.images import RGB, write_mask, write_rgb
 from nnunetv2_diffusion.datasets.layouts import matching, pairs
-from nnunetv2_diffusion.datasets.raw import Case, Collection, DataSet
+from nnunetv2_diffusion.datasets.polyps import drawn, polyp_dataset
+from nnunetv2_diffusion.datasets.raw import Case, Collection
 from nnunetv2_diffusion.datasets.sources import Sources
 
 COUNTS = (800, 100, 100)
@@ -32,20 +31,14 @@ def collect(sources: Sources, seed: int) -> Collection:
     images, masks = (matching(sources, root / name, JPEG) for name in ("images", "masks"))
     found = pairs(sources, images, masks, root)
     cases = [Case(key, (image,), mask) for key, (image, mask) in found.items()]
-    sentence = f"drawn with seed {seed}; numbers of Chen et al. 2024, whose list is not published"
-    return Collection(**splits.draw(cases, COUNTS, seed), split=sentence, drawn=True)
+    return drawn(cases, COUNTS, seed)
 
 
-DATASET = DataSet(
+DATASET = polyp_dataset(
     title="KvasirSEG",
     summary="Polyps in endoscopic images (Kvasir-SEG, Jha et al. 2020).",
     reference="https://datasets.simula.no/kvasir-seg/",
-    channels=RGB,
-    labels={"background": 0, "polyp": 1},
     counts=COUNTS,
     collect=collect,
-    write_image=write_rgb,
-    write_label=write_mask,
-    file_ending=".png",
     wanted=r"\.jpe?g$",
 )
