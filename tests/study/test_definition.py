@@ -136,5 +136,5 @@ def test_studies_of_the_repository_can_be_run(file):
     assert study.split.counts() == {"train": 152, "val": 8, "test": 40}
     for cell in study.cells:
         kind = "hybrid" if "HiDiff" in cell.trainer else "gaussian"
-        assert predictions_of(cell, None if cell.name in ("Baseline", "NoDiff") else kind)
-    assert study.cell("HiDiff").segmentor == "Baseline"
+        assert predictions_of(cell, None if cell.trainer.endswith(("Baseline", "NoDiff")) else kind)
+    assert study.cell(study.cell("HiDiff").segmentor).trainer == "nnUNetTrainerBaseline"
