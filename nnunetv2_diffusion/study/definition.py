@@ -19,7 +19,7 @@ STUDY_KEYS = (
     "analyse", "reference", "questions",
 )  # fmt: skip
 STUDY_REQUIRED = ("name", "dataset", "configuration", "split", "cells", "predictions")
-CELL_KEYS = ("name", "trainer", "runs", "settings", "network", "predictions", "segmentor", "analyse")
+CELL_KEYS = ("name", "trainer", "runs", "settings", "network", "predictions", "segmentor", "warm_start", "analyse")
 QUESTION_KEYS = ("title", "cells")
 SPLIT_KEYS = ("train", "val", "test")
 
@@ -90,6 +90,7 @@ class Cell:
         network: changes of the planned network, as for ``derive_plans``, those of the study included.
         predictions: as asked for; what a trainer without a chain takes of them see ``predictions_of``.
         segmentor: cell whose checkpoint HiDiff starts from; None for none.
+        warm_start: cell of nnU-Net's own trainer whose weights the training starts from; None for none.
         analyse: None for no analysis.
     """
 
@@ -100,7 +101,13 @@ class Cell:
     network: dict[str, Any]
     predictions: tuple[Prediction, ...]
     segmentor: str | None
+    warm_start: str | None
     analyse: Analysis | None
+
+    @property
+    def source(self) -> str | None:
+        """Cell that has to be trained before."""
+        return self.segmentor or self.warm_start
 
 
 @dataclass(frozen=True)
@@ -250,7 +257,7 @@ def _cells(content: Mapping[str, Any], file: Path) -> tuple[Cell, ...]:
     analysis = _analysis(content.get("analyse"), f"{file}: analyse")
     if not isinstance(content["cells"], list) or not content["cells"]:
         raise StudyError(f"{file}: cells is {content['cells']!r}, expected a list of cells, one at least")
-    default = Cell("", "", 1, common["settings"], common["network"], predictions, None, analysis)
+    default = Cell("", "", 1, common["settings"], common["network"], predictions, None, None, analysis)
     cells = tuple(_cell(entry, default, f"{file}: cells[{i}]") for i, entry in enumerate(content["cells"]))
     names = [cell.name.lower() for cell in cells]  # folders: some file systems take a and A for the same
     twice = [cell.name for cell in cells if names.count(cell.name.lower()) > 1]
@@ -280,7 +287,8 @@ def _cell(entry: Any, default: Cell, where: str) -> Cell:
         changes["analyse"] = _analysis(entry["analyse"], f"{where}: analyse")
     return replace(
         default, name=_name(entry["name"], f"{where}: name"), trainer=_name(entry["trainer"], f"{where}: trainer"),
-        runs=runs, settings=merged, network={**default.network, **network}, segmentor=entry.get("segmentor"), **changes,
+        runs=runs, settings=merged, network={**default.network, **network}, segmentor=entry.get("segmentor"),
+        warm_start=entry.get("warm_start"), **changes,
     )  # fmt: skip
 
 
@@ -310,10 +318,13 @@ def _parse(cls: type[Settings], section: Any, where: str) -> Any:
 def _check_references(study: Study) -> None:
     """Cells that are named must be there."""
     for cell in study.cells:
-        if cell.segmentor is None:
+        if cell.source is None:
             continue
-        if study.cell(cell.segmentor).segmentor is not None:
-            raise StudyError(f"{study.file}: cell {cell.name}: segmentor {cell.segmentor} has a segmentor itself")
+        key = "segmentor" if cell.segmentor else "warm_start"
+        if cell.segmentor and cell.warm_start:
+            raise StudyError(f"{study.file}: cell {cell.name} has a segmentor and a warm_start, expected one of them")
+        if study.cell(cell.source).source is not None:
+            raise StudyError(f"{study.file}: cell {cell.name}: {key} {cell.source} starts from another cell itself")
     if "reference" in study.content:
         study.cell(study.content["reference"])
     questions = study.content.get("questions", [])

@@ -12,13 +12,14 @@ from nnunetv2_diffusion.drawing import plt  # chooses a backend without a screen
 from nnunetv2_diffusion.study.results import CellResults, StudyResults, matching, nanmean
 from nnunetv2_diffusion.study.tables import sample_rows, step_curves
 
+CURVES = "nnU-Net's pseudo Dice on validation patches by epoch, mean over runs."
 COLOURS = plt.get_cmap("tab20")
 
 
 def all_figures(study: StudyResults) -> Iterator[tuple[str, str, Figure]]:
     """Name, caption and figure of all that there are results for, without those of the questions."""
     yield "dice", "Dice of the test cases, mean over runs and foreground classes.", dice_boxes(study)
-    yield "curves", "nnU-Net's pseudo Dice on validation patches by epoch, mean over runs.", training_curves(study)
+    yield "curves", CURVES, training_curves(study.cells)
     if any(len(points) > 1 for points in count_points(study).values()):
         yield "counts", "Mean Dice by number of steps K (DDPM, one sample, no mirroring).", count_curves(study)
     curves = step_curves(study)
@@ -62,10 +63,10 @@ def question_boxes(first: CellResults, others: list[CellResults]) -> Figure:
     return figure
 
 
-def training_curves(study: StudyResults) -> Figure:
+def training_curves(cells: list[CellResults]) -> Figure:
     """Pseudo Dice by epoch."""
     curves = {}
-    for cell in study.cells:
+    for cell in cells:
         runs = [[np.nan if v is None else v for v in r["training"]["curve"]["mean_fg_dice"]] for r in cell.records]
         shortest = min(map(len, runs))
         curves[cell.name] = nanmean([run[:shortest] for run in runs], 0)

@@ -49,7 +49,10 @@ def record_file(results: Path, study: Study, cell: Cell, run: int) -> Path:
 
 def request_of(study: Study, cell: Cell, run: int, predictions: tuple[Prediction, ...]) -> dict[str, Any]:
     """What is asked for, without defaults: settings that are added to this package later do not change it."""
-    segmentor = study.cell(cell.segmentor) if cell.segmentor is not None else None
+
+    def source(name: str | None) -> dict[str, Any] | None:
+        return None if name is None else {"cell": name, "run": run % study.cell(name).runs}
+
     return {
         "study": study.name,
         "cell": cell.name,
@@ -61,7 +64,8 @@ def request_of(study: Study, cell: Cell, run: int, predictions: tuple[Prediction
         "settings": cell.settings,
         "network": cell.network,
         "predictions": [asdict(prediction) for prediction in predictions],
-        "segmentor": {"cell": segmentor.name, "run": run % segmentor.runs} if segmentor else None,
+        "segmentor": source(cell.segmentor),
+        "warm_start": source(cell.warm_start),
         "analyse": asdict(cell.analyse) if cell.analyse else None,
     }
 

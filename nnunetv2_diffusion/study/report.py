@@ -9,7 +9,7 @@ from typing import Any
 
 from nnunetv2_diffusion.evaluation.tables import to_markdown
 from nnunetv2_diffusion.study import StudyError
-from nnunetv2_diffusion.study.figures import all_figures, question_boxes, to_png
+from nnunetv2_diffusion.study.figures import CURVES, all_figures, question_boxes, to_png, training_curves
 from nnunetv2_diffusion.study.results import StudyResults, load_results
 from nnunetv2_diffusion.study.tables import all_tables, test_table
 from nnunetv2_diffusion.study.workplace import write_whole
@@ -96,6 +96,7 @@ def _section(study: StudyResults, folder: str, figures: dict[str, bytes]) -> lis
         lines += [*to_markdown(test_table(present[0], present[1:], "Dice")).splitlines()[2:], ""]
         caption = f"{question['title']} Dice of every case minus that of {present[0].name}."
         lines += place(f"question_{index}", caption, question_boxes(present[0], present[1:]))
+        lines += place(f"question_{index}_curves", CURVES, training_curves(present))
     return lines
 
 

@@ -114,10 +114,14 @@ def open_units(place: Workplace, cells: Sequence[Cell], results: Path) -> list[U
         StudyError: for a trainer, prediction or result that cannot be used.
     """
     units = []
-    for cell in sorted(cells, key=lambda c: c.segmentor is not None):
+    for cell in sorted(cells, key=lambda c: c.source is not None):
         kind = chain_of(cell.trainer)
         if cell.segmentor is not None and kind != "hybrid":
             raise StudyError(f"cell {cell.name}: it has a segmentor, expected a HiDiff trainer and not {cell.trainer}")
+        if cell.warm_start is not None and kind is None:
+            raise StudyError(
+                f"cell {cell.name}: it has a warm_start, expected a diffusion trainer and not {cell.trainer}"
+            )
         predictions = predictions_of(cell, kind)
         for number in range(cell.runs):
             request = request_of(place.study, cell, number, predictions)
@@ -183,13 +187,14 @@ def _finish(unit: Unit, units: dict[tuple[str, int], Unit]) -> None:
     """All stages of a unit, and its results."""
     training = unit.training
     try:
-        if training.cell.segmentor is not None:
-            cell, number = training.place.segmentor_run(training.cell, training.run)
+        if training.cell.source is not None:
+            cell, number = training.place.source_run(training.cell, training.run)
             if (cell.name, number) in units:
                 units[cell.name, number].trained.wait()
             file = training.place.checkpoint(cell, number)
             if not file.is_file():
-                raise StudyError(f"its segmentor {cell.name} run {number} is not trained: no {file}")
+                word = "segmentor" if training.cell.segmentor else "warm start's source"
+                raise StudyError(f"its {word} {cell.name} run {number} is not trained: no {file}")
         note_code(training)
         training.work(unit.trained.set)
     finally:

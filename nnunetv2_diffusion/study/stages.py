@@ -76,9 +76,27 @@ class Training:
 
         nnU-Net's closing validation takes one step: the unseen cases are what counts.
         """
-        started = (self.place.model_folder(self.cell, self.run) / "fold_0").exists()
+        # without a checkpoint nnU-Net would continue from nothing, and without the weights of a warm start
+        started = any((self.place.model_folder(self.cell, self.run) / "fold_0").glob("checkpoint_*.pth"))
         command = ["nnUNetv2_train", self.place.number, self.place.study.configuration, "0", *self._model]
-        self._stage("train", [*command, "--c"] if started else command, steps="1")
+        if started:
+            command.append("--c")
+        elif self.cell.warm_start is not None:
+            command += ["-pretrained_weights", str(self.warm_start())]
+        self._stage("train", command, steps="1")
+
+    def warm_start(self) -> Path:
+        """The weights to start from, made with the verb ``warm-start``."""
+        file = self.folder / "warm_start.pth"
+        if not self._record("warm_start").exists():
+            file.unlink(missing_ok=True)  # of an attempt that was interrupted
+        command = [
+            "nnunetv2_diffusion", "warm-start", "--from", self.place.source_checkpoint(self.cell, self.run),
+            "-d", self.place.number, "-c", self.place.study.configuration, "-tr", self.cell.trainer,
+            "-p", self.place.plans_name(self.cell, self.run), "-o", str(file),
+        ]  # fmt: skip
+        self._stage("warm_start", command)
+        return file
 
     def predict(self, prediction: Prediction) -> None:
         """The test cases with nnU-Net's command; an interrupted prediction starts again, so that its time is right."""

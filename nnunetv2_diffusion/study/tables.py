@@ -37,8 +37,7 @@ def settings_table(study: StudyResults) -> Table:
     for cell in study.cells:
         record, request = cell.records[0], cell.request
         own = {k: v for k, v in flatten(request["settings"]).items() if common.get(k, NONE) != v}
-        if request["segmentor"] is not None:
-            own["segmentor"] = request["segmentor"]["cell"]
+        own |= {key: request[key]["cell"] for key in ("segmentor", "warm_start") if request.get(key)}
         epochs, iterations = (record["settings"][k] for k in ("num_epochs", "num_iterations_per_epoch"))
         network = record["network"]
         sizes = "x".join(map(str, network["patch_size"]))
@@ -48,7 +47,7 @@ def settings_table(study: StudyResults) -> Table:
             f"{network['class']}, {features[0]}..{features[-1]} features, patch {sizes}, batch {network['batch_size']}",
             ", ".join(f"{k}={v}" for k, v in own.items()) or NONE,
         ])  # fmt: skip
-    notes = ["Epochs x iterations of each training; those of a segmentor come on top."]
+    notes = ["Epochs x iterations of each training; those of a segmentor or a warm start's source come on top."]
     shared = ", ".join(f"{k}={v}" for k, v in common.items())
     columns = ["cell", "trainer", "runs", "length", "network", "settings of its own"]
     return Table("Cells", columns, rows, [*notes, f"Settings of all cells: {shared or 'defaults'}."], left=6)

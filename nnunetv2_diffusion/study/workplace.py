@@ -150,7 +150,7 @@ class Workplace:
         stock = read_json(self.preprocessed / "nnUNetPlans.json")
         settings = cell.settings
         if cell.segmentor is not None:
-            settings = merge_settings(settings, {HIDIFF: {"segmentor_checkpoint": self._segmentor(cell, run)}})
+            settings = merge_settings(settings, {HIDIFF: {"segmentor_checkpoint": self.source_checkpoint(cell, run)}})
         try:
             plans = derive_plans(stock, self.plans_name(cell, run), {self.study.configuration: cell.network}, settings)
             write_plans(plans, self.preprocessed)
@@ -158,14 +158,14 @@ class Workplace:
             raise StudyError(f"cell {cell.name}: {error}") from None
         return plans
 
-    def segmentor_run(self, cell: Cell, run: int) -> tuple[Cell, int]:
-        """The training whose checkpoint a HiDiff cell starts from: the same run, or one of fewer in turn."""
-        other = self.study.cell(cell.segmentor or "")
+    def source_run(self, cell: Cell, run: int) -> tuple[Cell, int]:
+        """The training whose checkpoint a cell starts from: the same run, or one of fewer in turn."""
+        other = self.study.cell(cell.source or "")
         return other, run % other.runs
 
-    def _segmentor(self, cell: Cell, run: int) -> str:
+    def source_checkpoint(self, cell: Cell, run: int) -> str:
         """Its checkpoint as commands find it: they run in the root, so no path of this machine is in the plans."""
-        return self.checkpoint(*self.segmentor_run(cell, run)).relative_to(self.root).as_posix()
+        return self.checkpoint(*self.source_run(cell, run)).relative_to(self.root).as_posix()
 
 
 def check_cases(study: Study, source: Path) -> None:

@@ -64,6 +64,7 @@ class FakeRunner:
         self.commands, self.fail, self.lock = [], None, threading.Lock()
 
     def run(self, command, log, environment, folder=None, keep_open=()):
+        self.folder = folder
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text("output")
         with self.lock:
@@ -71,7 +72,8 @@ class FakeRunner:
             fails = self.fail is not None and all(word in " ".join(command) for word in self.fail)
             if fails:
                 self.fail = None
-        getattr(self, command[0] if command[0] != "nnunetv2_diffusion" else command[1])(command, environment, fails)
+        name = command[0] if command[0] != "nnunetv2_diffusion" else command[1].replace("-", "_")
+        getattr(self, name)(command, environment, fails)
         if fails:
             raise CommandError(f"{command[0]} ended with status 1")
         return Usage(10.0, 2**30)
@@ -101,6 +103,8 @@ class FakeRunner:
         folder = Path(environment["nnUNet_results"]) / DATASET / f"{trainer}__{plans}__3d_fullres" / "fold_0"
         folder.mkdir(parents=True, exist_ok=True)
         if fails:
+            if "late" in environment.get("FAKE_FAILS", "late"):
+                (folder / "checkpoint_latest.pth").write_text("some epochs")
             return
         log = {
             "mean_fg_dice": [np.float64(0.5), np.float64(0.75)], "dice_per_class_or_region": [[0.5, np.nan]] * 2,
@@ -108,6 +112,12 @@ class FakeRunner:
             "epoch_end_timestamps": [103.0, 106.0],
         }  # fmt: skip
         torch.save({"network_weights": {}, "logging": log}, folder / "checkpoint_final.pth")
+
+    def warm_start(self, command, environment, fails):
+        assert (self.folder / command[command.index("--from") + 1]).is_file()
+        file = Path(command[command.index("-o") + 1])
+        assert not file.exists()  # the verb does not overwrite
+        file.write_text("weights")
 
     @staticmethod
     def nnUNetv2_predict(command, environment, fails):  # noqa: N802

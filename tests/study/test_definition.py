@@ -57,6 +57,20 @@ def test_cells_have_what_the_study_says_for_all_and_their_own(write):
         ({"cells": [{"name": "a", "trainer": "T"}, {"name": "A", "trainer": "T"}]}, "more than one cell .* a, A"),
         ({"cells": [{"name": "a", "trainer": "T", "runs": 0}]}, "runs is 0, expected an integer of at least 1"),
         ({"cells": [{"name": "a", "trainer": "T", "segmentor": "b"}]}, "no cell 'b', expected one of a"),
+        ({"cells": [{"name": "a", "trainer": "T", "warm_start": "b"}]}, "no cell 'b', expected one of a"),
+        (
+            {
+                "cells": [
+                    {"name": "a", "trainer": "T"},
+                    {"name": "b", "trainer": "T", "segmentor": "a", "warm_start": "a"},
+                ]
+            },
+            "cell b has a segmentor and a warm_start, expected one of them",
+        ),
+        (
+            {"cells": [{"name": "a", "trainer": "T", "warm_start": "a"}]},
+            "cell a: warm_start a starts from another cell itself",
+        ),
         ({"cells": [{"name": "a", "trainer": "T", "settings": {"stepz": 1}}]}, "unknown setting 'stepz'"),
         ({"predictions": [{"steps": 1, "tta": True}]}, r"predictions\[0\]: unknown setting 'tta'.*steps, sampler"),
         ({"predictions": [{"steps": 1}, {"steps": 1}]}, "K1_ddpm twice"),

@@ -182,6 +182,48 @@ def test_hidiff_starts_from_the_checkpoint_of_its_segmentors_run(fake, start, tm
         assert not checkpoint.startswith("/")
 
 
+WARM = {"name": "W", "trainer": "Recycle", "warm_start": "A", "runs": 2}
+
+
+def test_a_warm_start_is_made_of_the_sources_run_and_given_to_the_training(fake, start, results):
+    assert start({**STUDY, "cells": [*STUDY["cells"], WARM]}, cells=["A", "W"], jobs=2) == 0
+    made = {c[1][c[1].index("-p") + 1]: c[1] for c in fake.named("warm-start")}
+    assert set(made) == {"fake-W-0", "fake-W-1"}
+    for run in range(2):
+        words = made[f"fake-W-{run}"]
+        assert f"/A/run_{run}/" in words[words.index("--from") + 1]
+        assert not words[words.index("--from") + 1].startswith("/")
+        [training] = fake.named("nnUNetv2_train", f"fake-W-{run}")
+        assert training[1][training[1].index("-pretrained_weights") + 1] == words[words.index("-o") + 1]
+        assert results()[f"W_run{run}"]["request"]["warm_start"] == {"cell": "A", "run": run}
+    assert not fake.named("-pretrained_weights", "fake-A")
+
+
+@pytest.mark.parametrize(
+    ("command", "when", "again"),
+    [
+        ("warm-start", "early", "-pretrained_weights"),
+        ("nnUNetv2_train", "early", "-pretrained_weights"),
+        ("nnUNetv2_train", "late", "--c"),  # nnU-Net takes one of them
+    ],
+)
+def test_a_warm_started_training_that_failed_is_done_again(fake, start, results, monkeypatch, command, when, again):
+    monkeypatch.setenv("FAKE_FAILS", when)  # before or after nnU-Net's first checkpoint
+    study = {**STUDY, "cells": [STUDY["cells"][0], WARM]}
+    fake.fail = [command, "fake-W-0"]
+    assert start(study) == 1
+    assert start(study) == 0
+    assert {"W_run0", "W_run1"} <= set(results())
+    last = fake.named("nnUNetv2_train", "fake-W-0")[-1][1]
+    assert [word for word in last if word in ("--c", "-pretrained_weights")] == [again]
+
+
+def test_a_warm_start_for_a_trainer_without_a_chain_is_refused(fake, start, capsys):
+    assert start({**STUDY, "cells": [STUDY["cells"][0], {**WARM, "trainer": "Stock"}]}) == 1
+    assert "it has a warm_start, expected a diffusion trainer and not Stock" in capsys.readouterr().err
+    assert not fake.commands
+
+
 def test_hidiff_without_its_segmentor_is_refused(fake, start, capsys):
     assert start(cells=["C"]) == 1
     assert "its segmentor A run 0 is not trained" in capsys.readouterr().err
