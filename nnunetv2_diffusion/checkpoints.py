@@ -1,6 +1,7 @@
 """Reading nnU-Net's checkpoints without running code from them."""
 
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
+
+_ALLOWING = threading.Lock()  # PyTorch's list of allowed types is one for all threads, and each would empty it
 
 
 class CheckpointError(RuntimeError):
@@ -35,7 +38,7 @@ def load_checkpoint_file(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file, expected a checkpoint")
     try:
-        with torch.serialization.safe_globals(_safe_types()):
+        with _ALLOWING, torch.serialization.safe_globals(_safe_types()):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged file can end in nearly any error of the unpickler
         raise CheckpointError(

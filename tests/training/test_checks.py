@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -356,3 +357,11 @@ def test_the_look_at_a_checkpoint_is_what_the_trainer_does_first(saved, monkeypa
     with pytest.raises(CheckpointError, match="expected DiffusionTrainer"):
         trainer.load_checkpoint(str(saved))
     assert not loaded
+
+
+def test_checkpoints_are_read_by_several_threads_at_once(tmp_path):
+    file = tmp_path / "checkpoint_final.pth"
+    torch.save({"network_weights": {}, "logging": {"mean_fg_dice": [np.float64(0.5)] * 50}}, file)
+    with ThreadPoolExecutor(8) as pool:  # PyTorch's list of allowed types is one for all of them
+        found = list(pool.map(load_checkpoint_file, [file] * 200))
+    assert all(checkpoint["logging"]["mean_fg_dice"][0] == 0.5 for checkpoint in found)
