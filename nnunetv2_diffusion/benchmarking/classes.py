@@ -41,6 +41,13 @@ def allocated_peak(subject: Subject) -> int:
     return kept + peak
 
 
+def add_allocated_peaks(rows: list[dict[str, Any]], subjects: list[Subject]) -> None:
+    """Fill in peak memory for a CPU, where it is counted in a run of its own; the first subject is the reference."""
+    peaks = [allocated_peak(subject) for subject in subjects]
+    for row, peak in zip(rows, peaks, strict=True):
+        row.update(peak_memory_bytes=peak, peak_memory_ratio=peak / peaks[0])
+
+
 def class_steps(problems: dict[int, Problem], trainer: str, turns: Turns) -> list[dict[str, Any]]:
     """Time training steps; call it within ``temporary_folders``.
 
@@ -63,9 +70,7 @@ def class_steps(problems: dict[int, Problem], trainer: str, turns: Turns) -> lis
             {"classes": classes, "trainer": s.name, **costs(measured[s.name], measured[REFERENCE])} for s in subjects
         ]
         if turns.device.type == "cpu":
-            peaks = [allocated_peak(s) for s in subjects]
-            for row, peak in zip(rows, peaks, strict=True):
-                row.update(peak_memory_bytes=peak, peak_memory_ratio=peak / peaks[0])
+            add_allocated_peaks(rows, subjects)
         results += rows
     return results
 
@@ -89,13 +94,4 @@ def class_targets(results: list[dict[str, Any]]) -> list[Target]:
 
 def class_table(results: list[dict[str, Any]]) -> str:
     """One row for each number of classes and encoding."""
-    return report.table(
-        [
-            ("trainer", lambda r: r["trainer"]),
-            ("classes", lambda r: str(r["classes"])),
-            ("s / step", lambda r: f"{r['seconds']['median']:.4f}"),
-            ("ratio, median (min-max)", lambda r: report.spread(r["ratio"])),
-            ("peak memory", report.memory_cell),
-        ],
-        results,
-    )
+    return report.table(report.CLASS_COLUMNS, results)

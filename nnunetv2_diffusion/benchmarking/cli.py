@@ -64,6 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     for command, trainers, rounds in (
         (refiner, (), 10),
         (classes, (), 5),
+        (_variants_parser(commands), (), 10),
         (train, TRAINERS, 10),
         (predict, ("nnUNetTrainerRecycleXT",), 20),
     ):
@@ -72,6 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--steps", nargs="+", type=_positive, default=[1, 2, 5], metavar="K", help="default: 1 2 5")
     predict.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="reverse step (default: ddpm)")
     predict.add_argument("--samples", type=_positive, default=1, help="masks that are averaged (default: 1)")
+    _startup_parser(commands)
+    _page_parser(commands)
     return parser
 
 
@@ -96,6 +99,38 @@ def _classes_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentPa
     )
     classes.add_argument("--counts", nargs="+", type=_positive, default=[3, 16, 104], metavar="K", help="3 16 104")
     return classes
+
+
+def _variants_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        "variants",
+        help="what single decisions cost in a training step",
+        description=f"Time train_step of {CLASS_TRAINER} with one thing changed, beside itself and {REFERENCE}, with "
+        "nnU-Net's recipe.",
+    )
+
+
+def _startup_parser(commands: argparse._SubParsersAction) -> None:
+    startup = commands.add_parser(
+        "startup",
+        help="time of whole processes, with and without the plug-in's files in nnU-Net",
+        description="Time processes: the help of nnUNetv2_train and nnU-Net's search for a trainer, with two copies of "
+        "the installed nnU-Net, one without the files that this package puts there; and imports.",
+    )
+    startup.add_argument("--rounds", type=_positive, default=7, help="turns of each (default: 7)")
+    startup.add_argument("--warmup", type=int, default=1, metavar="N", help="turns that are not counted (default: 1)")
+    _add_clock_and_json(startup, "cpu: processor time of the processes, for a CPU that is busy with other work")
+
+
+def _page_parser(commands: argparse._SubParsersAction) -> None:
+    page = commands.add_parser(
+        "page",
+        help="a page of all measurements",
+        description="Write a page in Markdown from the JSONs of this command and of scripts/memory_table, and from "
+        "nothing else. A page of this command is replaced, no other file.",
+    )
+    page.add_argument("folder", type=Path, metavar="DIR", help="folder of the JSONs")
+    page.add_argument("-o", type=Path, default=Path("docs/performance.md"), metavar="FILE.md", help="%(default)s")
 
 
 def _add_problem_options(parser: argparse.ArgumentParser) -> None:
@@ -123,13 +158,14 @@ def _add_run_options(parser: argparse.ArgumentParser, trainers: tuple[str, ...],
     )
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     run.add_argument("--threads", type=_positive, help="default: as nnU-Net, all on the CPU and one on CUDA")
-    run.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="cpu: processor time of this process, for a CPU that is busy with other work; with --threads 1",
+    _add_clock_and_json(
+        run, "cpu: processor time of this process, for a CPU that is busy with other work; with --threads 1"
     )
-    run.add_argument("--json", type=Path, metavar="FILE", help="new file for settings and results")
+
+
+def _add_clock_and_json(parser: argparse._ActionsContainer, clock: str) -> None:
+    parser.add_argument("--clock", choices=CLOCKS, default="wall", help=clock)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="new file for settings and results")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,12 +185,11 @@ def main(argv: list[str] | None = None) -> int:
         print(paper_counts())
         return 0
     try:
+        if args.what == "page":
+            return _page(args.folder, args.o)
         if args.json is not None:
             _check_new_file(args.json)
-        problem = _problem(args)
-        device = _device(args)
-        with _threads(args.threads, device):
-            content, text = run(args, problem, device)
+        content, text = _measured(args)
     except BenchmarkError as error:
         parser.error(str(error))
     print(text)
@@ -163,6 +198,26 @@ def main(argv: list[str] | None = None) -> int:
             json.dump(content, file, indent=1)
             file.write("\n")
     return 0
+
+
+def _page(folder: Path, file: Path) -> int:
+    """Write the page of all JSONs in a folder."""
+    from nnunetv2_diffusion.benchmarking.page import build_page, read_runs, write_page
+
+    write_page(file, build_page(read_runs(folder), os.path.relpath(folder, file.parent)))
+    print(file)
+    return 0
+
+
+def _measured(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """What goes into the JSON, and the report as text."""
+    if args.what == "startup":
+        _check_warmup(args.warmup)
+        return run_startup(args)
+    problem = _problem(args)
+    device = _device(args)
+    with _threads(args.threads, device):
+        return run(args, problem, device)
 
 
 def _check_new_file(path: Path) -> None:
@@ -212,12 +267,16 @@ def _device(args: argparse.Namespace) -> torch.device:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.warmup is None:
         args.warmup = 10 if args.device == "cuda" else 2
-    if args.warmup < 0:
-        raise BenchmarkError(f"--warmup is {args.warmup}, expected 0 or more")
+    _check_warmup(args.warmup)
     if args.clock == "cpu" and args.device == "cuda":
         raise BenchmarkError("--clock is cpu, but the work is done on cuda; expected wall")
     args.threads = args.threads or (1 if args.device == "cuda" else os.cpu_count() or 1)
     return torch.device(args.device)
+
+
+def _check_warmup(warmup: int) -> None:
+    if warmup < 0:
+        raise BenchmarkError(f"--warmup is {warmup}, expected 0 or more")
 
 
 @contextmanager
@@ -242,17 +301,38 @@ def run(args: argparse.Namespace, problem: Problem, device: torch.device) -> tup
         results, targets, rows = _measure(
             args, problem, commands.Turns(device, Stopwatch(device, args.clock), args.rounds, args.warmup)
         )
-    described = host.describe_problem(problem, None if args.what in ("train-step", "classes") else 1)
+    described = host.describe_problem(problem, None if args.what in ("train-step", "classes", "variants") else 1)
+    return _reported(args, device, results, targets, rows, described)
+
+
+def run_startup(args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """As ``run`` for processes, which need no plans."""
+    from nnunetv2_diffusion.benchmarking.startup import STARTUP_COLUMNS, startup_times
+
+    results = startup_times(args.rounds, args.warmup, args.clock)
+    return _reported(args, torch.device("cpu"), results, [], report.table(STARTUP_COLUMNS, results), None)
+
+
+def _reported(
+    args: argparse.Namespace,
+    device: torch.device,
+    results: list[dict],
+    targets: list[report.Target],
+    rows: str,
+    problem: dict[str, Any] | None,
+) -> tuple[dict[str, Any], str]:
+    """What goes into the JSON, and the report as text."""
+    settings = _settings(args) if problem is None else {**_settings(args), "problem": problem}
     content = {
         "schema": report.SCHEMA,
         "command": _command(args),
-        "settings": {**_settings(args), "problem": described},
+        "settings": settings,
         "hardware": report.describe_hardware(device),
         "versions": report.describe_versions(),
         "results": results,
         "targets": [target.to_dict() for target in targets],
     }
-    head = report.header(args.what, args.clock, described, content["hardware"], content["versions"])
+    head = report.header(args.what, args.clock, problem, content["hardware"], content["versions"])
     lines = [head, content["command"], "", rows]
     if targets:
         lines += ["", "targets (median over the rounds):", *[target.line() for target in targets]]
@@ -264,10 +344,14 @@ def _measure(args: argparse.Namespace, problem: Problem, turns: Any) -> tuple[li
     from nnunetv2_diffusion.benchmarking import commands
     from nnunetv2_diffusion.benchmarking.classes import class_steps, class_table, class_targets
     from nnunetv2_diffusion.benchmarking.refiner import refiner_steps
+    from nnunetv2_diffusion.benchmarking.variants import variant_steps, variant_table
 
     if args.what == "classes":
         results = class_steps(_class_problems(args), CLASS_TRAINER, turns)
         return results, class_targets(results), class_table(results)
+    if args.what == "variants":
+        results = variant_steps(problem, turns)
+        return results, [], variant_table(results)
     if args.what == "refiner":
         results, rows = refiner_steps(problem, args.width, turns)
         return results, [], rows

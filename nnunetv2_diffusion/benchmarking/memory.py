@@ -211,26 +211,27 @@ def _peaks(step: _Step, device: str, before: int) -> tuple[int, int | None]:
     return allocated_peak(step), saved.peak
 
 
+def _mebibytes(value: int | None) -> str:
+    return report.NOT_MEASURED if value is None else f"{value / 2**20:.2f}"
+
+
+def _saved_ratio(row: dict) -> str:
+    return "-" if row["saved_measured"] is None else f"{row['saved_estimate'] / row['saved_measured']:.4f}"
+
+
+MEMORY_COLUMNS: report.Columns = [
+    ("plans", lambda r: r["plans"]),
+    ("classes", lambda r: str(r["classes"])),
+    ("subject", lambda r: r["subject"]),
+    ("saved, estimate MiB", lambda r: _mebibytes(r["saved_estimate"])),
+    ("measured", lambda r: _mebibytes(r["saved_measured"])),
+    ("ratio", _saved_ratio),
+    ("allocated, estimate MiB", lambda r: _mebibytes(r["estimate"])),
+    ("measured", lambda r: _mebibytes(r["measured"])),
+    ("ratio", lambda r: f"{r['ratio']:.3f}"),
+]
+
+
 def memory_rows(results: list[dict[str, Any]]) -> str:
     """The table."""
-
-    def size(value: int | None) -> str:
-        return report.NOT_MEASURED if value is None else f"{value / 2**20:.2f}"
-
-    def saved_ratio(row: dict) -> str:
-        return "-" if row["saved_measured"] is None else f"{row['saved_estimate'] / row['saved_measured']:.4f}"
-
-    return report.table(
-        [
-            ("plans", lambda r: r["plans"]),
-            ("classes", lambda r: str(r["classes"])),
-            ("subject", lambda r: r["subject"]),
-            ("saved, estimate MiB", lambda r: size(r["saved_estimate"])),
-            ("measured", lambda r: size(r["saved_measured"])),
-            ("ratio", saved_ratio),
-            ("allocated, estimate MiB", lambda r: size(r["estimate"])),
-            ("measured", lambda r: size(r["measured"])),
-            ("ratio", lambda r: f"{r['ratio']:.3f}"),
-        ],
-        results,
-    )
+    return report.table(MEMORY_COLUMNS, results)

@@ -138,16 +138,21 @@ def read_problem(plans: Path, configuration: str, dataset_json: Path, batch: int
     Raises:
         BenchmarkError: if a file cannot be read or lacks what is needed.
     """
-    read = _read_json(plans, ("dataset_name", "plans_name", "configurations"))
+    read = read_json(plans, ("dataset_name", "plans_name", "configurations"))
     if configuration not in read["configurations"]:
         known = ", ".join(read["configurations"])
         raise BenchmarkError(f"{plans}: no configuration {configuration!r}, expected one of {known}")
     if batch is not None:
         read["configurations"][configuration]["batch_size"] = batch
-    return Problem(read, configuration, _read_json(dataset_json, ("labels",)))
+    return Problem(read, configuration, read_json(dataset_json, ("labels",)))
 
 
-def _read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+def read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
+    """A JSON file with an object that has the keys.
+
+    Raises:
+        BenchmarkError: if it is no such file.
+    """
     try:
         content = json.loads(path.read_text())
     except OSError as error:

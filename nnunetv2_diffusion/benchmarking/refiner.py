@@ -10,7 +10,7 @@ from torch import nn
 from nnunetv2_diffusion.benchmarking.commands import DIFFERENT_INPUTS, Turns, costs
 from nnunetv2_diffusion.benchmarking.host import build_network, make_images
 from nnunetv2_diffusion.benchmarking.problem import Problem
-from nnunetv2_diffusion.benchmarking.report import spread, table
+from nnunetv2_diffusion.benchmarking.report import REFINER_COLUMNS, table
 from nnunetv2_diffusion.networks.cost import Cost, cost_table, count_cost, refiner_cost, refiner_inputs
 from nnunetv2_diffusion.networks.merit import Merit
 from nnunetv2_diffusion.networks.refiner import Refiner
@@ -125,13 +125,5 @@ def _counts(cost: Cost) -> dict[str, Any]:
 
 
 def _report(results: list[dict[str, Any]], counted: dict[str, Cost]) -> str:
-    times = table(
-        [
-            ("part", lambda r: r["part"]),
-            ("s / pass", lambda r: f"{r['seconds']['median']:.4f}"),
-            ("ratio to the segmentor, median (min-max)", lambda r: spread(r["ratio"])),
-        ],
-        results,
-    )
     by_kind = [f"{kind}:\n{cost_table(counted[f'refiner, {kind}'], counted[SEGMENTOR])}" for kind in KINDS]
-    return "\n\n".join([times, *by_kind])
+    return "\n\n".join([table(REFINER_COLUMNS, results), *by_kind])

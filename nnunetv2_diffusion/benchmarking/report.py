@@ -5,12 +5,14 @@ spelled out, ``settings``, ``hardware``, ``versions``, ``results`` and ``targets
 mean, min, max and each of the ``rounds``), ``ratio`` to nnUNetTrainer in the same round, ``peak_memory_bytes`` and
 ``peak_memory_ratio`` (null on a CPU, but for classes, where allocations are counted); for train-step ``parameters``
 and ``parameter_overhead``; for classes their number; for predict ``steps``, ``passes``, ``pass_ratio`` (mean pass to
-a stock prediction) and ``outside_share`` (of the time, outside of passes).
+a stock prediction) and ``outside_share`` (of the time, outside of passes). A result of startup has ``name``,
+``plugin`` (whether nnU-Net has our files), ``seconds``, ``ratio`` to the same without the files in the same round (null
+where that was not run) and ``modules`` of nnunetv2_diffusion that it imports (null where nobody looked).
 """
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ from nnunetv2_diffusion.compat import installed
 SCHEMA = 1
 REFERENCE = "nnUNetTrainer"
 NOT_MEASURED = "not measured"
+Columns = Sequence[tuple[str, Callable[[dict], str]]]
+"""Heads of a table, and what makes a cell of a result."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,15 @@ class Target:
         """As stored in the JSON."""
         return {**asdict(self), "met": self.met}
 
+    @property
+    def verdict(self) -> str:
+        """One word or two."""
+        return {None: NOT_MEASURED, True: "met", False: "NOT met"}[self.met]
+
     def line(self) -> str:
         """One line of the report."""
-        if self.value is None:
-            return f"  {self.name} <= {self.limit:g}: {NOT_MEASURED}"
-        return f"  {self.name} <= {self.limit:g}: {self.value:.3f}, {'met' if self.met else 'NOT met'}"
+        measured = "" if self.value is None else f"{self.value:.3f}, "
+        return f"  {self.name} <= {self.limit:g}: {measured}{self.verdict}"
 
 
 def train_targets(results: list[dict[str, Any]]) -> list[Target]:
@@ -85,14 +93,19 @@ def predict_targets(results: list[dict[str, Any]]) -> list[Target]:
     ]
 
 
-def table(columns: list[tuple[str, Callable[[dict], str]]], rows: list[dict]) -> str:
-    """Rows as aligned text; the first column to the left, the others to the right."""
-    lines = [[title for title, _ in columns], *[[cell(row) for _, cell in columns] for row in rows]]
+def cells(columns: Columns, results: list[dict]) -> list[list[str]]:
+    """A row of texts for each result."""
+    return [[cell(result) for _, cell in columns] for result in results]
+
+
+def table(columns: Columns, results: list[dict]) -> str:
+    """Results as aligned text; the first column to the left, the others to the right."""
+    lines = [[title for title, _ in columns], *cells(columns, results)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
     texts = []
-    for line in lines:
-        cells = [line[0].ljust(widths[0]), *[c.rjust(w) for c, w in zip(line[1:], widths[1:], strict=True)]]
-        texts.append("  ".join(cells))
+    for first, *others in lines:
+        aligned = [first.ljust(widths[0]), *[c.rjust(w) for c, w in zip(others, widths[1:], strict=True)]]
+        texts.append("  ".join(aligned))
     return "\n".join([texts[0], "  ".join("-" * w for w in widths), *texts[1:]])
 
 
@@ -111,47 +124,62 @@ def memory_cell(row: dict) -> str:
     return f"{row['peak_memory_bytes'] / 2**30:.2f} GiB ({row['peak_memory_ratio']:.3f}x)"
 
 
+TRAIN_COLUMNS: Columns = [
+    ("trainer", lambda r: r["trainer"]),
+    ("s / step", lambda r: f"{r['seconds']['median']:.4f}"),
+    ("ratio, median (min-max)", lambda r: spread(r["ratio"])),
+    ("mean", lambda r: f"{r['ratio']['mean']:.2f}"),
+    ("parameters", lambda r: f"{r['parameters']:,}"),
+    ("overhead", lambda r: f"{100 * r['parameter_overhead']:.2f} %"),
+    ("peak memory", memory_cell),
+]
+PREDICT_COLUMNS: Columns = [
+    ("network", lambda r: r["trainer"]),
+    ("K", lambda r: "-" if r["steps"] is None else str(r["steps"])),
+    ("s / image", lambda r: f"{r['seconds']['median']:.4f}"),
+    ("ratio, median (min-max)", lambda r: spread(r["ratio"])),
+    ("one pass / stock's", lambda r: spread(r["pass_ratio"])),
+    ("outside of passes, %", lambda r: spread(r["outside_share"], scale=100)),
+    ("peak memory", memory_cell),
+]
+CLASS_COLUMNS: Columns = [
+    ("trainer", lambda r: r["trainer"]),
+    ("classes", lambda r: str(r["classes"])),
+    ("s / step", lambda r: f"{r['seconds']['median']:.4f}"),
+    ("ratio, median (min-max)", lambda r: spread(r["ratio"])),
+    ("peak memory", memory_cell),
+]
+REFINER_COLUMNS: Columns = [
+    ("part", lambda r: r["part"]),
+    ("s / pass", lambda r: f"{r['seconds']['median']:.4f}"),
+    ("ratio to the segmentor, median (min-max)", lambda r: spread(r["ratio"])),
+]
+
+
 def train_table(results: list[dict[str, Any]]) -> str:
     """One row for each trainer."""
-    return table(
-        [
-            ("trainer", lambda r: r["trainer"]),
-            ("s / step", lambda r: f"{r['seconds']['median']:.4f}"),
-            ("ratio, median (min-max)", lambda r: spread(r["ratio"])),
-            ("mean", lambda r: f"{r['ratio']['mean']:.2f}"),
-            ("parameters", lambda r: f"{r['parameters']:,}"),
-            ("overhead", lambda r: f"{100 * r['parameter_overhead']:.2f} %"),
-            ("peak memory", memory_cell),
-        ],
-        results,
-    )
+    return table(TRAIN_COLUMNS, results)
 
 
 def predict_table(results: list[dict[str, Any]]) -> str:
     """One row for each trainer and number of steps."""
-    return table(
-        [
-            ("network", lambda r: r["trainer"]),
-            ("K", lambda r: "-" if r["steps"] is None else str(r["steps"])),
-            ("s / image", lambda r: f"{r['seconds']['median']:.4f}"),
-            ("ratio, median (min-max)", lambda r: spread(r["ratio"])),
-            ("one pass / stock's", lambda r: spread(r["pass_ratio"])),
-            ("outside of passes, %", lambda r: spread(r["outside_share"], scale=100)),
-            ("peak memory", memory_cell),
-        ],
-        results,
+    return table(PREDICT_COLUMNS, results)
+
+
+def describe_network(problem: dict[str, Any]) -> str:
+    """Network and size of its input, from what ``host.describe_problem`` made."""
+    features = problem["features"]
+    return (
+        f"{problem['network']} {problem['configuration']}, patch {'x'.join(map(str, problem['patch']))}, "
+        f"batch {problem['batch']}, features {features[0]}..{features[-1]} in {len(features)} stages"
     )
 
 
-def header(kind: str, clock: str, problem: dict[str, Any], hardware: dict[str, Any], versions: dict[str, str]) -> str:
-    """What was measured, and where."""
-    features = problem["features"]
-    return (
-        f"{kind}: {problem['network']} {problem['configuration']}, patch {'x'.join(map(str, problem['patch']))}, "
-        f"batch {problem['batch']}, features {features[0]}..{features[-1]} in {len(features)} stages, "
-        f"{problem['outputs']} outputs\n"
-        f"on {hardware['name']}, {hardware['threads']} threads, {clock} time; "
-        + ", ".join(f"{name} {version}" for name, version in versions.items())
+def header(kind: str, clock: str, problem: dict | None, hardware: dict[str, Any], versions: dict[str, str]) -> str:
+    """What was measured, and where; problem is None where no network is."""
+    network = "" if problem is None else f": {describe_network(problem)}, {problem['outputs']} outputs"
+    return f"{kind}{network}\non {hardware['name']}, {hardware['threads']} threads, {clock} time; " + ", ".join(
+        f"{name} {version}" for name, version in versions.items()
     )
 
 
