@@ -2,32 +2,40 @@
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_diffusion.evaluation.tables import to_markdown
+from nnunetv2_diffusion.evaluation.tables import Table, to_markdown
 from nnunetv2_diffusion.study import StudyError
 from nnunetv2_diffusion.study.figures import CURVES, all_figures, question_boxes, to_png, training_curves
 from nnunetv2_diffusion.study.results import StudyResults, load_results
-from nnunetv2_diffusion.study.tables import all_tables, test_table
+from nnunetv2_diffusion.study.tables import all_tables, summary_table, test_table
 from nnunetv2_diffusion.study.workplace import write_whole
 
+BEGIN, END = "<!-- summary of NAME -->", "<!-- end of summary -->"
 MARK = "<!-- made by scripts/study report from the JSONs; do not edit -->"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``scripts/study report``."""
     parser.add_argument("results", type=Path, metavar="RESULTS_DIR", help="JSONs of scripts/study run")
+    parser.add_argument(
+        "--insert", type=Path, metavar="FILE.md", help=f"write the summary of NAME between {BEGIN!r} and {END!r} there"
+    )
     parser.add_argument("-o", type=Path, default=Path("docs/results.md"), metavar="FILE.md", help="page (%(default)s)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page and its figures; 1 with a message if it cannot be done."""
     try:
-        page, figures = build(load_results(arguments.results), arguments.o.stem)
+        studies = load_results(arguments.results)
+        page, figures = build(studies, arguments.o.stem)
         write_page(arguments.o, page, figures)
+        if arguments.insert is not None:
+            write_whole(arguments.insert, insert_summaries(arguments.insert, studies))
     except (StudyError, OSError) as error:
         print(f"scripts/study report: {error}", file=sys.stderr)
         return 1
@@ -72,6 +80,34 @@ def write_page(file: Path, page: str, figures: Mapping[str, bytes]) -> None:
     write_whole(file, page)
 
 
+def insert_summaries(file: Path, studies: list[StudyResults]) -> str:
+    """Text of a file with the summaries of studies between its marks.
+
+    Raises:
+        StudyError: if it has marks of no study, or a mark without its end.
+    """
+    text = file.read_text(encoding="utf-8")
+    known = {study.name: study for study in studies}
+    before, between = BEGIN.split("NAME")
+    pattern = re.compile(f"({re.escape(before)}(.*?){re.escape(between)}\n)(.*?)({re.escape(END)})", re.DOTALL)
+    names = [match[2] for match in pattern.finditer(text)]
+    if not names or len(names) != text.count(before):
+        raise StudyError(f"{file}: expected {BEGIN} and {END} around each place for a summary")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise StudyError(f"{file}: no results of study {unknown[0]}, there are those of {', '.join(known)}")
+
+    def table(match: re.Match) -> str:
+        return f"{match[1]}{_markdown(summary_table(known[match[2]]))}\n{match[4]}"
+
+    return pattern.sub(table, text)
+
+
+def _markdown(table: Table) -> str:
+    """Without its title, which is a heading or is not wanted."""
+    return "\n".join(to_markdown(table).splitlines()[2:]) + "\n"
+
+
 def _section(study: StudyResults, folder: str, figures: dict[str, bytes]) -> list[str]:
     """One study."""
 
@@ -82,7 +118,7 @@ def _section(study: StudyResults, folder: str, figures: dict[str, bytes]) -> lis
 
     lines = [f"## {study.name}", "", *_facts(study), ""]
     for table in all_tables(study):
-        lines += [f"### {table.title}", "", *to_markdown(table).splitlines()[2:], ""]
+        lines += [f"### {table.title}", "", _markdown(table)]
     lines += ["### Figures", ""]
     for name, caption, figure in all_figures(study):
         lines += place(name, caption, figure)
@@ -93,7 +129,7 @@ def _section(study: StudyResults, folder: str, figures: dict[str, bytes]) -> lis
         if cells[0] is None or len(present) < 2:
             lines += ["Not answered yet: the cells have no results.", ""]
             continue
-        lines += [*to_markdown(test_table(present[0], present[1:], "Dice")).splitlines()[2:], ""]
+        lines.append(_markdown(test_table(present[0], present[1:], "Dice")))
         caption = f"{question['title']} Dice of every case minus that of {present[0].name}."
         lines += place(f"question_{index}", caption, question_boxes(present[0], present[1:]))
         lines += place(f"question_{index}_curves", CURVES, training_curves(present))

@@ -19,6 +19,7 @@ HOLM = "Holm's correction of the t-test for the number of tests in this table."
 
 def all_tables(study: StudyResults) -> Iterator[Table]:
     """Every table that there are results for."""
+    yield summary_table(study)
     yield settings_table(study)
     yield score_table(study)
     if study.reference is not None and len(study.cells) > 1:
@@ -28,6 +29,22 @@ def all_tables(study: StudyResults) -> Iterator[Table]:
         yield step_table(study)
         yield sample_table(study)
     yield cost_table(study)
+
+
+def summary_table(study: StudyResults) -> Table:
+    """One row a cell: mean Dice of each prediction, how alike samples are, and what training took."""
+    names = list(dict.fromkeys(p["name"] for cell in study.cells for p in cell.predictions))
+    rows = []
+    for cell in study.cells:
+        own = {p["name"]: nanmean(cell.by_case(p["name"], "Dice")) for p in cell.predictions}
+        best = max(own.values())
+        dice = [Cell(number(own[n], 3), own[n] == best and len(own) > 1) if n in own else NONE for n in names]
+        alike = nanmean([_float(row["pairwise_dice"]) for row in sample_rows(cell)] or [np.nan])
+        seconds = nanmean([sum(record["training"]["epoch_seconds"]) for record in cell.records])
+        rows.append([cell.name, *dice, number(alike, 3), f"{seconds:.0f}"])
+    columns = ["cell", *names, "pairwise Dice of samples", "training, s"]
+    notes = ["Dice: mean over test cases, foreground classes and runs; K: reverse steps. Bold: the cell's best."]
+    return Table("Summary", columns, rows, notes)
 
 
 def settings_table(study: StudyResults) -> Table:
