@@ -14,7 +14,7 @@ import torch
 from nnunetv2_diffusion.benchmarking import BenchmarkError, host, main
 from nnunetv2_diffusion.benchmarking.classes import allocated_peak
 from nnunetv2_diffusion.benchmarking.problem import random_case, synthetic_problem
-from nnunetv2_diffusion.benchmarking.report import Target
+from nnunetv2_diffusion.benchmarking.report import Target, predict_targets, train_targets
 from nnunetv2_diffusion.benchmarking.timing import Stopwatch, alternate, measure, total_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -130,6 +130,28 @@ def test_targets_of_training_are_those_of_the_trainers_that_ran(train):
     assert limits["nnUNetTrainerRecycleXT: seconds per step / nnUNetTrainer's"] == 1.45
     assert limits["nnUNetTrainerSelfCondXt: seconds per step / nnUNetTrainer's"] == 1.25
     assert not any("RecycleXtPlus1" in name for name in limits)
+
+
+def test_targets_on_a_gpu_are_stricter_for_recycling_and_count_passes():
+    step = {
+        "trainer": "nnUNetTrainerRecycleXT",
+        "ratio": {"median": 1.4},
+        "peak_memory_ratio": 1.04,
+        "parameter_overhead": 0.03,
+    }
+    found = {t.name.split(":")[1].strip(): (t.limit, t.met) for t in train_targets([step])}
+    assert found["seconds per step / nnUNetTrainer's"] == (1.33, False)
+    assert found["peak memory / nnUNetTrainer's"] == (1.05, True)
+    five = {
+        "trainer": "T",
+        "steps": 5,
+        "ratio": {"median": 5.1},
+        "peak_memory_ratio": 1.0,
+        "outside_share": {"median": 0.01},
+    }
+    _, passes = predict_targets([five])
+    assert (passes.limit, passes.value, passes.met) == (1.03, 5.1 / 5, True)
+    assert len(predict_targets([five | {"peak_memory_ratio": None}])) == 1  # a CPU has no goal for it
 
 
 @pytest.mark.parametrize(
