@@ -11,6 +11,7 @@ names the machine or its folders.
 import csv
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from nnunetv2_diffusion.study import StudyError
 from nnunetv2_diffusion.study.definition import Cell, Prediction, Study, read_json
 from nnunetv2_diffusion.study.stages import Training
 from nnunetv2_diffusion.study.workplace import Workplace, write_whole
+from nnunetv2_diffusion.training.host import PEAK_GPU_MEMORY
 
 SCHEMA = 1
 PACKAGE = nnunetv2_diffusion.__name__
@@ -40,6 +42,7 @@ METRICS = ("Dice", "HD95", "volume_error", "volume_error_rel")
 LOGGED = ("mean_fg_dice", "dice_per_class_or_region", "train_losses", "val_losses")
 DIGITS = 6
 NO_GPU_MEMORY = "nnU-Net's commands do not tell a GPU's; scripts/benchmark measures it"
+LOGGED_MEMORY = re.compile(rf"{PEAK_GPU_MEMORY}: (\d+) bytes")
 
 
 def record_file(results: Path, study: Study, cell: Cell, run: int) -> Path:
@@ -237,11 +240,22 @@ def _training(training: Training) -> dict[str, Any]:
     """Cost, and nnU-Net's log of every epoch, read without running code from the checkpoint."""
     log = load_checkpoint_file(training.place.checkpoint(training.cell, training.run))["logging"]
     starts, ends = log["epoch_start_timestamps"], log["epoch_end_timestamps"]
+    usage = _usage(training, "train")
+    peak = _logged_peak(training)
+    if peak is not None:
+        usage |= {"peak_memory_bytes": peak, "peak_memory_note": "tensors on the GPU, told by the trainer's log"}
     return {
-        **_usage(training, "train"),
+        **usage,
         "epoch_seconds": plain([end - start for start, end in zip(starts, ends, strict=False)]),
         "curve": {key: plain(log[key]) for key in LOGGED if key in log},
     }
+
+
+def _logged_peak(training: Training) -> int | None:
+    """Most bytes of tensors on a GPU that the logs of a training tell, None if they tell none."""
+    folder = training.place.checkpoint(training.cell, training.run).parent
+    texts = [file.read_text(encoding="utf-8") for file in sorted(folder.glob("training_log_*.txt"))]
+    return max((int(found) for text in texts for found in LOGGED_MEMORY.findall(text)), default=None)
 
 
 def _prediction(training: Training, prediction: Prediction) -> dict[str, Any]:

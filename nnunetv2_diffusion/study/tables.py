@@ -219,7 +219,7 @@ def cost_table(study: StudyResults) -> Table:
         "Training: sum over epochs, mean over runs, without start-up and nnU-Net's closing validation; an epoch: "
         "median. Seconds a case: of the whole command, its start included.",
         f"Trainings at once on the device: {', '.join(map(str, jobs))}; more than one slow each other down. Peak "
-        "memory: largest resident set of one process of the training; a GPU's is not measured here.",
+        "memory: on a GPU the most that tensors took in training, on a CPU the largest resident set of one process.",
     ]
     return Table("Cost", columns, rows, notes)
 

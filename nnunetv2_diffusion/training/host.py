@@ -23,6 +23,8 @@ from nnunetv2_diffusion.planning.settings import (
 from nnunetv2_diffusion.training import checks
 from nnunetv2_diffusion.training.losses import encoded_target
 
+PEAK_GPU_MEMORY = "Peak GPU memory of tensors"  # a line of the log
+
 
 def apply_schedule_length(trainer: nnUNetTrainer, settings: DiffusionSettings) -> None:
     """Set epochs and iterations of a trainer from the settings; null keeps nnU-Net's."""
@@ -83,7 +85,17 @@ def keep_in_optimizer_state(
     optimizer.register_load_state_dict_pre_hook(take)
 
 
-class PlannedTrainer(nnUNetTrainer):
+class MemoryLog:
+    """Writes a training's peak memory on a GPU to its log; a class to inherit before nnU-Net's trainer."""
+
+    def on_train_end(self) -> None:
+        """As nnU-Net's, after a line with PyTorch's peak since the process started, in bytes."""
+        if self.device.type == "cuda":
+            self.print_to_log_file(f"{PEAK_GPU_MEMORY}: {torch.cuda.max_memory_allocated(self.device)} bytes")
+        super().on_train_end()
+
+
+class PlannedTrainer(MemoryLog, nnUNetTrainer):
     """nnU-Net's trainer with settings from the plans, early checks, and a loop kept out of torch.compile.
 
     ``self.network`` is a ``HeadsMixin``; subclasses say in ``_compile`` which of its parts are compiled.

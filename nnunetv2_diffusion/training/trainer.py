@@ -24,6 +24,7 @@ from nnunetv2_diffusion.planning.settings import (
 )
 from nnunetv2_diffusion.training import checks
 from nnunetv2_diffusion.training.host import (
+    MemoryLog,
     PlannedTrainer,
     apply_schedule_length,
     keep_in_optimizer_state,
@@ -47,7 +48,7 @@ def build_process(settings: DiffusionSettings) -> GaussianDiffusion:
     return process.respace(settings.training_steps) if settings.training_steps else process
 
 
-class BaselineTrainer(nnUNetTrainer):
+class BaselineTrainer(MemoryLog, nnUNetTrainer):
     """nnU-Net's own trainer, with the length of the training read from the settings; all else is the host's."""
 
     def __init__(

@@ -4,6 +4,7 @@ import argparse
 import json
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 from fake_commands import DATASET, SPLIT, STUDY, TRAINERS, FakeRunner, write_inputs
@@ -11,6 +12,7 @@ from fake_commands import DATASET, SPLIT, STUDY, TRAINERS, FakeRunner, write_inp
 from nnunetv2_diffusion.study import StudyError
 from nnunetv2_diffusion.study import run as run_module
 from nnunetv2_diffusion.study.workplace import locked
+from nnunetv2_diffusion.training.host import PEAK_GPU_MEMORY
 
 
 @pytest.fixture
@@ -180,6 +182,20 @@ def test_hidiff_starts_from_the_checkpoint_of_its_segmentors_run(fake, start, tm
         assert (tmp_path / "work" / checkpoint).is_file()
         assert f"/A/run_{expected}/" in checkpoint
         assert not checkpoint.startswith("/")
+
+
+def test_a_gpus_memory_is_read_from_the_trainers_logs(fake, start, results):
+    original = FakeRunner.nnUNetv2_train
+
+    def train(command, environment, fails):
+        original(command, environment, fails)
+        [folder] = Path(environment["nnUNet_results"]).glob("*/*/fold_0")
+        for name, line in (("1", f"date: {PEAK_GPU_MEMORY}: 300 bytes"), ("2", f"{PEAK_GPU_MEMORY}: 200 bytes")):
+            (folder / f"training_log_{name}.txt").write_text(f"start\n{line}\nTraining done.\n")
+
+    fake.nnUNetv2_train = train
+    assert start(cells=["B"]) == 0
+    assert results()["B_run0"]["training"]["peak_memory_bytes"] == 300
 
 
 WARM = {"name": "W", "trainer": "Recycle", "warm_start": "A", "runs": 2}
