@@ -22,6 +22,10 @@ MODES: dict[str, dict[str, Any]] = {
     "none-early-exit": {"tta": "none", "early_exit": True},
     "none-volume": {"tta": "none", "aggregate": "volume"},
     "interleaved-volume": {"tta": "interleaved", "aggregate": "volume"},
+    "interleaved-last": {"tta": "interleaved", "combine": "last"},
+    "interleaved-mean": {"tta": "interleaved", "combine": "mean"},
+    "shifted-last": {"tta": "interleaved", "aggregate": "volume", "grid": "shifted", "combine": "last"},
+    "shifted-mean": {"tta": "interleaved", "aggregate": "volume", "grid": "shifted", "combine": "mean"},
 }
 
 

@@ -6,10 +6,14 @@ from typing import Any
 from torch import nn
 
 from nnunetv2_diffusion.diffusion import SAMPLERS, SamplingConfig
+from nnunetv2_diffusion.inference.sliding_window import COMBINATIONS
 from nnunetv2_diffusion.inference.views import TTA
 from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
 
 AGGREGATION = ("window", "volume")
+GRIDS = ("fixed", "shifted")
+
+CHOICES = {"sampler": SAMPLERS, "tta": TTA, "aggregate": AGGREGATION, "grid": GRIDS, "combine": COMBINATIONS}
 
 
 class OptionError(ValueError):
@@ -30,6 +34,10 @@ class PredictionOptions:
         early_exit: end a tile's chain when a step leaves its label map unchanged.
         aggregate: "window": a chain for each tile, results are blended. "volume": estimates of all tiles are blended
             after every step.
+        grid: "fixed": tiles are nnU-Net's. "shifted": every step has them at other places; needs aggregate "volume".
+        combine: "views": a step's estimate is the mean of the latest of every mirrored view, and the last one is the
+            result. "last": a step's estimate is its own alone. "mean": the same, and the result is the mean of all
+            steps'; after each step (save_steps), of those so far.
         save_uncertainty: maps and a JSON of statistics for each case.
         save_samples: the mask of every sample.
         save_steps: the mask after every step.
@@ -46,6 +54,8 @@ class PredictionOptions:
     tta: str = "interleaved"
     early_exit: bool = False
     aggregate: str = "window"
+    grid: str = "fixed"
+    combine: str = "views"
     save_uncertainty: bool = False
     save_samples: bool = False
     save_steps: bool = False
@@ -56,12 +66,14 @@ class PredictionOptions:
             value = getattr(self, name)
             if value is not None and value < low:
                 raise OptionError(f"--{name} is {value}, expected at least {low}")
-        for name, known in (("sampler", SAMPLERS), ("tta", TTA), ("aggregate", AGGREGATION)):
+        for name, known in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise OptionError(f"--{name} is {value!r}, expected one of {', '.join(known)}")
         if self.early_exit and self.aggregate == "volume":
             raise OptionError("--early_exit ends the chain of a tile, --aggregate volume has one chain for all of them")
+        if self.grid == "shifted" and self.aggregate != "volume":
+            raise OptionError("--grid shifted moves the tiles between steps, which needs --aggregate volume")
 
 
 def resolve_sampling(network: nn.Module, options: PredictionOptions) -> SamplingConfig | None:

@@ -25,6 +25,7 @@ from nnunetv2_diffusion.inference.sliding_window import (
     make_tiles,
     run_chain,
     same_labels,
+    shifted_tiles,
 )
 from nnunetv2_diffusion.inference.views import Schedule, count_passes, mirror_views, schedules
 
@@ -149,7 +150,8 @@ class DiffusionPredictor(nnUNetPredictor):
         canvas, folds = self.canvas(image), len(self.list_of_parameters)
         plan = self.schedules(self.chain().steps)
         count.tiles, count.members = len(canvas.tiles), folds * self.samples
-        count.planned = count.tiles * count.members * count_passes(plan)
+        tiles = [len(grid) for grid in self._grids(canvas, self.chain().steps)]
+        count.planned = count.members * count_passes(plan, tiles)
         with tqdm(total=count.planned, desc=name, unit="pass", disable=not self.allow_tqdm) as bar:
             count.report = bar.update
             for fold, weights in enumerate(self.list_of_parameters):
@@ -161,6 +163,11 @@ class DiffusionPredictor(nnUNetPredictor):
                     yield Member(fold, sample, self._draw(chain, plan, canvas, sample, count))
             bar.total = count.passes  # fewer than planned if chains ended early
             bar.refresh()
+
+    def _grids(self, canvas: Canvas, steps: int) -> list[list[Tile]]:
+        """The tiles of every step."""
+        shifted = self.options.grid == "shifted"
+        return [shifted_tiles(canvas.tiles, step) if shifted else canvas.tiles for step in range(steps)]
 
     def _autocast(self) -> torch.autocast | nullcontext:
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
@@ -219,7 +226,8 @@ class DiffusionPredictor(nnUNetPredictor):
         exit_if = partial(same_labels, sigmoid=self.label_manager.has_regions) if self.options.early_exit else None
         totals: list[torch.Tensor] = []
         for schedule in plan:
-            found = list(_last(run_chain(chain, estimator, schedule, noise, exit_if), kept, chain.steps))
+            steps = run_chain(chain, estimator, schedule, noise, exit_if, self.options.combine)
+            found = list(_last(steps, kept, chain.steps))
             totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
         return [total / len(plan) for total in totals]
 
@@ -228,7 +236,8 @@ class DiffusionPredictor(nnUNetPredictor):
     ) -> list[torch.Tensor]:
         """One chain of the whole volume; masks of the kept steps."""
         kept = chain.steps if self.options.save_steps else 1
-        estimator = VolumeEstimator(chain, canvas.data, canvas.tiles, canvas.blend, self.device, count.tick)
+        grids = self._grids(canvas, chain.steps)
+        estimator = VolumeEstimator(chain, canvas.data, grids, canvas.blend, self.device, count.tick)
         start = [-p for p in canvas.padding]
         noise = self._noise(chain, sample, start, canvas.data.shape[1:], self.results_device)
         return self._tile_masks(chain, plan, estimator, noise, kept)

@@ -1,5 +1,6 @@
 """Chains over the tiles of a case: one chain a tile, or one chain of the whole volume."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -8,6 +9,10 @@ import torch
 
 from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, Window
 from nnunetv2_diffusion.inference.views import Schedule, View, mirror
+
+COMBINATIONS = ("views", "last", "mean")
+# steps of a sequence whose points, modulo 1, fill a cube evenly: powers of 1/x with x^4 = x + 1 (Roberts 2018)
+EVEN = (0.8191725134, 0.6710436067, 0.5497004779)
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,34 @@ def make_tiles(slicers: Sequence[tuple], padding: Sequence[int]) -> list[Tile]:
         start = tuple(a - p for (a, _), p in zip(spans, padding, strict=True))
         tiles.append(Tile(tuple(slicer), start, tuple(b - a for a, b in spans)))
     return sorted(tiles, key=lambda tile: tile.start)
+
+
+def shifted_tiles(tiles: list[Tile], step: int) -> list[Tile]:
+    """The tiles of another grid over the same case; every voxel is still covered.
+
+    Along each axis all tiles are moved by a share of their distance that is another one in every step. What leaves the
+    case is moved back to its end, and one tile stays at its beginning: one more tile along each axis than in step 0,
+    whose grid is the one given.
+
+    Args:
+        tiles: of the case, not empty.
+        step: 0, 1, ...
+    """
+    first, positions = tiles[0], []
+    for axis, index in enumerate(first.index[1:]):
+        if isinstance(index, int):  # slices of a 2D network: all of them, always
+            positions.append(sorted({(tile.index[1 + axis], tile.start[axis]) for tile in tiles}))
+            continue
+        starts = sorted({tile.index[1 + axis].start for tile in tiles})
+        distance = starts[1] - starts[0] if len(starts) > 1 else 0
+        move = int(step * EVEN[axis] % 1 * distance)
+        moved = {min(start + move, starts[-1]) for start in starts} | {starts[0]}
+        padding = index.start - first.start[axis]
+        positions.append([(slice(a, a + first.size[axis]), a - padding) for a in sorted(moved)])
+    return [
+        Tile((slice(None), *(index for index, _ in place)), tuple(start for _, start in place), first.size)
+        for place in itertools.product(*positions)
+    ]
 
 
 class OverlapMeter:
@@ -180,7 +213,7 @@ class VolumeEstimator:
     Args:
         chain: of the network.
         data: padded case, (C, *spatial).
-        tiles: see ``make_tiles``.
+        grids: the tiles of every step, see ``make_tiles``; the first ones also for priors.
         blend: makes an empty ``Blend``.
         device: of the network.
         tick: called after every pass.
@@ -190,12 +223,12 @@ class VolumeEstimator:
         self,
         chain: Chain,
         data: torch.Tensor,
-        tiles: list[Tile],
+        grids: Sequence[list[Tile]],
         blend: Callable[[], Blend],
         device: torch.device,
         tick: Callable[[], None],
     ):
-        self.chain, self.data, self.tiles = chain, data, tiles
+        self.chain, self.data, self.grids = chain, data, grids
         self.blend, self.device, self.tick = blend, device, tick
 
     def _tile(self, x: torch.Tensor | None, tile: Tile) -> torch.Tensor | None:
@@ -206,7 +239,7 @@ class VolumeEstimator:
         if not self.chain.has_prior:
             return None
         blend = self.blend()
-        for tile in self.tiles:
+        for tile in self.grids[0]:
             estimator = TileEstimator(self.chain, self._tile(self.data[None], tile), lambda: None)
             blend.add(tile, estimator.prior(views))
         return blend.mean()
@@ -221,7 +254,7 @@ class VolumeEstimator:
     ) -> torch.Tensor:
         """See ``Estimator``."""
         blend = self.blend()
-        for tile in self.tiles:
+        for tile in self.grids[step]:
             estimator = TileEstimator(self.chain, self._tile(self.data[None], tile), self.tick)
             blend.add(tile, estimator(view, *(self._tile(x, tile) for x in (state, prior, previous)), step))
         return blend.mean()
@@ -243,11 +276,14 @@ def same_labels(a: torch.Tensor, b: torch.Tensor, sigmoid: bool) -> bool:
 
 
 def run_chain(
-    chain: Chain, estimator: Estimator, schedule: Schedule, noise: BoxNoise, exit_if: Callable | None = None
+    chain: Chain,
+    estimator: Estimator,
+    schedule: Schedule,
+    noise: BoxNoise,
+    exit_if: Callable | None = None,
+    combine: str = "views",
 ) -> Iterator[torch.Tensor]:
-    """Run one chain and yield the estimate of every step, (1, K, *spatial).
-
-    The estimate of a step is the mean of each view's latest estimate, so every view counts once.
+    """Run one chain and yield the answer after every step, (1, K, *spatial).
 
     Args:
         chain: of the network.
@@ -255,17 +291,25 @@ def run_chain(
         schedule: views of every step.
         noise: of the tile or the volume.
         exit_if: called with the last two estimates; the chain ends if it returns True.
+        combine: "views": the estimate of a step, from which the chain goes on, is the mean of each view's latest
+            estimate, so every view counts once; it is the answer. "last": it is the mean of the step's own views
+            alone. "mean": so it is, but the answer is the mean over all passes so far.
     """
     views = list(dict.fromkeys(view for step in schedule for view in step))
     prior = estimator.prior(views)
     state = chain.start(prior, noise)
     latest: dict[View, torch.Tensor] = {}
-    previous = None
+    total, passes, previous = 0.0, 0, None
     for step, seen in enumerate(schedule):
+        if combine != "views":
+            latest.clear()
         for view in seen:
             latest[view] = estimator(view, state, prior, previous, step)
-        estimate = sum(latest.values()) / len(latest)
-        yield estimate
+        answer = estimate = sum(latest.values()) / len(latest)
+        if combine == "mean":
+            total, passes = total + estimate * len(seen), passes + len(seen)
+            answer = total / passes
+        yield answer
         if step + 1 == len(schedule) or (exit_if and previous is not None and exit_if(previous, estimate)):
             return
         state = chain.advance(state, estimate, prior, step, noise)

@@ -52,6 +52,8 @@ def schedules(tta: str, views: list[View], steps: int) -> list[Schedule]:
     raise ValueError(f"tta is {tta!r}, expected one of {', '.join(TTA)}")
 
 
-def count_passes(chains: list[Schedule]) -> int:
-    """Network passes of one tile without early exit."""
-    return sum(len(views) for chain in chains for views in chain)
+def count_passes(chains: list[Schedule], tiles: Sequence[int] | None = None) -> int:
+    """Network passes without early exit: of one tile, or of all if their number in every step is given."""
+    return sum(
+        len(views) * number for chain in chains for views, number in zip(chain, tiles or [1] * len(chain), strict=True)
+    )

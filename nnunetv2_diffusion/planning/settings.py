@@ -70,6 +70,40 @@ class HiDiffSettings(Settings):
 
 
 @dataclass(frozen=True)
+class ViewSettings(Settings):
+    """Settings of nnUNetTrainerRecycleView: section ``views`` within ``diffusion``.
+
+    What its first pass sees instead of the second pass's patch. The first four are relative frequencies; a view of
+    frequency 0 is never drawn, and with all of them 0 the trainer is nnUNetTrainerRecycleXT.
+    """
+
+    mirror: float = setting(1.0, "relative frequency of a mirrored patch; 0: never", low=0.0)
+    shift: float = setting(1.0, "of a patch beside it that overlaps in part", low=0.0)
+    coarse: float = setting(0.0, "of a larger field of view at a coarser scale", low=0.0)
+    intensity: float = setting(0.0, "of the same patch with another contrast, brightness and noise", low=0.0)
+    offset: float = setting(0.5, "largest shift along each axis, in parts of the patch", low=0.0, high=1.0)
+    zoom: float = setting(1.5, "field of view of the coarse patch along each axis, in patches", low=1.0, high=4.0)
+
+
+@dataclass(frozen=True)
+class MixtureSettings(Settings):
+    """Settings of nnUNetTrainerRecycleMixed: section ``mixture`` within ``diffusion``."""
+
+    recycle_share: float = setting(
+        0.5, "share of samples whose mask is recycled; the others see the noised ground truth", low=0.0, high=1.0
+    )
+    truth_above: float = setting(0.0, "ground truth is given only from this share of T on", low=0.0, high=1.0)
+    truth_corruption: str = setting(
+        "none",
+        "change of a random class in ground truth that is given: grown or shrunk, partly dropped, or exchanged",
+        choices=("none", "dilate", "drop", "swap"),
+    )
+    mask_scale: float = setting(
+        1.0, "b: masks are multiplied by it before noising, in training and prediction", low=0.01, high=1.0
+    )
+
+
+@dataclass(frozen=True)
 class DiffusionSettings(Settings):
     """All settings with their defaults. Units and meaning are in each field's ``doc``."""
 
@@ -115,6 +149,10 @@ class DiffusionSettings(Settings):
     num_val_iterations_per_epoch: int | None = setting(None, "null: nnU-Net's 50", low=1)
 
     hidiff: HiDiffSettings = field(default_factory=HiDiffSettings, metadata={"doc": "settings of the HiDiff trainers"})
+    views: ViewSettings = field(default_factory=ViewSettings, metadata={"doc": "settings of nnUNetTrainerRecycleView"})
+    mixture: MixtureSettings = field(
+        default_factory=MixtureSettings, metadata={"doc": "settings of nnUNetTrainerRecycleMixed"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -135,11 +173,15 @@ class DiffusionSettings(Settings):
         return self.training_steps or self.timesteps
 
 
+# sections within the section: name -> its settings
+SUBSECTIONS: dict[str, type[Settings]] = {HIDIFF: HiDiffSettings, "views": ViewSettings, "mixture": MixtureSettings}
+
+
 def settings_table(cls: type[Settings] = DiffusionSettings) -> str:
     """All settings of a section as a Markdown table; the README holds copies that a test compares."""
     rows = ["| key | default | meaning |", "|---|---|---|"]
     for f in fields(cls):
-        default = "{}" if f.name == HIDIFF else json.dumps(f.default)
+        default = "{}" if f.name in SUBSECTIONS else json.dumps(f.default)
         choices = f.metadata.get("choices")
         meaning = f.metadata["doc"] + (f" ({', '.join(choices)})" if choices else "")
         rows.append(f"| `{f.name}` | {default} | {meaning} |")
@@ -147,10 +189,11 @@ def settings_table(cls: type[Settings] = DiffusionSettings) -> str:
 
 
 def merge_settings(present: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A section with the changes in it; its ``hidiff`` section is merged and not replaced."""
+    """A section with the changes in it; sections within it are merged and not replaced."""
     merged = {**present, **changes}
-    if isinstance(present.get(HIDIFF), Mapping) and isinstance(changes.get(HIDIFF), Mapping):
-        merged[HIDIFF] = {**present[HIDIFF], **changes[HIDIFF]}
+    for name in SUBSECTIONS:
+        if isinstance(present.get(name), Mapping) and isinstance(changes.get(name), Mapping):
+            merged[name] = {**present[name], **changes[name]}
     return merged
 
 
@@ -193,8 +236,10 @@ def parse_settings(section: Mapping[str, Any] | None, where: str = SECTION) -> D
     Raises:
         SettingsError: for an unknown key (naming the nearest known one) or a value that cannot be used.
     """
-    if isinstance(section, Mapping) and HIDIFF in section:
-        section = {**section, HIDIFF: parse(HiDiffSettings, section[HIDIFF], where, f"{SECTION}.{HIDIFF}")}
+    if isinstance(section, Mapping):
+        inner = {name: cls for name, cls in SUBSECTIONS.items() if name in section}
+        parsed = {name: parse(cls, section[name], where, f"{SECTION}.{name}") for name, cls in inner.items()}
+        section = {**section, **parsed}
     return parse(DiffusionSettings, section, where, SECTION)
 
 

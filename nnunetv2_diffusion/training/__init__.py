@@ -4,7 +4,13 @@ from nnunetv2_diffusion.compat import check_versions
 
 check_versions()
 
-from nnunetv2_diffusion.training.strategies import (  # noqa: E402  versions first: a clear error beats a traceback
+from nnunetv2_diffusion.training.mask_trainers import (  # noqa: E402  versions first: a clear error beats a traceback
+    MixedTrainer,
+    ViewTrainer,
+)
+from nnunetv2_diffusion.training.strategies import (  # noqa: E402
+    RecycleMixed,
+    RecycleView,
     RecycleXT,
     RecycleXtPlus1,
     SelfConditionXt,
@@ -20,10 +26,14 @@ from nnunetv2_diffusion.training.trainer import (  # noqa: E402
 __all__ = [
     "BaselineTrainer",
     "DiffusionTrainer",
+    "MixedTrainer",
+    "RecycleMixed",
+    "RecycleView",
     "RecycleXT",
     "RecycleXtPlus1",
     "SelfConditionXt",
     "SelfConditionXtPlus1",
     "Standard",
     "UnconditionalTrainer",
+    "ViewTrainer",
 ]

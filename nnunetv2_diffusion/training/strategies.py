@@ -1,21 +1,27 @@
-"""Training strategies of Fu et al. 2024: what the network is given in the pass that is trained.
+"""Training strategies: what the network is given in the pass that is trained.
+
+Those of Fu et al. 2024 (eq. 4 to 8), and two of our own that make the mask of a later step tell more: ``RecycleView``
+and ``RecycleMixed``.
 
 Every strategy turns (predict, process, x_start, t) into the input of that last pass. ``predict(x, t, samples)`` is
 one pass without gradient (the paper's StopGradient) on the image that returns probabilities, encoded, in [0, 1];
-``samples`` are the batch indices that x stands for, None for all. Masks are in [-1, 1], t is 0-based, all tensors are
+``samples`` are the batch indices that x stands for, None for all; ``view`` asks for another view of the place than the
+patch that is trained. Masks are in [-1, 1], t is 0-based, all tensors are
 (B, C_mask, *spatial) with the channels of the mask's encoding (classes, if it is one-hot), all noise is fresh.
 
 Steps are indexed in the process's own chain; the network is told ``process.timestep_map[t]``.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import torch
 
 from nnunetv2_diffusion.diffusion import GaussianDiffusion
 from nnunetv2_diffusion.networks import to_x_start
+from nnunetv2_diffusion.training.corruption import Corruption
+from nnunetv2_diffusion.training.views import Views, map_to, patch_frame
 
 Predict = Callable[..., torch.Tensor]
 
@@ -145,3 +151,85 @@ class SelfConditionXtPlus1:
         estimate = _gated_estimate(predict, x_next, t + 1, self.probability)
         x_t = process.ddpm_step(x_start, x_next, t + 1, torch.randn_like(x_start))
         return LastPass(x_t, estimate)
+
+
+@dataclass(frozen=True)
+class RecycleView:
+    """Recycling across views: as ``RecycleXT``, but the first pass sees another view of the place.
+
+    What it finds there is carried into the trained patch, so the mask may tell what the patch does not show. Where the
+    view does not reach, x_t is pure noise, the state that a chain starts from.
+
+    Attributes:
+        views: that are drawn from, one for each batch; without any, this is ``RecycleXT`` bit for bit.
+    """
+
+    views: Views = field(default_factory=Views)
+    self_conditioning = False
+    uses_next_step = True
+
+    def __call__(
+        self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
+    ) -> LastPass:
+        """x_T in the view's frame; p = f(view, x_T, T); x_t ~ q(x_t | 2 p - 1) in the patch's frame.
+
+        The little that x_T tells of x_start (5a) is carried into the view's frame as well; 0 where it is unknown.
+        """
+        here = patch_frame(x_start.shape[2:])
+        view = self.views.draw(here.size)
+        last = torch.full_like(t, process.num_timesteps - 1)
+        p = predict(_noised(process, map_to(x_start, here, view.frame)[0], last), last, view=view)
+        found, known = map_to(p, view.frame, here)
+        noise = torch.randn_like(found)
+        return LastPass(torch.where(known, process.q_sample(to_x_start(found), t, noise), noise))
+
+
+@dataclass(frozen=True)
+class RecycleMixed:
+    """Recycling for some samples, the noised ground truth for the others.
+
+    Attributes:
+        share: chance of a sample to be recycled; with 1 this is ``RecycleXT``, with 0 ``Standard``, bit for bit.
+        truth_above: samples with t below this share of T are always recycled.
+        corruption: of the ground truth that is given; None for none.
+        mask_scale: b, x_start is multiplied by it before noising (Chen et al. 2022); the sampler must do the same.
+    """
+
+    share: float = 0.5
+    truth_above: float = 0.0
+    corruption: Corruption | None = None
+    mask_scale: float = 1.0
+    self_conditioning = False
+
+    @property
+    def uses_next_step(self) -> bool:
+        """As ``RecycleXT`` if any sample is recycled, else as ``Standard``."""
+        return self.share > 0 or self.truth_above > 0
+
+    def __call__(
+        self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
+    ) -> LastPass:
+        """x_t ~ q(x_t | b x0^) with x0^ of the first pass (eq. 5), or the ground truth, corrupted."""
+        recycled = t.cpu() < self.truth_above * process.num_timesteps
+        if self.share > 0:
+            recycled |= torch.rand(len(t)) < self.share if self.share < 1 else torch.tensor(True)
+        if recycled.all():
+            return LastPass(_noised(process, self.mask_scale * self._recycled(predict, process, x_start), t))
+        kept = torch.nonzero(recycled).flatten()
+        given = x_start if self.corruption is None else self.corruption(x_start)
+        if len(kept):
+            found = self._recycled(predict, process, x_start, kept.to(x_start.device))
+            given = given.index_copy(0, kept.to(x_start.device), found.to(given.dtype))
+        return LastPass(_noised(process, self.mask_scale * given, t))
+
+    def _recycled(
+        self,
+        predict: Predict,
+        process: GaussianDiffusion,
+        x_start: torch.Tensor,
+        samples: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The first pass's mask in [-1, 1] of some samples, None for all: eq. 5a and 5b."""
+        seen = x_start if samples is None else x_start[samples]
+        last = torch.full((len(seen),), process.num_timesteps - 1)
+        return to_x_start(predict(_noised(process, self.mask_scale * seen, last), last, samples))

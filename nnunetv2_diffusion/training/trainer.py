@@ -83,19 +83,23 @@ class DiffusionTrainer(PlannedTrainer):
         device: torch.device = torch.device("cuda"),
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.strategy = self._configured(self.strategy)
         if self.strategy.uses_next_step and self.uses_mask and self.settings.chain_length < 2:
             raise SettingsError(
                 f"{type(self).__name__} needs a schedule of at least 2 steps, "
                 f"the settings have {self.settings.chain_length}"
             )
-        if self.strategy.self_conditioning:
-            p = self.settings.self_conditioning_probability
-            self.strategy = replace(self.strategy, probability=p)
         self.recipe = RECIPES[self.settings.recipe]
         self.enable_deep_supervision = self.recipe.deep_supervision
         self.process = build_process(self.settings)
         self.time_sampler = make_time_sampler(self.settings.time_sampling, self.process.num_timesteps)
         self._iteration = 0
+
+    def _configured(self, strategy: Strategy) -> Strategy:
+        """The strategy with what the settings say of it."""
+        if strategy.self_conditioning:
+            return replace(strategy, probability=self.settings.self_conditioning_probability)
+        return strategy
 
     @classmethod
     def build_network_architecture(
@@ -201,13 +205,17 @@ class DiffusionTrainer(PlannedTrainer):
         t, weights = self.time_sampler.sample(len(image), t_range)
         x_start = self._x_start(target)
         last = self.strategy(self._first_pass(image), self.process, x_start, t)
-        output = self.network(image, last.x_t, self.process.timestep_map[t], last.estimate)
+        output = self.network(self._patch(image), last.x_t, self.process.timestep_map[t], last.estimate)
         if not hasattr(self.loss, "per_sample"):
             return self.loss(output, target)
         losses = self.loss.per_sample(output, target)
         if self.settings.time_sampling != "uniform":
             self._share_losses(t, losses)
         return (losses * weights.to(losses.device)).mean()
+
+    def _patch(self, image: torch.Tensor) -> torch.Tensor:
+        """What the trained pass sees of the image that was loaded."""
+        return image
 
     def _x_start(self, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         """Ground truth at full resolution, encoded, in [-1, 1], float32; 0 where it is to be ignored."""

@@ -114,7 +114,8 @@ def cover(shape, patch, order=1):
 
 def volume(chain, data, tiles, patch):
     weight = torch.rand(patch, generator=torch.Generator().manual_seed(1)) + 0.1
-    return VolumeEstimator(chain, data, tiles, lambda: Blend(2, data.shape[1:], weight, CPU), CPU, lambda: None)
+    grids = tiles if isinstance(tiles[0], list) else [tiles] * chain.steps
+    return VolumeEstimator(chain, data, grids, lambda: Blend(2, data.shape[1:], weight, CPU), CPU, lambda: None)
 
 
 def test_tiles_come_in_one_order():

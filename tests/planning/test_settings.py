@@ -10,6 +10,7 @@ from nnunetv2_diffusion.planning.settings import (
     ENVIRONMENT_KEYS,
     ENVIRONMENT_PREFIX,
     HIDIFF,
+    SUBSECTIONS,
     DiffusionSettings,
     HiDiffSettings,
     SettingsError,
@@ -22,7 +23,7 @@ from nnunetv2_diffusion.planning.settings import (
     settings_table,
 )
 
-FIELDS = {f.name: f for f in fields(DiffusionSettings) if f.name != HIDIFF}
+FIELDS = {f.name: f for f in fields(DiffusionSettings) if f.name not in SUBSECTIONS}
 HIDIFF_FIELDS = {f.name: f for f in fields(HiDiffSettings)}
 OPTIONAL = ("training_steps", "num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch")
 INTEGERS = [name for name, f in FIELDS.items() if "int" in str(f.type)]
@@ -94,7 +95,7 @@ def test_every_setting_can_be_set_alone(name):
 @pytest.mark.parametrize("values", [{}, OTHER])
 def test_settings_survive_json(values):
     settings = DiffusionSettings(**values)
-    assert set(settings.to_dict()) == {*FIELDS, HIDIFF}
+    assert set(settings.to_dict()) == {*FIELDS, *SUBSECTIONS}
     assert parse_settings(json.loads(json.dumps(settings.to_dict()))) == settings
 
 
@@ -420,6 +421,53 @@ def test_changes_to_hidiff_keep_its_other_settings():
 def test_the_table_of_hidiff_lists_every_setting():
     table = settings_table(HiDiffSettings)
     assert all(f"| `{name}` | {json.dumps(f.default)} |" in table for name, f in HIDIFF_FIELDS.items())
+
+
+# --- sections views and mixture --------------------------------------------------------------------------------------
+
+INNER_OTHER = {
+    "views": {"mirror": 0.0, "shift": 2.0, "coarse": 1, "intensity": 0.5, "offset": 0.25, "zoom": 2.0},
+    "mixture": {"recycle_share": 0.25, "truth_above": 0.5, "truth_corruption": "drop", "mask_scale": 0.3},
+}
+INNER = [(section, name) for section in INNER_OTHER for name in INNER_OTHER[section]]
+
+
+def test_every_section_has_a_test():
+    assert {HIDIFF, *INNER_OTHER} == set(SUBSECTIONS)
+    for section, values in INNER_OTHER.items():
+        assert set(values) == {f.name for f in fields(SUBSECTIONS[section])}
+
+
+@pytest.mark.parametrize(("section", "name"), INNER)
+def test_every_setting_of_a_section_can_be_set_alone_and_survives_json(section, name):
+    value = INNER_OTHER[section][name]
+    settings = parse_settings({section: {name: value}})
+    assert value != getattr(getattr(DiffusionSettings(), section), name)
+    assert settings == DiffusionSettings(**{section: SUBSECTIONS[section](**{name: value})})
+    assert parse_settings(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+@pytest.mark.parametrize(
+    ("section", "found", "message"),
+    [
+        ("views", {"shifts": 1.0}, r"unknown setting 'shifts' in diffusion\.views; did you mean 'shift'\?"),
+        ("views", {"mirror": -1.0}, r"in diffusion\.views, mirror is -1\.0, expected at least 0"),
+        ("views", {"zoom": 0.5}, r"in diffusion\.views, zoom is 0\.5, expected a value in \[1"),
+        ("mixture", {"recycle_share": 1.5}, r"in diffusion\.mixture, recycle_share is 1\.5, expected a value in \[0"),
+        ("mixture", {"truth_corruption": "blur"}, r"'blur', expected one of none, dilate, drop, swap"),
+        ("mixture", 3, r"diffusion\.mixture is 3, expected a mapping"),
+    ],
+)
+def test_what_a_section_cannot_hold_is_named(section, found, message):
+    with pytest.raises(SettingsError, match=message):
+        parse_settings({section: found}, "plans")
+
+
+@pytest.mark.parametrize(("section", "name"), INNER)
+def test_changes_to_a_section_keep_its_other_settings(section, name):
+    present = {k: v for k, v in INNER_OTHER[section].items() if k != name}
+    merged = merge_settings({section: present}, {section: {name: INNER_OTHER[section][name]}})
+    assert merged == {section: INNER_OTHER[section]}
 
 
 def test_assignments_become_a_section():

@@ -1,0 +1,135 @@
+"""Trainers whose masks tell more: recycled across views, or mixed with the ground truth."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from typing import Any
+
+import numpy as np
+import torch
+from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
+from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunetv2_diffusion.diffusion import make_encoding
+from nnunetv2_diffusion.planning.settings import read_settings
+from nnunetv2_diffusion.training.corruption import make_corruption
+from nnunetv2_diffusion.training.strategies import RecycleMixed, RecycleView
+from nnunetv2_diffusion.training.trainer import DiffusionTrainer
+from nnunetv2_diffusion.training.views import View, Views, look, patch_frame, vary_intensity
+
+
+class ViewTrainer(DiffusionTrainer):
+    """Recycles across views (settings: section ``views``).
+
+    Where a view reaches beyond the patch, training loads and augments a larger one. The network's own patch is its
+    centre, so what is trained on, its place in a case included, is what nnU-Net would have loaded. Validation loads
+    the planned patch.
+    """
+
+    strategy = RecycleView()
+
+    def _configured(self, strategy: RecycleView) -> RecycleView:
+        return replace(strategy, views=Views(**asdict(self.settings.views)))
+
+    @property
+    def loaded_size(self) -> tuple[int, ...]:
+        """Voxels that training loads along each axis."""
+        patch = self.configuration_manager.patch_size
+        return tuple(n + 2 * m for n, m in zip(patch, self.strategy.views.margin(patch), strict=True))
+
+    def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802, nnU-Net's name
+        """As nnU-Net's, with more room around the patch; the axes that may be mirrored are those of prediction."""
+        rotation, dummy_2d, initial, mirror_axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+        allowed = tuple(self.inference_allowed_mirroring_axes or ())
+        self.strategy = replace(self.strategy, views=replace(self.strategy.views, mirror_axes=allowed))
+        patch = np.array(self.configuration_manager.patch_size)
+        enlarged = -(-np.array(initial) * np.array(self.loaded_size) // patch)  # in proportion, rounded up
+        return rotation, dummy_2d, enlarged, mirror_axes
+
+    def get_training_transforms(
+        self,
+        patch_size: Any,
+        rotation_for_DA: Any,  # noqa: N803, nnU-Net's name
+        deep_supervision_scales: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> BasicTransform:
+        """As nnU-Net's for the larger patch; its targets of deep supervision are made after it is cut.
+
+        A method where nnU-Net has a static one: it is called in the same way.
+        """
+        if self.loaded_size != tuple(patch_size):
+            patch_size, deep_supervision_scales = self.loaded_size, None
+        return super().get_training_transforms(patch_size, rotation_for_DA, deep_supervision_scales, *args, **kwargs)
+
+    def _training_loss(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        return super()._training_loss(image, self._patch_target(target))
+
+    def _origin(self, loaded: torch.Tensor) -> tuple[int, ...]:
+        """First voxel of the patch in what was loaded, (B, C, *loaded)."""
+        patch = self.configuration_manager.patch_size
+        return tuple((n - m) // 2 for n, m in zip(loaded.shape[2:], patch, strict=True))
+
+    def _patch(self, image: torch.Tensor) -> torch.Tensor:
+        return look(image, patch_frame(self.configuration_manager.patch_size), self._origin(image))
+
+    def _patch_target(self, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+        """The target of the patch, for every head of deep supervision."""
+        if isinstance(target, list):  # nothing larger was loaded
+            return target
+        own, scales = self._patch(target), self._get_deep_supervision_scales()
+        if scales is None:
+            return own
+        heads = DownsampleSegForDSTransform(scales)(segmentation=own.flatten(0, 1))["segmentation"]
+        return [head.unflatten(0, own.shape[:2]) for head in heads]
+
+    def _first_pass(self, image: torch.Tensor) -> Callable[..., torch.Tensor]:
+        """predict(x, t, view=view) for the strategy, on what the view covers of the image that was loaded."""
+
+        def predict(x: torch.Tensor, t: torch.Tensor, view: View) -> torch.Tensor:
+            seen = look(image, view.frame, self._origin(image))
+            if view.varied:
+                seen = vary_intensity(seen, self._image_channels())
+            return super(ViewTrainer, self)._first_pass(seen)(x, t)
+
+        return predict
+
+    def _image_channels(self) -> int:
+        """Input channels that are intensities; a cascade has a mask for each foreground label behind them."""
+        masks = len(self.label_manager.foreground_labels) if self.is_cascaded else 0
+        return self.num_input_channels - masks
+
+
+class MixedTrainer(DiffusionTrainer):
+    """Recycles the masks of some samples and noises the ground truth of others (settings: section ``mixture``)."""
+
+    strategy = RecycleMixed()
+
+    def _configured(self, strategy: RecycleMixed) -> RecycleMixed:
+        own = self.settings.mixture
+        encoding = make_encoding(self.settings.mask_encoding, self.label_manager.num_segmentation_heads)
+        return replace(
+            strategy,
+            share=own.recycle_share,
+            truth_above=own.truth_above,
+            corruption=make_corruption(own.truth_corruption, encoding, self.label_manager.has_regions),
+            mask_scale=own.mask_scale,
+        )
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """As the base's; its sampler scales masks as training does."""
+        network = super().build_network_architecture(
+            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
+        )
+        settings = read_settings(configuration_manager.configuration, plans_manager.plans_name)
+        network.mask_scale = settings.mixture.mask_scale
+        return network

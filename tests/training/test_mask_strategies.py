@@ -1,0 +1,180 @@
+"""Laws of recycling across views and of mixing recycled masks with the ground truth."""
+
+import pytest
+import torch
+from torch import nn
+
+from nnunetv2_diffusion.diffusion import GaussianDiffusion, MaskEncoding, linear_beta_schedule
+from nnunetv2_diffusion.training import RecycleMixed, RecycleView, RecycleXT, Standard
+from nnunetv2_diffusion.training.corruption import Corruption
+from nnunetv2_diffusion.training.views import Frame, View, Views
+
+T = 1001
+STEPS = torch.tensor([0, 250, 700, 999])
+
+
+@pytest.fixture(scope="module")
+def process() -> GaussianDiffusion:
+    return GaussianDiffusion(linear_beta_schedule(T))
+
+
+def masks(batch=4, size=8, heads=3):
+    labels = torch.randint(0, heads, (batch, size, size))
+    return 2 * nn.functional.one_hot(labels, heads).movedim(-1, 1).float() - 1
+
+
+class FirstPass:
+    """A first pass whose answer depends on all that it is given; notes what it was asked."""
+
+    def __init__(self, answer=lambda x, view: x.softmax(1)):
+        self.answer, self.asked = answer, []
+
+    def __call__(self, x, t, samples=None, view=None):
+        self.asked.append((x, t, samples, view))
+        return self.answer(x, view)
+
+
+def run(strategy, process, x_start, t=STEPS, predict=None, seed=3):
+    torch.manual_seed(seed)
+    return strategy(predict or FirstPass(), process, x_start, t).x_t
+
+
+# --- across views ----------------------------------------------------------------------------------------------------
+
+
+def only(frame, varied=False):
+    """Views of which every draw is the one given."""
+
+    class One(Views):
+        def draw(self, size):
+            return View(frame, varied)
+
+    return RecycleView(One())
+
+
+def test_without_views_it_is_recycling_bit_for_bit(process):
+    x_start = masks()
+    assert torch.equal(run(RecycleView(), process, x_start), run(RecycleXT(), process, x_start))
+
+
+def test_the_first_pass_is_asked_at_the_last_step_with_noise_alone(process):
+    predict, strategy = FirstPass(), RecycleView(Views(mirror=1.0, shift=1.0, mirror_axes=(0, 1)))
+    x_start = masks(size=64)
+    for _ in range(10):
+        strategy(predict, process, x_start, STEPS)
+    for x, t, _, view in predict.asked:
+        assert t.tolist() == [T - 1] * 4
+        assert abs(x.std() - 1) < 0.02
+        assert view.frame.mirrored or any(view.frame.start)
+
+
+@pytest.mark.parametrize(
+    "frame", [Frame((0, 0), (8, 8), (8, 8), (1,)), Frame((3, -2), (8, 8), (8, 8))], ids=["mirror", "shift"]
+)
+def test_what_the_other_view_found_lies_at_its_place_and_elsewhere_is_pure_noise(process, frame, monkeypatch):
+    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
+    place = (rows * 8 + columns)[None, None] / 1000
+
+    def oracle(x, view):
+        seen = place + (view.frame.start[0] * 8 + view.frame.start[1]) / 1000
+        return torch.flip(seen, [a + 2 for a in view.frame.mirrored]).expand_as(x)
+
+    torch.manual_seed(5)
+    noise = torch.randn(4, 3, 8, 8)
+    monkeypatch.setattr(torch, "randn_like", lambda x: noise)
+    found = only(frame)(FirstPass(oracle), process, masks(), STEPS).x_t
+    expected = process.q_sample((2 * place - 1).expand(4, 3, 8, 8), STEPS, noise)
+    known = torch.ones(8, 8, dtype=torch.bool)
+    if any(frame.start):
+        known[:3], known[:, 6:] = False, False
+    torch.testing.assert_close(found[..., known], expected[..., known], atol=1e-6, rtol=0)
+    assert torch.equal(found[..., ~known], noise[..., ~known])
+
+
+def test_ground_truth_reaches_the_mask_through_the_other_view_alone(process):
+    """With a first pass that ignores its input, x_t is the same for any ground truth."""
+    strategy = only(Frame((2, 0), (8, 8), (8, 8)))
+    blind = [run(strategy, process, x, predict=FirstPass(lambda x, view: torch.full_like(x, 0.3))) for x in
+             (masks(), -masks())]  # fmt: skip
+    assert torch.equal(*blind)
+
+
+# --- mixtures --------------------------------------------------------------------------------------------------------
+
+
+def test_share_1_is_recycling_and_share_0_standard_bit_for_bit(process):
+    x_start = masks()
+    assert torch.equal(run(RecycleMixed(1.0), process, x_start), run(RecycleXT(), process, x_start))
+    assert torch.equal(run(RecycleMixed(0.0), process, x_start), run(Standard(), process, x_start))
+    assert (RecycleMixed(1.0).uses_next_step, RecycleMixed(0.0).uses_next_step) == (True, False)
+    assert RecycleMixed(0.0, truth_above=0.5).uses_next_step
+
+
+def test_share_is_the_chance_to_be_recycled_and_the_others_have_no_first_pass(process, monkeypatch):
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    batch = 2000
+    x_start, t = masks(batch, size=2), torch.full((batch,), 300)
+    predict = FirstPass(lambda x, view: torch.full_like(x, 0.75))
+    found = RecycleMixed(0.3)(predict, process, x_start, t).x_t / process.alphas_cumprod[300].sqrt().float()
+    ((x, steps, samples, _),) = predict.asked
+    assert len(samples) / batch == pytest.approx(0.3, abs=0.04)
+    assert len(x) == len(steps) == len(samples)
+    assert (steps == T - 1).all()
+    expected = x_start.clone()
+    expected[samples] = 0.5
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4])
+def test_below_the_noise_level_all_are_recycled(process, share):
+    t, counts = torch.tensor([0, 499, 500, 501, 1000]), torch.zeros(5)
+    for _ in range(200):
+        predict = FirstPass()
+        RecycleMixed(share, truth_above=0.5)(predict, process, masks(5, 2), t)
+        (_, _, samples, _), *_ = predict.asked
+        counts[slice(None) if samples is None else samples] += 1
+    assert counts[:3].tolist() == [200] * 3, "0.5 T = 500.5"
+    assert counts[3:].tolist() == [0, 0] if share == 0 else all(50 < n < 110 for n in counts[3:])
+
+
+def test_only_given_ground_truth_is_corrupted(process, monkeypatch):
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    x_start = masks(40, size=12)
+    corruption = Corruption("drop", MaskEncoding(3))
+    predict = FirstPass(lambda x, view: torch.full_like(x, 0.75))
+    t = torch.full((40,), 300)
+    found = RecycleMixed(0.5, corruption=corruption)(predict, process, x_start, t).x_t
+    found = found / process.alphas_cumprod[300].sqrt().float()
+    ((x, _, samples, _),) = predict.asked
+    given = [i for i in range(40) if i not in samples]
+    torch.testing.assert_close(found[samples], torch.full_like(found[samples], 0.5))
+    torch.testing.assert_close(found[given].abs(), torch.ones_like(found[given]))
+    assert all(not torch.allclose(found[i], x_start[i]) for i in given)
+    # what little the first pass is told of the truth is the truth
+    torch.testing.assert_close(x, process.q_sample(x_start[samples], torch.full((len(samples),), T - 1), 0 * x))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_mask_scale_scales_the_mean_of_x_t_and_not_its_noise(process, share):
+    x_start, b = masks(), 0.3
+    predict = FirstPass(lambda x, view: (x_start + 1) / 2)
+    found = run(RecycleMixed(share, mask_scale=b), process, x_start, predict=predict)
+    plain = run(RecycleMixed(share), process, x_start, predict=predict)
+    signal = process.alphas_cumprod[STEPS].sqrt().float().view(-1, 1, 1, 1) * x_start
+    torch.testing.assert_close(plain - found, (1 - b) * signal, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+def test_the_sampler_visits_the_states_that_training_shows(make_segmentor, process, sampler):
+    """Told the truth, every state of a chain has the moments of q(x_t | b x_start)."""
+    network, b = make_segmentor(steps=5, sampler=sampler), 0.3
+    network.mask_scale = b
+    truth = nn.functional.one_hot(torch.randint(0, 3, (1, 160, 160)), 3).movedim(-1, 1).float()
+    network.denoise = network._run = lambda *a, **k: 40 * truth - 20
+    states = list(network.chain(torch.zeros(1, 1, 160, 160), torch.randn, network.sampling))
+    for state in states[1:]:
+        t = torch.tensor([state.t])
+        noise = state.x_t - b * process.alphas_cumprod[t].sqrt().float() * (2 * truth - 1)
+        spread = float((1 - process.alphas_cumprod[t]).sqrt())
+        assert float(noise.std()) == pytest.approx(spread, rel=0.02)
+        assert abs(float((noise * (2 * truth - 1)).mean())) < 0.02
