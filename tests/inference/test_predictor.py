@@ -95,12 +95,48 @@ def test_a_network_without_a_chain_is_predicted_as_by_nnunet(models, trainer):
         ({"tta": "interleaved", "steps": 5}, 8),
         ({"tta": "interleaved", "steps": 9}, 9),
         ({"tta": "interleaved", "steps": 2, "aggregate": "volume"}, 8),
+        ({"tta": "interleaved", "steps": 8, "combine": "mean"}, 8),
     ],
 )
 def test_passes_of_a_tile_are_those_announced(models, options, passes):
     _, count = predict(models(), **options)
     assert count.per_tile == passes
     assert count.passes == count.planned == passes * count.tiles
+
+
+def test_passes_of_tiles_that_move_are_counted_and_announced(models):
+    shifted = {"tta": "none", "steps": 3, "aggregate": "volume", "grid": "shifted"}
+    (p,), count = predict(models(), **shifted)
+    (again,), _ = predict(models(), **shifted)
+    (fixed,), _ = predict(models(), **{**shifted, "grid": "fixed"})
+    assert count.passes == count.planned > 3 * count.tiles
+    assert torch.equal(p, again)
+    assert not torch.equal(p, fixed)
+    torch.testing.assert_close(p.sum(0), torch.ones_like(p[0]))
+
+
+@pytest.mark.parametrize("tta", ["none", "interleaved"])
+def test_the_mean_of_a_chain_is_that_of_its_steps(models, tta):
+    data = case((8, 12, 8))  # one tile
+    own = load(models(), steps=8, tta=tta, save_steps=True, combine="last")
+    (last,) = own.members(data)
+    own.set_options(PredictionOptions(steps=8, tta=tta, save_steps=True, combine="mean"))
+    (mean,) = own.members(data)
+    for number in range(8):
+        torch.testing.assert_close(mean.steps[number], sum(last.steps[: number + 1]) / (number + 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"grid": "shifted"}, "--grid shifted .*needs --aggregate volume"),
+        ({"grid": "moved"}, "--grid is 'moved', expected one of fixed, shifted"),
+        ({"combine": "all"}, "--combine is 'all', expected one of views, last, mean"),
+    ],
+)
+def test_grids_and_combinations_that_cannot_be_used_are_named(options, message):
+    with pytest.raises(OptionError, match=message):
+        PredictionOptions(**options)
 
 
 def test_early_exit_saves_passes_and_changes_no_label_if_labels_have_settled(models):

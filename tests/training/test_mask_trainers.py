@@ -1,0 +1,219 @@
+"""The trainers of views and mixtures: what they load, what each pass sees, and what is learnt, on a tiny data set."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
+from tiny_model import CLASSES, make_plans
+
+from nnunetv2_diffusion.training import DiffusionTrainer, MixedTrainer, RecycleXT, Standard, ViewTrainer
+from nnunetv2_diffusion.training.views import Frame, View, Views
+
+PATCHES = {"2d": (12, 8), "3d": (8, 12, 8)}
+DATASET = {"channel_names": {"0": "MR"}, "labels": CLASSES, "file_ending": ".nii.gz", "numTraining": 2}
+LENGTHS = {"num_iterations_per_epoch": 2, "num_epochs": 1, "num_val_iterations_per_epoch": 1}
+
+
+class Recycling(DiffusionTrainer):
+    strategy = RecycleXT()
+
+
+class Denoising(DiffusionTrainer):
+    strategy = Standard()
+
+
+@pytest.fixture(scope="module")
+def preprocessed(tmp_path_factory):
+    """Two cases as nnU-Net stores them; the image is ten times the label."""
+    root = tmp_path_factory.mktemp("project")
+    for kind in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (root / kind).mkdir()
+    folder = root / "nnUNet_preprocessed" / "Dataset903_Random"
+    (folder / "only").mkdir(parents=True)
+    (folder / "dataset.json").write_text(json.dumps(DATASET))
+    for index in range(2):
+        seg = np.zeros((1, 10, 14, 9), np.int16)
+        seg[:, 2:7, 3:9, 2:6], seg[:, 3:5, 4:6, 3:5] = 1, 2
+        places = {k: np.argwhere(seg == k) for k in (1, 2)}
+        case = str(folder / "only" / f"case_{index}")
+        nnUNetDatasetNumpy.save_case(10.0 * seg.astype(np.float32), seg, {"class_locations": places}, case)
+    return root
+
+
+@pytest.fixture
+def make(preprocessed, monkeypatch):
+    """Build and initialize a trainer: (class, dimensions, settings)."""
+    for kind in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setitem(os.environ, kind, str(preprocessed / kind))
+    monkeypatch.setitem(os.environ, "nnUNet_n_proc_DA", "0")
+
+    def build(cls, dims="3d", **settings):
+        plans = make_plans(PATCHES[dims], [1.0] * len(PATCHES[dims]), **{**LENGTHS, **settings})
+        plans["continue_training"] = False
+        torch.manual_seed(1)
+        trainer = cls(plans, "only", "all", DATASET, torch.device("cpu"))
+        trainer.initialize()
+        return trainer
+
+    return build
+
+
+def batch(trainer, margin=0):
+    """Image (B, 1, *loaded) and target, as loaded with so many voxels around the patch."""
+    size = [n + 2 * margin for n in trainer.configuration_manager.patch_size]
+    target = torch.randint(0, 3, (2, 1, *size), dtype=torch.int16)
+    return torch.randn(2, 1, *size), target
+
+
+def loss(trainer, image, target):
+    torch.manual_seed(2)
+    return trainer._training_loss(image, target)
+
+
+def spied(trainer):
+    """Notes what every pass is given."""
+    passes, original = [], trainer.network.forward
+
+    def forward(image, x_t=None, t=None, estimate=None, full_resolution_only=False):
+        passes.append((image, x_t, torch.is_grad_enabled()))
+        return original(image, x_t, t, estimate, full_resolution_only)
+
+    trainer.network.forward = forward
+    return passes
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dims", PATCHES)
+@pytest.mark.parametrize("recipe", ["paper", "nnunet"])
+def test_training_loads_more_and_validation_the_planned_patch(make, dims, recipe):
+    trainer, patch = make(ViewTrainer, dims, recipe=recipe), PATCHES[dims]
+    training, validation = trainer.get_dataloaders()
+    assert trainer.loaded_size == tuple(2 * n for n in patch)
+    loaded, validated = next(training), next(validation)
+    assert loaded["data"].shape[2:] == loaded["target"].shape[2:] == trainer.loaded_size
+    assert validated["data"].shape[2:] == patch
+    heads = validated["target"]
+    expected = [h.shape for h in heads] if isinstance(heads, list) else heads.shape
+    found = trainer._patch_target(loaded["target"])
+    assert ([h.shape for h in found] if isinstance(found, list) else found.shape) == expected
+    assert trainer.strategy.views.mirror_axes == tuple(range(len(patch)))
+    assert np.isfinite(trainer.train_step(loaded)["loss"])
+
+
+def test_without_views_beyond_the_patch_loading_is_nnunets(make):
+    trainer = make(ViewTrainer, recipe="nnunet", views={"shift": 0.0, "intensity": 1.0})
+    plain = make(Recycling, recipe="nnunet")
+    found, expected = (
+        t.configure_rotation_dummyDA_mirroring_and_inital_patch_size() for t in (trainer, plain)
+    )  # fmt: skip
+    assert tuple(found[2]) == tuple(expected[2])
+    assert isinstance(next(trainer.get_dataloaders()[0])["target"], list)
+
+
+def test_patch_and_target_are_cut_at_the_same_place(make):
+    trainer = make(ViewTrainer, recipe="nnunet", views={"mirror": 0.0})
+    target = torch.randint(0, 3, (2, 1, 16, 24, 16), dtype=torch.int16)
+    heads, image = trainer._patch_target(target), trainer._patch(10.0 * target)
+    assert torch.equal(image, 10.0 * heads[0])
+    assert torch.equal(heads[0], target[..., 4:12, 6:18, 4:12])
+    assert [tuple(h.shape[2:]) for h in heads] == [(8, 12, 8), (4, 6, 4)]
+    assert heads[1].dtype == target.dtype
+
+
+# --- passes ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["paper", "nnunet"])
+def test_without_views_a_training_step_is_that_of_recycling_bit_for_bit(make, recipe):
+    trainers = [make(cls, recipe=recipe, views={"mirror": 0.0, "shift": 0.0}) for cls in (ViewTrainer, Recycling)]
+    image, target = batch(trainers[0])
+    target = [target, target[..., ::2, ::2, ::2]] if recipe == "nnunet" else target
+    found = []
+    for trainer in trainers:
+        value = loss(trainer, image, target)
+        value.backward()
+        found.append([value, *(p.grad for p in trainer.network.parameters() if p.grad is not None)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class OneView(Views):
+    """Always the same view, a shift by half a patch along the first axis."""
+
+    def draw(self, size):
+        return View(Frame((4, 0, 0), tuple(size), tuple(size)))
+
+
+def test_the_passes_see_their_own_crops_and_only_the_last_one_learns(make):
+    trainer = make(ViewTrainer)
+    trainer.strategy = type(trainer.strategy)(OneView(shift=1.0))
+    image, target = batch(trainer, margin=4)
+    passes = spied(trainer)
+    loss(trainer, image, target)
+    (first, _, first_learns), (second, _, second_learns) = passes
+    assert torch.equal(first, image[..., 8:16, 4:16, 4:12])
+    assert torch.equal(second, image[..., 4:12, 4:16, 4:12])
+    assert (first_learns, second_learns) == (False, True)
+
+
+def test_what_the_patch_does_not_show_reaches_its_mask(make, wake):
+    trainer = make(ViewTrainer)
+    wake(trainer.network)
+    trainer.strategy = type(trainer.strategy)(OneView(shift=1.0))
+    image, target = batch(trainer, margin=4)
+    other = image.clone()
+    other[..., 12:16, 4:16, 4:12] += 5  # behind the patch, within the view
+    unseen = image.clone()
+    unseen[..., 0:4, :, :] += 5  # before the patch, where the view does not reach
+    masks = []
+    for changed in (image, other, unseen):
+        passes = spied(trainer)
+        loss(trainer, changed, target)
+        assert torch.equal(passes[1][0], image[..., 4:12, 4:16, 4:12])
+        masks.append(passes[1][1])
+        trainer.network.forward = type(trainer.network).forward.__get__(trainer.network)
+    assert torch.equal(masks[0], masks[2])
+    assert not torch.equal(masks[0][..., 4:, :, :], masks[1][..., 4:, :, :])
+    assert torch.equal(masks[0][..., :4, :, :], masks[1][..., :4, :, :]), "pure noise where the view does not reach"
+
+
+@pytest.mark.parametrize("kind", ["mirror", "shift", "coarse", "intensity"])
+def test_every_view_can_be_trained_and_the_last_pass_always_sees_the_patch(make, kind):
+    trainer = make(ViewTrainer, views={"mirror": 0.0, "shift": 0.0, kind: 1.0})
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    margin = max(trainer.strategy.views.margin((8, 12, 8)))
+    image, target = batch(trainer, margin)
+    passes = spied(trainer)
+    assert torch.isfinite(loss(trainer, image, target))
+    assert torch.equal(passes[1][0], trainer._patch(image))
+    assert passes[0][0].shape == passes[1][0].shape
+    assert not torch.equal(passes[0][0], passes[1][0])
+
+
+# --- mixtures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("share", "other"), [(1.0, Recycling), (0.0, Denoising)])
+def test_a_mixture_of_one_kind_trains_as_that_kind_bit_for_bit(make, share, other):
+    mixed, pure = make(MixedTrainer, mixture={"recycle_share": share}), make(other)
+    image, target = batch(mixed)
+    assert torch.equal(loss(mixed, image, target), loss(pure, image, target))
+
+
+def test_settings_reach_the_strategy_and_the_sampler(make):
+    given = {"recycle_share": 0.2, "truth_above": 0.4, "truth_corruption": "swap", "mask_scale": 0.5}
+    trainer = make(MixedTrainer, mixture=given)
+    strategy = trainer.strategy
+    assert (strategy.share, strategy.truth_above, strategy.mask_scale) == (0.2, 0.4, 0.5)
+    assert (strategy.corruption.kind, strategy.corruption.regions) == ("swap", False)
+    assert trainer.network.mask_scale == 0.5
+    assert make(Recycling, mixture=given).network.mask_scale == 1, "other trainers are left alone"
+    assert torch.isfinite(loss(trainer, *batch(trainer)))
