@@ -53,6 +53,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODE",
         help=f"all, or of: {', '.join(MODES)}",
     )
+    add(
+        "--mask_use",
+        action="store_true",
+        help="also give the network true and wrong masks: does it copy or ignore them",
+    )
     add("--patch_size", type=int, nargs="+", metavar="N", help="another size of tiles, for example smaller than a case")
     add("--cases", type=int, metavar="N", help="only the first N cases")
     add("--disable_progress_bar", action="store_true")
@@ -89,10 +94,13 @@ def analyse(arguments: argparse.Namespace) -> tuple[Findings, DiffusionPredictor
     )
     set_patch_size(predictor, arguments.patch_size)
     modes = list(MODES) if "all" in arguments.modes else arguments.modes
-    laboratory = Laboratory(predictor, options, arguments.steps, arguments.samples, arguments.counts, modes)
+    laboratory = Laboratory(
+        predictor, options, arguments.steps, arguments.samples, arguments.counts, modes, arguments.mask_use
+    )  # fmt: skip
     laboratory.plan()
     files = find_cases(predictor, arguments.i, arguments.l, arguments.cases)
-    bar = tqdm(read_cases(predictor, files), total=len(files), unit="case", disable=arguments.disable_progress_bar)
+    cases = read_cases(predictor, files, with_truth=arguments.mask_use)
+    bar = tqdm(cases, total=len(files), unit="case", disable=arguments.disable_progress_bar)
     for case in bar:
         bar.set_description(case.name)
         laboratory.study(case)
@@ -140,7 +148,7 @@ def write_results(arguments: argparse.Namespace, findings: Findings, predictor: 
     settings, tables = describe(arguments, predictor), all_tables(findings)
     figures = {name: (caption, to_png(figure)) for name, (caption, figure) in all_figures(findings).items()}
     arguments.o.mkdir(parents=True)
-    for name in ("steps", "samples", "counts", "modes"):
+    for name in ("steps", "samples", "counts", "modes", "mask_use"):
         rows = getattr(findings, name)
         if rows:
             (arguments.o / f"{name}.csv").write_text(rows_to_csv(rows))

@@ -27,6 +27,7 @@ class LabelledCase:
         properties: of nnU-Net's preprocessing.
         image: first channel as it is in the file, (z, y, x).
         reference: labels, (z, y, x).
+        truth: the reference as preprocessed for the network, (1, *spatial), if it was asked for.
     """
 
     name: str
@@ -34,6 +35,7 @@ class LabelledCase:
     properties: dict[str, Any]
     image: np.ndarray
     reference: np.ndarray
+    truth: torch.Tensor | None = None
 
 
 def label_set(predictor: DiffusionPredictor) -> LabelSet:
@@ -59,8 +61,10 @@ def find_cases(
     return found
 
 
-def read_cases(predictor: DiffusionPredictor, files: dict[str, tuple[list[Path], Path]]) -> Iterator[LabelledCase]:
-    """Read and preprocess one case after the other.
+def read_cases(
+    predictor: DiffusionPredictor, files: dict[str, tuple[list[Path], Path]], with_truth: bool = False
+) -> Iterator[LabelledCase]:
+    """Read and preprocess one case after the other; with_truth, the reference as well.
 
     Raises:
         EvaluationError: a reference cannot be read or has an unknown label.
@@ -73,8 +77,13 @@ def read_cases(predictor: DiffusionPredictor, files: dict[str, tuple[list[Path],
     for name, (channels, file) in files.items():
         image, properties = reader.read_images([str(f) for f in channels])
         reference = read_segmentation(reader, file, labels, ignore=True).values.reshape(image.shape[1:])
+        truth = None
+        if with_truth:  # apart from the image, which must not depend on it
+            given = reference[None].astype(np.int16)  # it marks what lies outside of the image by -1
+            labelled = preprocessor.run_case_npy(image.copy(), given, dict(properties), *managers)[1]
+            truth = torch.from_numpy(labelled).long()
         data, _, properties = preprocessor.run_case_npy(image.copy(), None, properties, *managers)
-        yield LabelledCase(name, torch.from_numpy(data).float(), properties, image[0], reference)
+        yield LabelledCase(name, torch.from_numpy(data).float(), properties, image[0], reference, truth)
 
 
 def dice_scores(labels: LabelSet, reference: np.ndarray, mask: np.ndarray) -> dict[str, float]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_diffusion.analysis.cases import LabelledCase, dice_scores, label_set, pairwise_dice
+from nnunetv2_diffusion.analysis.mask_use import check_mask_use, mask_use
 from nnunetv2_diffusion.inference.cases import CaseResult, draw_case, final_mask, uncertainty_maps
 from nnunetv2_diffusion.inference.maps import to_original_geometry
 from nnunetv2_diffusion.inference.options import PredictionOptions
@@ -38,6 +39,7 @@ class Findings:
         counts: case, K, label, Dice, passes_per_tile, seconds: predictions with K steps.
         modes: case, mode, label, Dice, passes_per_tile, seconds, disagreement: kinds of mirroring and blending.
         samples: case, Dice (of the mean), pairwise_dice (of the samples), sample_dice (mean of the samples').
+        mask_use: case, given, level, label, Dice: what is made of a given mask, see ``mask_use``.
         pictures: case -> slices (rows, columns): image, reference, mask, entropy, variance.
     """
 
@@ -45,6 +47,7 @@ class Findings:
     counts: list[Row] = field(default_factory=list)
     modes: list[Row] = field(default_factory=list)
     samples: list[Row] = field(default_factory=list)
+    mask_use: list[Row] = field(default_factory=list)
     pictures: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
@@ -58,6 +61,7 @@ class Laboratory:
         samples: N.
         counts: the K that are compared.
         modes: names of ``MODES`` that are compared.
+        mask_use: give the network true and wrong masks; needs cases with ``truth``.
     """
 
     def __init__(
@@ -68,15 +72,19 @@ class Laboratory:
         samples: int,
         counts: Sequence[int],
         modes: Sequence[str],
+        mask_use: bool = False,
     ):
         self.predictor, self.options = predictor, options
         self.chain_steps, self.samples, self.counts, self.modes = chain_steps, samples, counts, modes
+        self.mask_use = mask_use
         self.labels = label_set(predictor)
         self.findings = Findings()
 
     def plan(self) -> list[PredictionOptions]:
         """Options of every prediction of a case; raises OptionError if the model cannot follow one."""
         one = replace(self.options, steps=self.chain_steps, samples=1)
+        if self.mask_use:
+            check_mask_use(self.predictor)
         planned = [replace(one, samples=self.samples, save_steps=True)]
         planned += [replace(one, steps=k) for k in self.counts]
         planned += [replace(one, **MODES[mode]) for mode in self.modes]
@@ -88,6 +96,8 @@ class Laboratory:
         """All studies on one case."""
         first, *others = self.plan()
         self._study_samples(case, first)
+        if self.mask_use:
+            self.findings.mask_use += mask_use(self.predictor, case)
         for k, options in zip(self.counts, others, strict=False):
             self._add(self.findings.counts, case, self._draw(case, options), K=k)
         self.predictor.meter = OverlapMeter(self.predictor.label_manager.has_regions)

@@ -108,6 +108,20 @@ def sample_table(findings: Findings) -> Table:
     return Table("Samples", columns, [cells], ["AURC: risk 1 - Dice, confidence pairwise Dice; lower is better."])
 
 
+def mask_use_table(findings: Findings) -> Table:
+    """Dice with the reference when a true or a wrong mask is given."""
+    groups = grouped(of_mean(findings.mask_use), "given", "level")
+    levels = list(dict.fromkeys(level for _, level in groups))
+    rows = [
+        [given, *(spread([r["Dice"] for r in groups[given, level]]) for level in levels)]
+        for given in dict.fromkeys(given for given, _ in groups)
+    ]
+    return Table(
+        "Use of the mask, Dice", ["given mask", *(f"t = {level:g} T" for level in levels)], rows,
+        ["One pass that is given this mask, noised. Equal rows: it is ignored. High for the true mask alone: copied."],
+    )  # fmt: skip
+
+
 def all_tables(findings: Findings) -> list[Table]:
     """Every table for which there are rows."""
     tables = [step_table(findings), gain_table(findings), sample_table(findings)]
@@ -115,6 +129,8 @@ def all_tables(findings: Findings) -> list[Table]:
         tables.append(cost_table(findings.counts, "K", "Number of steps"))
     if findings.modes:
         tables.append(cost_table(findings.modes, "mode", "Mirroring and blending"))
+    if findings.mask_use:
+        tables.append(mask_use_table(findings))
     return tables
 
 

@@ -50,7 +50,7 @@ def analyse(setting, out, *options):
 @pytest.fixture(scope="module")
 def results(setting, tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "out"
-    assert analyse(setting, out, "--steps", 3, "--samples", 2, "--counts", 1, 2, "--modes", "all") == 0
+    assert analyse(setting, out, "--steps", 3, "--samples", 2, "--counts", 1, 2, "--modes", "all", "--mask_use") == 0
     return out
 
 
@@ -65,6 +65,7 @@ def test_there_are_rows_for_everything_that_was_studied(results):
     assert {r["label"] for r in steps} == {"left part", "right part", "mean"}
     assert {r["mode"] for r in rows(results / "modes.csv")} == set(MODES)
     assert {r["K"] for r in rows(results / "counts.csv")} == {"1", "2"}
+    assert len(rows(results / "mask_use.csv")) == 2 * 5 * 2 * 3, "cases, kinds of mask, levels of noise, labels"
     assert all(0 <= float(r["pairwise_dice"]) <= 1 for r in rows(results / "samples.csv"))
 
 
@@ -74,6 +75,8 @@ def test_passes_are_those_of_each_mode(results):
     assert passes["full"] == 24
     assert passes["interleaved"] == passes["interleaved-volume"] == 8
     assert passes["none-early-exit"] <= 3
+    assert passes["interleaved-last"] == passes["interleaved-mean"] == 8
+    assert 8 < passes["shifted-last"] == passes["shifted-mean"], "more tiles in every step but the first"
 
 
 def test_tiles_overlap_and_their_disagreement_is_measured(results):
@@ -87,7 +90,13 @@ def test_the_report_is_one_file_that_needs_no_other(results):
     assert len(re.findall(r'src="data:image/png;base64,', page)) == 6
     assert not re.search(r'(src|href)="(?!data:)', page)
     assert "http" not in page.replace("http-equiv", "")
-    for title in ("Dice by reverse step", "Number of steps", "Mirroring and blending", "Settings and versions"):
+    for title in (
+        "Dice by reverse step",
+        "Number of steps",
+        "Mirroring and blending",
+        "Use of the mask",
+        "Settings and versions",
+    ):
         assert title in page
     assert json.loads((results / "settings.json").read_text())["sampling"]["steps"] == 3
     assert {f.name for f in results.glob("*.png")} == {
@@ -99,6 +108,8 @@ def test_a_model_without_a_chain_has_one_step(setting, tmp_path):
     model = make_model(tmp_path / "model", "nnUNetTrainerNoDiff")
     assert analyse((model, *setting[1:]), tmp_path / "out", "--samples", 1) == 0
     assert {r["step"] for r in rows(tmp_path / "out" / "steps.csv")} == {"1"}
+    assert analyse((model, *setting[1:]), tmp_path / "other", "--mask_use") == 1
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

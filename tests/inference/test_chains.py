@@ -157,7 +157,7 @@ def test_a_state_of_the_volume_is_the_same_for_all_tiles():
     torch.testing.assert_close(found[1], (noise.normal(0) + noise.normal(1)).softmax(1))
 
 
-# --- tiles that move ---------------------------------------------------------------------------------------------------
+# --- tiles that move --------------------------------------------------------------------------------------------------
 
 
 def dense(shape, patch):
@@ -246,7 +246,7 @@ def test_a_chain_carries_what_one_tile_saw_to_tiles_that_did_not_see_it():
     assert reached["moved"] > 4
 
 
-# --- what a chain returns ----------------------------------------------------------------------------------------------
+# --- what a chain returns ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
