@@ -50,8 +50,18 @@ def record_file(results: Path, study: Study, cell: Cell, run: int) -> Path:
     return results / study.name / f"{cell.name}_run{run}.json"
 
 
-def request_of(study: Study, cell: Cell, run: int, predictions: tuple[Prediction, ...]) -> dict[str, Any]:
-    """What is asked for, without defaults: settings that are added to this package later do not change it."""
+def request_of(
+    study: Study, cell: Cell, run: int, predictions: tuple[Prediction, ...], kind: str | None
+) -> dict[str, Any]:
+    """What is asked for, without defaults: settings that are added to this package later do not change it.
+
+    Args:
+        study: with the cell.
+        cell: what is trained.
+        run: number of the training.
+        predictions: what is predicted.
+        kind: of the trainer's chain; without one nothing is analysed.
+    """
 
     def source(name: str | None) -> dict[str, Any] | None:
         return None if name is None else {"cell": name, "run": run % study.cell(name).runs}
@@ -69,7 +79,7 @@ def request_of(study: Study, cell: Cell, run: int, predictions: tuple[Prediction
         "predictions": [asdict(prediction) for prediction in predictions],
         "segmentor": source(cell.segmentor),
         "warm_start": source(cell.warm_start),
-        "analyse": asdict(cell.analyse) if cell.analyse else None,
+        "analyse": asdict(cell.analyse) if cell.analyse and kind else None,
     }
 
 

@@ -124,7 +124,7 @@ def open_units(place: Workplace, cells: Sequence[Cell], results: Path) -> list[U
             )
         predictions = predictions_of(cell, kind)
         for number in range(cell.runs):
-            request = request_of(place.study, cell, number, predictions)
+            request = request_of(place.study, cell, number, predictions, kind)
             file = record_file(results, place.study, cell, number)
             if is_finished(file, request):
                 say(f"{cell.name} run {number}: finished, {file}")

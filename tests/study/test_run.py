@@ -184,6 +184,13 @@ def test_hidiff_starts_from_the_checkpoint_of_its_segmentors_run(fake, start, tm
         assert not checkpoint.startswith("/")
 
 
+def test_without_a_chain_nothing_is_analysed_and_nothing_asked_for(fake, start, results):
+    assert start({**STUDY, "analyse": {"steps": 2, "samples": 2}}, cells=["A", "B"]) == 0
+    assert results()["A_run0"]["request"]["analyse"] is None
+    assert results()["B_run0"]["request"]["analyse"] == {"steps": 2, "sampler": "ddpm", "samples": 2, "cases": None}
+    assert len(fake.named("analyse")) == 1
+
+
 def test_a_gpus_memory_is_read_from_the_trainers_logs(fake, start, results):
     original = FakeRunner.nnUNetv2_train
 
