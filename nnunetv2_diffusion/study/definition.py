@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,12 @@ class Analysis(Settings):
     sampler: str = setting("ddpm", "reverse step", choices=("ddpm", "ddim"))
     samples: int = setting(3, "chains with other noise for each case", low=1)
     cases: int | None = setting(None, "only the first so many test cases; null: all", low=1)
+    modes: str = setting("", "kinds of mirroring, blending and moving tiles that are compared, with spaces between")
+    mask_use: bool = setting(False, "give the network true and wrong masks: does it copy or ignore them")
+
+    def asked(self) -> dict[str, Any]:
+        """As in a request: what was added to this class later is left out unless it is used."""
+        return {k: v for k, v in asdict(self).items() if v or k not in ("modes", "mask_use")}
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def request_of(
         "predictions": [asdict(prediction) for prediction in predictions],
         "segmentor": source(cell.segmentor),
         "warm_start": source(cell.warm_start),
-        "analyse": asdict(cell.analyse) if cell.analyse and kind else None,
+        "analyse": cell.analyse.asked() if cell.analyse and kind else None,
     }
 
 

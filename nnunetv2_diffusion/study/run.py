@@ -122,6 +122,8 @@ def open_units(place: Workplace, cells: Sequence[Cell], results: Path) -> list[U
             raise StudyError(
                 f"cell {cell.name}: it has a warm_start, expected a diffusion trainer and not {cell.trainer}"
             )
+        if kind is not None and cell.analyse is not None:
+            _check_modes(cell)
         predictions = predictions_of(cell, kind)
         for number in range(cell.runs):
             request = request_of(place.study, cell, number, predictions, kind)
@@ -134,6 +136,15 @@ def open_units(place: Workplace, cells: Sequence[Cell], results: Path) -> list[U
             )
             units.append(Unit(training, request, file))
     return units
+
+
+def _check_modes(cell: Cell) -> None:
+    """Raises StudyError for a mode that the verb ``analyse`` would refuse, after the training."""
+    from nnunetv2_diffusion.analysis.studies import MODES
+
+    unknown = [mode for mode in cell.analyse.modes.split() if mode not in MODES]
+    if unknown:
+        raise StudyError(f"cell {cell.name}: analyse has the mode {unknown[0]!r}, expected some of {', '.join(MODES)}")
 
 
 def chain_of(trainer: str) -> str | None:

@@ -131,6 +131,10 @@ class Training:
         ]  # fmt: skip
         if own.cases is not None:
             command += ["--cases", str(own.cases)]
+        if own.modes:
+            command += ["--modes", *own.modes.split()]
+        if own.mask_use:
+            command.append("--mask_use")
         self._folder_stage("analyse", command, self.folder / "analysis")
 
     def usage(self, stage: str) -> dict[str, Any]:

@@ -28,6 +28,10 @@ def all_tables(study: StudyResults) -> Iterator[Table]:
     if any(cell.analysis("steps") for cell in study.cells):
         yield step_table(study)
         yield sample_table(study)
+    if any(cell.analysis("modes") for cell in study.cells):
+        yield mode_table(study)
+    if any(cell.analysis("mask_use") for cell in study.cells):
+        yield mask_use_table(study)
     yield cost_table(study)
 
 
@@ -195,6 +199,38 @@ def sample_table(study: StudyResults) -> Table:
         "collapsed to one mask). sd over samples: of their Dice in a case, mean over cases."
     ]
     return Table("Samples", columns, rows, notes)
+
+
+def mode_table(study: StudyResults) -> Table:
+    """Mirroring, blending and moving tiles in the chain."""
+    rows = []
+    for cell in study.cells:
+        found = [row for columns in cell.analysis("modes") for row in rows_of(columns) if row["label"] == MEAN]
+        for mode in dict.fromkeys(row["mode"] for row in found):
+            own = [row for row in found if row["mode"] == mode]
+            passes = nanmean([_float(row["passes_per_tile"]) for row in own])
+            rows.append([cell.name, mode, mean_sd(np.array([_dice(r) for r in own]), 4), number(passes, 2)])
+    notes = ["One chain of as many steps as in the tables above; mean ± standard deviation over cases and runs."]
+    return Table("Mirroring and tiles in the chain", ["cell", "mode", "Dice", "passes a tile"], rows, notes, left=2)
+
+
+def mask_use_table(study: StudyResults) -> Table:
+    """Dice of one pass that is given a true or a wrong mask."""
+    rows = []
+    for cell in study.cells:
+        found = [row for columns in cell.analysis("mask_use") for row in rows_of(columns) if row["label"] == MEAN]
+        for level in sorted({row["level"] for row in found}):
+            own = [row for row in found if row["level"] == level]
+            dice = {g: nanmean([_dice(r) for r in own if r["given"] == g]) for g in _given(study)}
+            rows.append([cell.name, f"{level:g} T", *(number(dice[g], 4) for g in dice)])
+    notes = ["Equal columns: the mask is ignored. High for the true mask alone: it is copied."]
+    return Table("Use of a mask that is given", ["cell", "noise, t", *_given(study)], rows, notes, left=2)
+
+
+def _given(study: StudyResults) -> list[str]:
+    """Kinds of masks that any cell was given."""
+    kinds = [kind for cell in study.cells for columns in cell.analysis("mask_use") for kind in columns["given"]]
+    return list(dict.fromkeys(kinds))
 
 
 def cost_table(study: StudyResults) -> Table:

@@ -12,6 +12,7 @@ from nnunetv2_diffusion.study import StudyError, report
 from nnunetv2_diffusion.study.records import CELL, SCHEMA, STUDY, plain, to_text
 from nnunetv2_diffusion.study.results import load_results
 from nnunetv2_diffusion.study.tables import (
+    all_tables,
     cost_table,
     holm,
     sample_table,
@@ -249,6 +250,26 @@ def test_the_page_in_the_docs_is_what_its_jsons_make():
         readme = DOCS.parent / "README.md"
         made = report.insert_summaries(readme, load_results(folder))
         assert readme.read_text(encoding="utf-8") == made, "the same with --insert README.md"
+
+
+def test_modes_and_the_use_of_masks_have_tables_where_they_were_studied(study):
+    assert not {"Mirroring and tiles in the chain", "Use of a mask that is given"} & {
+        t.title for t in all_tables(study)
+    }
+    for number, record in enumerate(study.cell("Diff").records):
+        record["analysis"]["modes"] = {
+            "mode": ["none", "none", "full", "full"], "label": ["mean", "organ"] * 2,
+            "Dice": [0.5 + 0.2 * number, 0.0, 0.9, 0.0], "passes_per_tile": [2, 2, 16, 16],
+        }  # fmt: skip
+        record["analysis"]["mask_use"] = {
+            "given": ["true", "shifted", "true", "true"], "level": [0.0, 0.0, 0.5, 0.5],
+            "label": ["mean", "mean", "mean", "organ"], "Dice": [1.0, 0.25, 0.75, 0.0],
+        }  # fmt: skip
+    tables = {table.title: [cell_text(row) for row in table.rows] for table in all_tables(study)}
+    modes = tables["Mirroring and tiles in the chain"]
+    assert modes == [["Diff", "none", "0.6000 ± 0.1414", "2.00"], ["Diff", "full", "0.9000 ± 0.0000", "16.00"]]
+    use = tables["Use of a mask that is given"]
+    assert use == [["Diff", "0 T", "1.0000", "0.2500"], ["Diff", "0.5 T", "0.7500", "-"]]
 
 
 def test_the_summary_has_a_row_for_each_cell(study):

@@ -191,6 +191,26 @@ def test_without_a_chain_nothing_is_analysed_and_nothing_asked_for(fake, start, 
     assert len(fake.named("analyse")) == 1
 
 
+def test_modes_and_masks_are_asked_for_and_named_in_the_request_only_if_used(fake, start, results):
+    more = {"steps": 2, "modes": "full interleaved-mean", "mask_use": True}
+    assert start({**STUDY, "cells": [STUDY["cells"][1], {**STUDY["cells"][1], "name": "D", "analyse": more}]}) == 0
+    plain, asked = (next(c[1] for c in fake.named("analyse", f"fake-{name}-0")) for name in "BD")
+    assert "--modes" not in plain
+    assert "--mask_use" not in plain
+    place = asked.index("--modes")
+    assert asked[place + 1 : place + 3] == ["full", "interleaved-mean"]
+    assert "--mask_use" in asked
+    assert "modes" not in results()["B_run0"]["request"]["analyse"]
+    assert results()["D_run0"]["request"]["analyse"]["modes"] == more["modes"]
+
+
+def test_an_unknown_mode_is_refused_before_anything_is_trained(fake, start, capsys):
+    cell = {**STUDY["cells"][1], "analyse": {"steps": 2, "modes": "full ful"}}
+    assert start({**STUDY, "cells": [cell]}) == 1
+    assert "cell B: analyse has the mode 'ful', expected some of full, interleaved" in capsys.readouterr().err
+    assert not fake.commands
+
+
 def test_a_gpus_memory_is_read_from_the_trainers_logs(fake, start, results):
     original = FakeRunner.nnUNetv2_train
 
