@@ -135,6 +135,7 @@ def make_segmentor(make_unet: Callable[..., nn.Module]) -> Callable[..., Diffusi
         samples: int = 1,
         seed: int = 0,
         eta: float = 0.0,
+        step_spacing: str = "linspace",
         cls: type[DiffusionSegmentor] = DiffusionSegmentor,
         unet: dict | None = None,
         **kwargs: Any,
@@ -142,7 +143,7 @@ def make_segmentor(make_unet: Callable[..., nn.Module]) -> Callable[..., Diffusi
         return cls(
             make_unet(classes=classes, **{"deep_supervision": False, **(unet or {})}),
             GaussianDiffusion(linear_beta_schedule(timesteps)),
-            SamplingConfig(steps, sampler, eta, samples, seed),
+            SamplingConfig(steps, sampler, eta, samples, seed, step_spacing),
             classes,
             **kwargs,
         )

@@ -18,7 +18,7 @@ from nnunetv2_diffusion.analysis.figures import all_figures, to_png
 from nnunetv2_diffusion.analysis.report import html_report
 from nnunetv2_diffusion.analysis.studies import MODES, Findings, Laboratory
 from nnunetv2_diffusion.analysis.tables import all_tables, rows_to_csv
-from nnunetv2_diffusion.diffusion import SAMPLERS
+from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.evaluation import EvaluationError
 from nnunetv2_diffusion.evaluation.tables import to_markdown, to_text
 from nnunetv2_diffusion.inference.inputs import InputError
@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-device", default="cuda", choices=("cuda", "cpu", "mps"))
     add("--steps", type=int, metavar="K", help="of the studies of steps and samples; default: the model's")
     add("--sampler", choices=SAMPLERS)
+    add("--step_spacing", choices=SPACINGS, help="of the steps; trailing leaves out the last one, t = 0")
     add("--samples", type=int, default=3, metavar="N", help="chains that are drawn for each case; default 3")
     add("--seed", type=int)
     add("--tta", choices=TTA, default="none", help="of the studies of steps, samples and counts; default none")
@@ -88,7 +89,9 @@ def analyse(arguments: argparse.Namespace) -> tuple[Findings, DiffusionPredictor
         raise InputError(f"{arguments.o} exists; the results go into a new folder")
     if arguments.cases is not None and arguments.cases < 1:
         raise OptionError(f"--cases is {arguments.cases}, expected at least 1")
-    options = PredictionOptions(sampler=arguments.sampler, seed=arguments.seed, tta=arguments.tta)
+    options = PredictionOptions(
+        sampler=arguments.sampler, seed=arguments.seed, step_spacing=arguments.step_spacing, tta=arguments.tta
+    )
     predictor = load_predictor(
         model_folder(arguments), arguments.f, arguments.chk, arguments.device, options, progress=False
     )
@@ -129,7 +132,8 @@ def set_patch_size(predictor: DiffusionPredictor, size: list[int] | None) -> Non
 def describe(arguments: argparse.Namespace, predictor: DiffusionPredictor) -> dict[str, Any]:
     """Model, options, versions and hardware."""
     given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("run", "verb")}
-    predictor.set_options(PredictionOptions(steps=arguments.steps, sampler=arguments.sampler, seed=arguments.seed))
+    chosen = {name: getattr(arguments, name) for name in ("steps", "sampler", "seed", "step_spacing")}
+    predictor.set_options(PredictionOptions(**chosen))
     return {
         "trainer": predictor.trainer_name,
         "data set": predictor.plans_manager.dataset_name,

@@ -11,7 +11,7 @@ from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion
 from nnunetv2_diffusion.diffusion.mask_encoding import ENCODINGS, AnalogBits, MaskEncoding, make_encoding
 from nnunetv2_diffusion.diffusion.noise import ContentNoise
 from nnunetv2_diffusion.diffusion.position_noise import PositionNoise
-from nnunetv2_diffusion.diffusion.process import DiffusionProcess
+from nnunetv2_diffusion.diffusion.process import SPACINGS, DiffusionProcess
 from nnunetv2_diffusion.diffusion.sampling import (
     SAMPLERS,
     SamplingConfig,
@@ -31,6 +31,7 @@ from nnunetv2_diffusion.diffusion.time_sampling import (
 __all__ = [
     "ENCODINGS",
     "SAMPLERS",
+    "SPACINGS",
     "TIME_SAMPLERS",
     "AnalogBits",
     "BernoulliDiffusion",

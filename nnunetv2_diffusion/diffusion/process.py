@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+SPACINGS = ("linspace", "trailing")
 Process = TypeVar("Process", bound="DiffusionProcess")
 
 
@@ -47,23 +48,28 @@ class DiffusionProcess:
         values = coefficients.to(t.device)[t].to(x.dtype).to(x.device)
         return values.reshape(-1, *[1] * (x.ndim - 1))
 
-    def respace(self: Process, num_timesteps: int) -> Process:
+    def respace(self: Process, num_timesteps: int, spacing: str = "linspace") -> Process:
         """Shorter chain over evenly spaced indices, with the same alphas_cumprod at them.
 
         Args:
-            num_timesteps: K in 1 .. T. K = 1 keeps the last index; otherwise the first and the last are kept.
+            num_timesteps: K in 1 .. T.
+            spacing: "linspace" keeps the first and the last index, K = 1 the last, as in the papers. "trailing" keeps
+                round(T k / K) - 1 for k = 1 .. K (Lin et al. 2024, table 2): the chain ends at T / K and not at 0.
 
         Returns:
             process of the same class with K steps; its ``timestep_map`` holds the training indices.
 
         Raises:
-            ValueError: if K is not in 1 .. T.
+            ValueError: if K is not in 1 .. T, or the spacing is unknown.
         """
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing is {spacing!r}, expected one of {', '.join(SPACINGS)}")
         if not 1 <= num_timesteps <= self.num_timesteps:
             raise ValueError(f"number of steps must be in 1 .. {self.num_timesteps}, got {num_timesteps}")
         last = self.num_timesteps - 1
-        if num_timesteps == 1:
-            kept = torch.tensor([last])
+        if spacing == "trailing" or num_timesteps == 1:
+            share = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+            kept = (share * self.num_timesteps).round().long() - 1
         else:
             kept = torch.linspace(0, last, num_timesteps, dtype=torch.float64).round().long()
         alphas_cumprod = self.alphas_cumprod[kept]

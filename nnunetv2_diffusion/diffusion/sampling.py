@@ -7,6 +7,7 @@ import torch
 
 from nnunetv2_diffusion.diffusion.bernoulli import BernoulliDiffusion
 from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion
+from nnunetv2_diffusion.diffusion.process import SPACINGS
 
 SAMPLERS = ("ddpm", "ddim")
 
@@ -26,6 +27,7 @@ class SamplingConfig:
         eta: DDIM's noise level in [0, 1]; without effect for DDPM.
         samples: masks drawn; their probabilities are averaged.
         seed: any integer; the same seed and image give the same result.
+        step_spacing: of the K steps over the schedule, see ``DiffusionProcess.respace``.
     """
 
     steps: int
@@ -33,9 +35,12 @@ class SamplingConfig:
     eta: float = 0.0
     samples: int = 1
     seed: int = 0
+    step_spacing: str = "linspace"
 
     def __post_init__(self) -> None:
         _check_sampler(self.sampler)
+        if self.step_spacing not in SPACINGS:
+            raise ValueError(f"step_spacing is {self.step_spacing!r}, expected one of {', '.join(SPACINGS)}")
         for name in ("steps", "samples"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:

@@ -80,7 +80,8 @@ def predict_image(
         image: a file, one file a channel, or an array (z, y, x), (C, z, y, x) or for 2D models (y, x) or (C, y, x).
         spacing: of an array, mm along its spatial axes.
         keep_samples: return the mask of every sample.
-        **options: of ``PredictionOptions``: steps, sampler, samples, seed, tta, early_exit, aggregate, grid, combine.
+        **options: of ``PredictionOptions``: steps, sampler, step_spacing, samples, seed, tta, early_exit,
+            aggregate, grid, combine.
 
     Raises:
         InputError: the image does not fit the model.

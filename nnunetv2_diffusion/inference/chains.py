@@ -107,7 +107,7 @@ class GaussianChain(Chain):
     def __init__(self, network: DiffusionSegmentor, config: SamplingConfig):
         self.network, self.config = network, config
         self.steps, self.channels = config.steps, network.encoding.channels
-        self.process = network.process.respace(config.steps)
+        self.process = network.process.respace(config.steps, config.step_spacing)
 
     def _index(self, step: int) -> torch.Tensor:
         return torch.tensor([self.steps - 1 - step])  # on the CPU, where coefficients are
@@ -154,7 +154,7 @@ class BernoulliChain(Chain):
     def __init__(self, network: HybridSegmentor, config: SamplingConfig):
         self.network, self.config = network, config
         self.steps, self.channels = config.steps, network.num_heads
-        self.process = network.process.respace(config.steps)
+        self.process = network.process.respace(config.steps, config.step_spacing)
 
     def _index(self, step: int) -> torch.Tensor:
         return torch.tensor([self.steps - 1 - step])

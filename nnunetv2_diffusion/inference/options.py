@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from nnunetv2_diffusion.diffusion import SAMPLERS, SamplingConfig
+from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS, SamplingConfig
 from nnunetv2_diffusion.inference.sliding_window import COMBINATIONS
 from nnunetv2_diffusion.inference.views import TTA
 from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
@@ -13,7 +13,10 @@ from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
 AGGREGATION = ("window", "volume")
 GRIDS = ("fixed", "shifted")
 
-CHOICES = {"sampler": SAMPLERS, "tta": TTA, "aggregate": AGGREGATION, "grid": GRIDS, "combine": COMBINATIONS}
+CHOICES = {
+    "sampler": SAMPLERS, "step_spacing": SPACINGS, "tta": TTA, "aggregate": AGGREGATION, "grid": GRIDS,
+    "combine": COMBINATIONS,
+}  # fmt: skip
 
 
 class OptionError(ValueError):
@@ -29,6 +32,7 @@ class PredictionOptions:
         sampler: "ddpm" or "ddim".
         samples: N, masks drawn; the result is their mean.
         seed: of the noise.
+        step_spacing: "linspace": the steps end at t = 0. "trailing": at T / K, one of equal length from there.
         tta: "full": a chain for each of nnU-Net's mirrored views. "interleaved": one chain whose steps see different
             views. "none".
         early_exit: end a tile's chain when a step leaves its label map unchanged.
@@ -51,6 +55,7 @@ class PredictionOptions:
     sampler: str | None = None
     samples: int | None = None
     seed: int | None = None
+    step_spacing: str | None = None
     tta: str = "interleaved"
     early_exit: bool = False
     aggregate: str = "window"
@@ -82,7 +87,7 @@ def resolve_sampling(network: nn.Module, options: PredictionOptions) -> Sampling
     Raises:
         OptionError: if the network cannot do what is asked for.
     """
-    given = {k: getattr(options, k) for k in ("steps", "sampler", "samples", "seed")}
+    given = {k: getattr(options, k) for k in ("steps", "sampler", "samples", "seed", "step_spacing")}
     given = {k: v for k, v in given.items() if v is not None}
     hybrid = isinstance(network, HybridSegmentor)
     if not hybrid and (not isinstance(network, DiffusionSegmentor) or network.process is None):
@@ -94,9 +99,9 @@ def resolve_sampling(network: nn.Module, options: PredictionOptions) -> Sampling
     start = network.sampling or SamplingConfig(steps=1, sampler="ddim")
     try:
         config = replace(start, **given)
-        network.process.respace(config.steps)
+        network.process.respace(config.steps, config.step_spacing)
     except ValueError as error:
-        raise OptionError(f"--steps, --sampler, --samples or --seed cannot be used: {error}") from error
+        raise OptionError(f"--steps, --sampler, --step_spacing, --samples or --seed cannot be used: {error}") from error
     return config
 
 

@@ -15,7 +15,7 @@ from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to
 from tqdm import tqdm
 
 from nnunetv2_diffusion.checkpoints import CheckpointError
-from nnunetv2_diffusion.diffusion import SAMPLERS
+from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.inference.cases import CasePredictor, CaseResult, Exporter, model_files
 from nnunetv2_diffusion.inference.export import SAMPLES, STEPS, UNCERTAINTY
 from nnunetv2_diffusion.inference.inputs import InputError, check_headers, is_finished, list_cases, prepare_output
@@ -89,6 +89,7 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
     add = ours.add_argument
     add("--steps", type=int, metavar="K", help="reverse steps; 0: the segmentor's own mask of a HiDiff model")
     add("--sampler", choices=SAMPLERS)
+    add("--step_spacing", choices=SPACINGS, help="of the steps; trailing leaves out the last one, t = 0")
     add("--samples", type=int, metavar="N", help="masks to draw; the result is their mean")
     add("--seed", type=int)
     add("--tta", choices=TTA, default=defaults.tta, help="mirroring: a chain a view, one chain through all, or none")

@@ -132,7 +132,7 @@ class HybridSegmentor(HeadsMixin):
         self.process = process
         self.sampling = sampling
         if sampling is not None:
-            process.respace(sampling.steps)  # raises now rather than at the first prediction
+            process.respace(sampling.steps, sampling.step_spacing)  # raises now rather than at the first prediction
         self.matches = match_features(segmentor.feature_strides, strides)
         self.strides = cumulative_strides(strides)
         channels = {stage: segmentor.feature_channels[index] for stage, index in self.matches.items()}
@@ -255,7 +255,7 @@ class HybridSegmentor(HeadsMixin):
         Yields:
             config.steps steps, noisiest first.
         """
-        process = self.process.respace(config.steps)
+        process = self.process.respace(config.steps, config.step_spacing)
         prior = self.prior(output.logits)
         shape = (self.num_heads, *image.shape[2:])
         y_t = (noise.uniform(shape) < prior).float()

@@ -79,7 +79,7 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
         self.mask_scale = 1.0
         self._run = self.denoise
         if process is not None:
-            process.respace(sampling.steps)  # raises now rather than at the first prediction
+            process.respace(sampling.steps, sampling.step_spacing)  # raises now rather than at the first prediction
 
     def compile_denoiser(self, **kwargs: Any) -> None:
         """torch.compile one pass; the loop stays outside and names in the state dict do not change."""
@@ -162,7 +162,7 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
         Yields:
             config.steps steps, noisiest first; only the last one has deep-supervision heads.
         """
-        process = self.process.respace(config.steps)
+        process = self.process.respace(config.steps, config.step_spacing)
         shape = (self.encoding.channels, *image.shape[2:])
         estimate = None
         current: ReverseStep

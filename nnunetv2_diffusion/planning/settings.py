@@ -120,6 +120,11 @@ class DiffusionSettings(Settings):
     )
     steps: int = setting(2, "K, network passes of one predicted sample; 5 in the paper", low=1)
     sampler: str = setting("ddpm", "reverse step", choices=("ddpm", "ddim"))
+    step_spacing: str = setting(
+        "trailing",
+        "the K steps: linspace from T - 1 to 0, as in the paper; trailing from T - 1 to T / K, which is better",
+        choices=("linspace", "trailing"),
+    )
     eta: float = setting(0.0, "DDIM's noise, 0 deterministic to 1 as DDPM", low=0.0, high=1.0)
     samples: int = setting(1, "masks drawn in a prediction; their probabilities are averaged", low=1)
     seed: int = setting(0, "seed of the noise in prediction", low=0)

@@ -125,7 +125,9 @@ class DiffusionTrainer(PlannedTrainer):
         return DiffusionSegmentor(
             unet,
             build_process(settings) if cls.uses_mask else None,
-            SamplingConfig(settings.steps, settings.sampler, settings.eta, settings.samples, settings.seed),
+            SamplingConfig(
+                settings.steps, settings.sampler, settings.eta, settings.samples, settings.seed, settings.step_spacing
+            ),
             num_output_channels,
             make_encoding(settings.mask_encoding, num_output_channels),
             self_conditioning=cls.uses_mask and cls.strategy.self_conditioning,

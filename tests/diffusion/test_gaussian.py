@@ -430,6 +430,32 @@ def test_kept_indices_are_those_of_the_paper(trained, steps_kept, expected):
     assert trained.respace(steps_kept).timestep_map.tolist() == expected
 
 
+def test_trailing_steps_are_of_equal_length_and_end_one_of_them_before_zero(trained):
+    for steps_kept in range(1, 1002):
+        respaced = trained.respace(steps_kept, "trailing")
+        kept = respaced.timestep_map
+        assert kept[-1] == 1000
+        lengths = torch.cat([kept.new_tensor([-1]), kept]).diff()
+        assert len(lengths) == steps_kept
+        assert lengths.min() >= 1
+        assert lengths.max() - lengths.min() <= 1  # of all, the first included
+        assert torch.equal(respaced.alphas_cumprod, trained.alphas_cumprod[kept])
+        assert respaced.alphas_cumprod_prev[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("steps_kept", "expected"),
+    [(1, [1000]), (2, [499, 1000]), (5, [199, 399, 600, 800, 1000]), (1001, list(range(1001)))],
+)
+def test_trailing_indices(trained, steps_kept, expected):
+    assert trained.respace(steps_kept, "trailing").timestep_map.tolist() == expected
+
+
+def test_an_unknown_spacing_is_refused(trained):
+    with pytest.raises(ValueError, match="spacing is 'leading', expected one of linspace, trailing"):
+        trained.respace(5, "leading")
+
+
 def test_one_step_keeps_the_last_index_bit_exactly(trained):
     respaced = trained.respace(1)
     assert respaced.num_timesteps == 1

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from nnunetv2_diffusion.diffusion import SAMPLERS, SamplingConfig, reverse_process
+from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS, SamplingConfig, reverse_process
 
 samplers = pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0)])
 
@@ -49,9 +49,10 @@ def step(process, sampler, eta, x_start, x_t, t, noise):
 
 
 @samplers
+@pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 7, 11, 1001])
-def test_an_oracle_network_returns_x_start_exactly_for_every_number_of_steps(trained, sampler, eta, steps):
-    process = trained.respace(steps)
+def test_an_oracle_network_returns_x_start_exactly_for_every_number_of_steps(trained, sampler, eta, spacing, steps):
+    process = trained.respace(steps, spacing)
     oracle = Oracle(2 * torch.rand(2, 3, 4, 5) - 1)
     noise = Noise(oracle.x_start)
     results = list(reverse_process(process, oracle, torch.randn(2, 3, 4, 5), noise, sampler, eta))

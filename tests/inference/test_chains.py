@@ -285,7 +285,13 @@ def test_a_gaussian_chain_told_the_truth_returns_it(make_segmentor, sampler):
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{}, {"self_conditioning": True}, {"self_conditioning": True, "encoding": AnalogBits(3)}]
+    "kwargs",
+    [
+        {},
+        {"step_spacing": "trailing"},
+        {"self_conditioning": True},
+        {"self_conditioning": True, "encoding": AnalogBits(3)},
+    ],
 )
 def test_a_gaussian_chain_is_the_networks_own_given_its_noise(make_segmentor, wake, kwargs):
     network = wake(make_segmentor(steps=3, **kwargs)).eval()

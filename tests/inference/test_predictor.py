@@ -246,6 +246,7 @@ def test_options_that_a_model_cannot_follow_are_refused(models, trainer, options
         ({"seed": -1}, "--seed is -1"),
         ({"tta": "half"}, "--tta is 'half', expected one of"),
         ({"sampler": "euler"}, "--sampler is 'euler'"),
+        ({"step_spacing": "leading"}, "--step_spacing is 'leading', expected one of linspace, trailing"),
         ({"early_exit": True, "aggregate": "volume"}, "--early_exit"),
     ],
 )

@@ -24,6 +24,7 @@ SAMPLERS = [
     {"steps": 5, "sampler": "ddim", "eta": 0.5},
     {"steps": 2, "samples": 3},
     {"steps": 5, "samples": 2, "sampler": "ddim"},
+    {"steps": 4, "step_spacing": "trailing"},
 ]
 samplers = pytest.mark.parametrize("sampling", SAMPLERS, ids=lambda s: "-".join(map(str, s.values())))
 heads = pytest.mark.parametrize("regions", [False, True], ids=["classes", "regions"])
@@ -202,6 +203,8 @@ def draw_by_hand(network, image, config: SamplingConfig, sample: int, regions: b
     """One chain from the published algorithms, with coefficients from alphas_cumprod, in float64."""
     alphas_cumprod = torch.cumprod(1 - linear_beta_schedule(1001), 0)
     kept = torch.linspace(0, 1000, config.steps).round().long() if config.steps > 1 else torch.tensor([1000])
+    if config.step_spacing == "trailing":
+        kept = torch.tensor([round(1001 * k / config.steps) - 1 for k in range(1, config.steps + 1)])
     noise = ContentNoise(content_hash(image), config.seed, sample, image.device)
     x = noise((K, *PATCH)).double()
     p = None
@@ -241,7 +244,9 @@ def test_prediction_is_the_mean_probability_of_independent_chains(
 def test_the_network_is_told_the_training_index_of_each_step(make_oracle, image, sampling):
     network = make_oracle(torch.zeros(2, K, *PATCH), **sampling)
     network(image)
-    expected = network.process.respace(network.sampling.steps).timestep_map.flip(0).tolist()
+    expected = (
+        network.process.respace(network.sampling.steps, network.sampling.step_spacing).timestep_map.flip(0).tolist()
+    )
     assert expected[0] == 1000
     assert [t.tolist() for _, t, _, _ in network.asked] == [[t, t] for t in expected] * network.sampling.samples
 
@@ -291,7 +296,9 @@ def test_a_chain_yields_every_step_from_noise_to_the_prediction(make_awake, imag
     config = network.sampling
     noise = ContentNoise(content_hash(image), config.seed, 0, image.device)
     steps = list(network.chain(image, noise, config))
-    assert [step.t for step in steps] == network.process.respace(config.steps).timestep_map.flip(0).tolist()
+    assert [step.t for step in steps] == network.process.respace(config.steps, config.step_spacing).timestep_map.flip(
+        0
+    ).tolist()
     start = ContentNoise(content_hash(image), config.seed, 0, image.device)((K, *PATCH))
     assert torch.equal(steps[0].x_t, start)
     assert [len(step.heads) for step in steps] == [1] * (config.steps - 1) + [2]

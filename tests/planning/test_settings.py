@@ -37,6 +37,7 @@ OTHER = {
     "time_sampling": "importance",
     "steps": 7,
     "sampler": "ddim",
+    "step_spacing": "linspace",
     "eta": 0.5,
     "samples": 4,
     "seed": 9,
@@ -60,6 +61,7 @@ def test_defaults_are_those_of_the_paper_in_the_host():
     settings = DiffusionSettings()
     assert (settings.timesteps, settings.beta_start, settings.beta_end) == (1001, 1e-4, 0.02)
     assert (settings.steps, settings.sampler, settings.samples, settings.seed) == (2, "ddpm", 1, 0)  # 5 in the paper
+    assert settings.step_spacing == "trailing"  # linspace in the paper
     assert (settings.recipe, settings.time_sampling, settings.time_conditioning) == ("paper", "uniform", True)
     assert settings.self_conditioning_probability == 0.5
     assert all(getattr(settings, name) is None for name in OPTIONAL)
