@@ -25,7 +25,8 @@ class Usage:
 
     Attributes:
         seconds: from its start to its end.
-        peak_memory_bytes: largest resident set of any one of its processes; None where the system does not tell.
+        peak_memory_bytes: largest resident set of any one of its processes; None where the system does not tell. Linux
+            counts from before the command replaced a copy of this process, so it is never less than what this one has.
     """
 
     seconds: float

@@ -190,20 +190,21 @@ def test_an_unknown_sampler_is_an_error_that_names_the_known_ones(trained):
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("eta", [0, 0.5, 1])
 def test_a_valid_configuration_is_kept_as_given_and_cannot_be_changed(sampler, eta):
-    config = SamplingConfig(5, sampler, eta, samples=3, seed=-7)
-    assert dataclasses.astuple(config) == (5, sampler, eta, 3, -7)
+    config = SamplingConfig(5, sampler, eta, samples=3, seed=-7, step_spacing="trailing")
+    assert dataclasses.astuple(config) == (5, sampler, eta, 3, -7, "trailing")
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.steps = 4
 
 
 def test_defaults_are_one_ddpm_sample():
-    assert dataclasses.astuple(SamplingConfig(1)) == (1, "ddpm", 0.0, 1, 0)
+    assert dataclasses.astuple(SamplingConfig(1)) == (1, "ddpm", 0.0, 1, 0, "linspace")
 
 
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
         ("sampler", "euler", "one of ddpm, ddim"),
+        ("step_spacing", "leading", "one of linspace, trailing"),
         ("sampler", "DDPM", "one of ddpm, ddim"),
         ("steps", 0, "an integer of at least 1"),
         ("steps", -5, "an integer of at least 1"),
