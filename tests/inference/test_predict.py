@@ -291,7 +291,8 @@ def test_memory_does_not_grow_with_the_number_of_samples(models, tmp_path):
         ]  # fmt: skip
         run = subprocess.run(
             [sys.executable, "-c", PEAK, *map(str, command)], capture_output=True, text=True, check=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # glibc gives large blocks back at once: what is measured is what is held, and not gaps in its heap
+            env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"},
         )  # fmt: skip
         peaks[samples] = int(run.stdout.rsplit("peak", 1)[1])
     assert peaks[16] <= 1.1 * peaks[2]
