@@ -165,6 +165,11 @@ class _LayoutPreservingNorm:
 
 VARIANTS = (
     Variant(
+        "the same once more",
+        "1.00: how far it is off tells the noise of this measurement",
+        "-",
+    ),
+    Variant(
         "coarse heads in the first pass too",
         "1.01: 1x1x1 convolutions at half resolution and below",
         "dropped: nobody uses them; the difference is below the noise of this measurement",
