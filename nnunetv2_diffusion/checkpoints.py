@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -77,6 +78,18 @@ def check_checkpoint(path: str | Path, trainer_name: str, num_heads: int) -> Non
         )
 
 
+def find_trainer(name: str) -> type[nnUNetTrainer]:
+    """The class that ``nnUNetv2_train -tr name`` would use.
+
+    Raises:
+        CheckpointError: if nnU-Net does not find it.
+    """
+    try:
+        return recursive_find_trainer_class_by_name(name)
+    except RuntimeError as error:
+        raise CheckpointError(f"{error}. Type: nnunetv2_diffusion doctor") from error
+
+
 def build_network(
     trainer_name: str, plans: PlansManager, configuration: ConfigurationManager, dataset_json: dict
 ) -> nn.Module:
@@ -85,11 +98,7 @@ def build_network(
     Raises:
         CheckpointError: if nnU-Net does not find the trainer.
     """
-    try:
-        trainer = recursive_find_trainer_class_by_name(trainer_name)
-    except RuntimeError as error:
-        raise CheckpointError(f"{error}. Type: nnunetv2_diffusion doctor") from error
-    return trainer.build_network_architecture(
+    return find_trainer(trainer_name).build_network_architecture(
         plans,
         configuration,
         determine_num_input_channels(plans, configuration, dataset_json),

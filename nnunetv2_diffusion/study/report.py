@@ -1,7 +1,6 @@
 """The page of all studies: tables and figures from the JSONs alone, the same for the same files."""
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Mapping
@@ -74,9 +73,7 @@ def write_page(file: Path, page: str, figures: Mapping[str, bytes]) -> None:
     for name, content in figures.items():
         target = file.parent / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
-        part.write_bytes(content)
-        os.replace(part, target)
+        write_whole(target, content)
     write_whole(file, page)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_diffusion.checkpoints import CheckpointError
+from nnunetv2_diffusion.checkpoints import CheckpointError, find_trainer
 from nnunetv2_diffusion.commands import CommandError, CommandRunner
 from nnunetv2_diffusion.evaluation import EvaluationError
 from nnunetv2_diffusion.study import StudyError
@@ -111,7 +111,8 @@ def open_units(place: Workplace, cells: Sequence[Cell], results: Path) -> list[U
     """Trainings that are not finished, those that others wait for first.
 
     Raises:
-        StudyError: for a trainer, prediction or result that cannot be used.
+        StudyError: for a prediction or result that cannot be used.
+        CheckpointError: for a trainer that nnU-Net does not find.
     """
     units = []
     for cell in sorted(cells, key=lambda c: c.source is not None):
@@ -151,17 +152,12 @@ def chain_of(trainer: str) -> str | None:
     """Kind of a trainer's chain: "gaussian", "hybrid" (HiDiff), or None.
 
     Raises:
-        StudyError: if nnU-Net does not find the trainer.
+        CheckpointError: if nnU-Net does not find the trainer.
     """
-    from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
-
     from nnunetv2_diffusion.training import DiffusionTrainer
     from nnunetv2_diffusion.training.hybrid_trainer import HybridTrainer
 
-    try:
-        found = recursive_find_trainer_class_by_name(trainer)
-    except RuntimeError as error:
-        raise StudyError(f"{error}. Type: nnunetv2_diffusion doctor") from None
+    found = find_trainer(trainer)
     if issubclass(found, HybridTrainer):
         return "hybrid"
     return "gaussian" if issubclass(found, DiffusionTrainer) and found.uses_mask else None

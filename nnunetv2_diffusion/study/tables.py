@@ -216,15 +216,15 @@ def mode_table(study: StudyResults) -> Table:
 
 def mask_use_table(study: StudyResults) -> Table:
     """Dice of one pass that is given a true or a wrong mask."""
-    rows = []
+    given, rows = _given(study), []
     for cell in study.cells:
         found = [row for columns in cell.analysis("mask_use") for row in rows_of(columns) if row["label"] == MEAN]
         for level in sorted({row["level"] for row in found}):
             own = [row for row in found if row["level"] == level]
-            dice = {g: nanmean([_dice(r) for r in own if r["given"] == g]) for g in _given(study)}
-            rows.append([cell.name, f"{level:g} T", *(number(dice[g], 4) for g in dice)])
+            dice = [nanmean([_dice(r) for r in own if r["given"] == kind]) for kind in given]
+            rows.append([cell.name, f"{level:g} T", *(number(value, 4) for value in dice)])
     notes = ["Equal columns: the mask is ignored. High for the true mask alone: it is copied."]
-    return Table("Use of a mask that is given", ["cell", "noise, t", *_given(study)], rows, notes, left=2)
+    return Table("Use of a mask that is given", ["cell", "noise, t", *given], rows, notes, left=2)
 
 
 def _given(study: StudyResults) -> list[str]:

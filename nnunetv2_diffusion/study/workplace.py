@@ -210,8 +210,8 @@ def fresh_log(folder: Path, title: str) -> tuple[Path, int]:
     return file, attempt
 
 
-def write_whole(file: Path, text: str) -> None:
+def write_whole(file: Path, content: str | bytes) -> None:
     """Write a file whole or not at all; one that exists is replaced."""
     part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_bytes(content.encode() if isinstance(content, str) else content)
     os.replace(part, file)

@@ -8,11 +8,9 @@ import numpy as np
 import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import nn
 
 from nnunetv2_diffusion.diffusion import make_encoding
-from nnunetv2_diffusion.planning.settings import read_settings
+from nnunetv2_diffusion.planning.settings import DiffusionSettings
 from nnunetv2_diffusion.training.corruption import make_corruption
 from nnunetv2_diffusion.training.strategies import RecycleMixed, RecycleView
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer
@@ -118,18 +116,5 @@ class MixedTrainer(DiffusionTrainer):
         )
 
     @classmethod
-    def build_network_architecture(
-        cls,
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """As the base's; its sampler scales masks as training does."""
-        network = super().build_network_architecture(
-            plans_manager, configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision
-        )
-        settings = read_settings(configuration_manager.configuration, plans_manager.plans_name)
-        network.mask_scale = settings.mixture.mask_scale
-        return network
+    def _mask_scale(cls, settings: DiffusionSettings) -> float:
+        return settings.mixture.mask_scale

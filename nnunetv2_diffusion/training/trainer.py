@@ -122,7 +122,7 @@ class DiffusionTrainer(PlannedTrainer):
         if cls.uses_mask:
             settings = sampling_from_environment(settings)
         unet = plans_unet(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
-        return DiffusionSegmentor(
+        network = DiffusionSegmentor(
             unet,
             build_process(settings) if cls.uses_mask else None,
             SamplingConfig(
@@ -136,6 +136,13 @@ class DiffusionTrainer(PlannedTrainer):
             transformer_heads=settings.transformer_heads,
             transformer_width=settings.transformer_width,
         )
+        network.mask_scale = cls._mask_scale(settings)
+        return network
+
+    @classmethod
+    def _mask_scale(cls, settings: DiffusionSettings) -> float:
+        """b of the network's chains, which has to be that of training."""
+        return 1.0
 
     def _compile(self) -> None:
         self.inner_network.compile_denoiser()
