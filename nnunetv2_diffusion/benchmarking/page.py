@@ -11,7 +11,7 @@ from nnunetv2_diffusion.benchmarking.problem import BenchmarkError, read_json
 from nnunetv2_diffusion.benchmarking.report import Columns, Target
 from nnunetv2_diffusion.benchmarking.startup import STARTUP_COLUMNS
 from nnunetv2_diffusion.evaluation.tables import Table, to_markdown
-from nnunetv2_diffusion.study.workplace import write_whole
+from nnunetv2_diffusion.pages import check_page, write_whole
 
 MARK = "<!-- made by scripts/benchmark page from the JSONs; do not edit -->"
 EXPECTED = "expected a JSON of scripts/benchmark or scripts/memory_table"
@@ -244,9 +244,10 @@ def write_page(file: Path, page: str) -> None:
         BenchmarkError: if another file is there, or it cannot be written.
     """
     try:
-        if file.exists() and not file.read_text(encoding="utf-8").startswith(MARK):
-            raise BenchmarkError(f"{file} exists and was not made by scripts/benchmark page; it is not overwritten")
+        check_page(file, MARK, "scripts/benchmark page")
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, page)
-    except (OSError, UnicodeDecodeError) as error:
+    except FileExistsError as error:
+        raise BenchmarkError(str(error)) from error
+    except OSError as error:
         raise BenchmarkError(f"{file}: cannot be written ({error}), expected a page in Markdown") from error

@@ -27,12 +27,13 @@ from nnunetv2_diffusion.benchmarking.report import describe_hardware, describe_v
 from nnunetv2_diffusion.checkpoints import load_checkpoint_file
 from nnunetv2_diffusion.evaluation.labels import read_labels
 from nnunetv2_diffusion.evaluation.summaries import class_key, read_summary
+from nnunetv2_diffusion.pages import write_whole
 from nnunetv2_diffusion.planning.derive import resolve_configurations
 from nnunetv2_diffusion.planning.settings import HIDIFF, parse_settings
 from nnunetv2_diffusion.study import StudyError
 from nnunetv2_diffusion.study.definition import Cell, Prediction, Study, read_json
 from nnunetv2_diffusion.study.stages import Training
-from nnunetv2_diffusion.study.workplace import Workplace, write_whole
+from nnunetv2_diffusion.study.workplace import Workplace
 from nnunetv2_diffusion.training.host import PEAK_GPU_MEMORY
 
 SCHEMA = 1

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_diffusion.evaluation.tables import Table, to_markdown
+from nnunetv2_diffusion.pages import check_page, write_whole
 from nnunetv2_diffusion.study import StudyError
 from nnunetv2_diffusion.study.figures import CURVES, all_figures, question_boxes, to_png, training_curves
 from nnunetv2_diffusion.study.results import StudyResults, load_results
 from nnunetv2_diffusion.study.tables import all_tables, summary_table, test_table
-from nnunetv2_diffusion.study.workplace import write_whole
 
 BEGIN, END = "<!-- summary of NAME -->", "<!-- end of summary -->"
 MARK = "<!-- made by scripts/study report from the JSONs; do not edit -->"
@@ -65,10 +65,9 @@ def write_page(file: Path, page: str, figures: Mapping[str, bytes]) -> None:
     """Write a page that is new, or was made here before.
 
     Raises:
-        StudyError: if another file is there.
+        FileExistsError: if another file is there.
     """
-    if file.exists() and not file.read_text(encoding="utf-8").startswith(MARK):
-        raise StudyError(f"{file} exists and was not made by scripts/study report; it is not overwritten")
+    check_page(file, MARK, "scripts/study report")
     file.parent.mkdir(parents=True, exist_ok=True)
     for name, content in figures.items():
         target = file.parent / name

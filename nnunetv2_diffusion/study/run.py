@@ -13,6 +13,7 @@ from typing import Any
 from nnunetv2_diffusion.checkpoints import CheckpointError, find_trainer
 from nnunetv2_diffusion.commands import CommandError, CommandRunner
 from nnunetv2_diffusion.evaluation import EvaluationError
+from nnunetv2_diffusion.pages import write_whole
 from nnunetv2_diffusion.study import StudyError
 from nnunetv2_diffusion.study.definition import Cell, Study, predictions_of, read_study
 from nnunetv2_diffusion.study.records import (
@@ -27,7 +28,7 @@ from nnunetv2_diffusion.study.records import (
     to_text,
 )
 from nnunetv2_diffusion.study.stages import Training
-from nnunetv2_diffusion.study.workplace import Workplace, check_cases, write_whole
+from nnunetv2_diffusion.study.workplace import Workplace, check_cases
 
 EXPECTED = (StudyError, CommandError, CheckpointError, EvaluationError, OSError)
 INTERRUPTED = 130

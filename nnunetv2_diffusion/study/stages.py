@@ -8,9 +8,10 @@ from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
+from nnunetv2_diffusion.pages import write_whole
 from nnunetv2_diffusion.planning.settings import ENVIRONMENT_PREFIX
 from nnunetv2_diffusion.study.definition import Cell, Prediction, read_json
-from nnunetv2_diffusion.study.workplace import Workplace, fresh_log, locked, write_whole
+from nnunetv2_diffusion.study.workplace import Workplace, fresh_log, locked
 
 Report = Callable[[str], None]
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from nnunetv2_diffusion.commands import CommandRunner
 from nnunetv2_diffusion.demo.data import RawDataError, link_parts, read_raw
+from nnunetv2_diffusion.pages import write_whole
 from nnunetv2_diffusion.planning.derive import PlansError, derive_plans, write_plans
 from nnunetv2_diffusion.planning.schema import SettingsError
 from nnunetv2_diffusion.planning.settings import ENVIRONMENT_PREFIX, HIDIFF, merge_settings
@@ -208,10 +209,3 @@ def fresh_log(folder: Path, title: str) -> tuple[Path, int]:
         attempt += 1
         file = folder / f"{title}_{attempt}.txt"
     return file, attempt
-
-
-def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all; one that exists is replaced."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(part, file)

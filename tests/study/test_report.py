@@ -187,7 +187,7 @@ def test_code_that_cannot_be_traced_is_told(folder):
 def test_only_its_own_page_is_overwritten(folder, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("mine")
-    with pytest.raises(StudyError, match="not made by scripts/study report"):
+    with pytest.raises(FileExistsError, match="not made by scripts/study report"):
         report.write_page(page, report.MARK, {})
     assert page.read_text() == "mine"
     page.unlink()
