@@ -1,6 +1,7 @@
 """One picture of a case: image, ground truth, prediction and the steps of the reverse process."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -9,7 +10,7 @@ import torch
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunetv2_diffusion.diffusion import ContentNoise, SamplingConfig
+from nnunetv2_diffusion.diffusion import ContentNoise
 from nnunetv2_diffusion.diffusion.noise import content_hash
 from nnunetv2_diffusion.drawing import overlay
 from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
@@ -51,12 +52,15 @@ def _chain(
     network: torch.nn.Module, patch: torch.Tensor, steps: int
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Training time, noisy mask of the last class in [-1, 1] and probabilities of every step; none without a chain."""
+    if not isinstance(network, HybridSegmentor | DiffusionSegmentor) or network.sampling is None:
+        return
     noise = ContentNoise(content_hash(patch), 0, 0, patch.device)
+    config = replace(network.sampling, steps=steps)  # sampler and spacing as the model predicts
     if isinstance(network, HybridSegmentor):
-        for step in network.chain(patch, network.segmentor(patch), noise, SamplingConfig(steps, "ddim")):
+        for step in network.chain(patch, network.segmentor(patch), noise, config):
             yield step.t, 2 * step.y_t[0, -1] - 1, step.y_start
-    elif isinstance(network, DiffusionSegmentor) and network.process is not None:
-        for step in network.chain(patch, noise, SamplingConfig(steps)):
+    else:
+        for step in network.chain(patch, noise, config):
             yield step.t, step.x_t[0, -1].clamp(-1, 1), network.probabilities(step.heads[0])
 
 
