@@ -8,6 +8,12 @@ import numpy as np
 
 from nnunetv2_diffusion.analysis.cases import LabelledCase, dice_scores, label_set, pairwise_dice
 from nnunetv2_diffusion.analysis.mask_use import check_mask_use, mask_use
+from nnunetv2_diffusion.analysis.quality import (
+    can_measure_distances,
+    distance_scores,
+    error_correlation,
+    probability_scores,
+)
 from nnunetv2_diffusion.inference.cases import CaseResult, draw_case, final_mask, uncertainty_maps
 from nnunetv2_diffusion.inference.maps import to_original_geometry
 from nnunetv2_diffusion.inference.options import PredictionOptions
@@ -32,13 +38,14 @@ MODES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Findings:
-    """Rows of all studies, and what the pictures show.
+    """Rows of all studies, and what the pictures show. HD95 is there if MONAI is installed; see ``quality``.
 
     Attributes:
-        steps: case, sample, step, label, Dice: of every step of every sample.
-        counts: case, K, label, Dice, passes_per_tile, seconds: predictions with K steps.
-        modes: case, mode, label, Dice, passes_per_tile, seconds, disagreement: kinds of mirroring and blending.
-        samples: case, Dice (of the mean), pairwise_dice (of the samples), sample_dice (mean of the samples').
+        steps: case, sample, step, label, Dice, HD95: of every step of every sample.
+        counts: case, K, label, Dice, HD95, ECE, confidence, passes_per_tile, seconds: predictions with K steps.
+        modes: case, mode, and as counts, and disagreement: kinds of mirroring and blending.
+        samples: case, Dice (of the mean), pairwise_dice (of the samples), sample_dice (mean of the samples'),
+            error_correlation (of their variance with the errors of the mean).
         mask_use: case, given, level, label, Dice: what is made of a given mask, see ``mask_use``.
         pictures: case -> slices (rows, columns): image, reference, mask, entropy, variance.
     """
@@ -77,6 +84,7 @@ class Laboratory:
         self.predictor, self.options = predictor, options
         self.chain_steps, self.samples, self.counts, self.modes = chain_steps, samples, counts, modes
         self.mask_use = mask_use
+        self.distances = can_measure_distances()
         self.labels = label_set(predictor)
         self.findings = Findings()
 
@@ -118,8 +126,24 @@ class Laboratory:
     def _add(self, rows: list[Row], case: LabelledCase, result: CaseResult, **setting: Any) -> None:
         """A row for each label of a prediction."""
         cost = {"passes_per_tile": result.passes.per_tile, "tiles": result.passes.tiles, "seconds": result.seconds}
-        scores = dice_scores(self.labels, case.reference, self._mask(case, result.moments.mean()))
-        rows += [{"case": case.name, **setting, "label": n, "Dice": v, **cost} for n, v in scores.items()]
+        p = result.moments.mean()
+        mask = self._mask(case, p)
+        scores, further = self._scores(case, mask), probability_scores(self.labels, case, mask, self._original(case, p))
+        rows += [{"case": case.name, **setting, "label": n, **v, **further[n], **cost} for n, v in scores.items()]
+
+    def _scores(self, case: LabelledCase, mask: np.ndarray) -> dict[str, dict[str, float]]:
+        """Label -> Dice, and HD95 if it can be measured."""
+        scores = {name: {"Dice": v} for name, v in dice_scores(self.labels, case.reference, mask).items()}
+        if self.distances:
+            for name, values in distance_scores(self.labels, case, mask).items():
+                scores[name] |= values
+        return scores
+
+    def _original(self, case: LabelledCase, p: Any) -> np.ndarray:
+        """Probabilities of the classes or regions in the geometry of the image, (targets, z, y, x)."""
+        heads = [target.head for target in self.labels.targets]
+        managers = self.predictor.plans_manager, self.predictor.configuration_manager
+        return to_original_geometry(p[heads], case.properties, *managers)
 
     def _study_samples(self, case: LabelledCase, options: PredictionOptions) -> None:
         """Every step of every sample, and how samples agree."""
@@ -128,9 +152,8 @@ class Laboratory:
         def keep(member: Any, number: int) -> None:
             for step, p in enumerate(member.steps, start=1):
                 mask = self._mask(case, p)
-                scores = dice_scores(self.labels, case.reference, mask)
                 where = {"case": case.name, "sample": number, "step": step}
-                self.findings.steps += [{**where, "label": n, "Dice": v} for n, v in scores.items()]
+                self.findings.steps += [{**where, "label": n, **v} for n, v in self._scores(case, mask).items()]
             masks.append(mask)
 
         result = self._draw(case, options, keep=keep)
@@ -142,9 +165,15 @@ class Laboratory:
                 "Dice": dice_scores(self.labels, case.reference, mean)["mean"],
                 "sample_dice": float(np.nanmean(singles)) if not np.isnan(singles).all() else float("nan"),
                 "pairwise_dice": pairwise_dice(self.labels, masks),
+                "error_correlation": self._error_correlation(case, mean, result),
             }
         )
         self.findings.pictures[case.name] = self._picture(case, mean, result)
+
+    def _error_correlation(self, case: LabelledCase, mask: np.ndarray, result: CaseResult) -> float:
+        variance = result.moments.maps()["variance"][None]
+        managers = self.predictor.plans_manager, self.predictor.configuration_manager
+        return error_correlation(self.labels, case, mask, to_original_geometry(variance, case.properties, *managers)[0])
 
     def _picture(self, case: LabelledCase, mask: np.ndarray, result: CaseResult) -> dict[str, np.ndarray]:
         """The slice with most foreground of what a report shows."""

@@ -80,19 +80,26 @@ def gain_table(findings: Findings) -> Table:
 def cost_table(rows: Sequence[Row], key: str, title: str) -> Table:
     """Dice and cost of settings that are compared."""
     labels = _labels(rows)
-    columns = [key, *labels, "passes a tile", "seconds a case"]
+    metrics = [metric for metric in ("HD95", "ECE") if any(metric in r for r in rows)]
+    columns = [key, *labels, *metrics, "AURC", "passes a tile", "seconds a case"]
     overlaps = any(r.get("disagreement") is not None for r in rows)
     lines = []
     for (value,), of_setting in grouped(rows, key).items():
         cells = [spread([r["Dice"] for r in of_setting if r["label"] == label]) for label in labels]
         of_cases = of_mean(of_setting)
+        cells += [spread([r[metric] for r in of_cases]) for metric in metrics]
+        failure = failure_scores([r["confidence"] for r in of_cases], [r["Dice"] for r in of_cases])
+        cells += [f"{failure['AURC']:.4f}"]
         cells += [f"{np.mean([r['passes_per_tile'] for r in of_cases]):.2f}"]
         cells += [f"{np.mean([r['seconds'] for r in of_cases]):.1f}"]
         if overlaps:
             cells.append(spread([r["disagreement"] for r in of_cases]))
         lines.append([str(value), *cells])
-    notes = ["Disagreement: share of foreground voxels in overlaps of tiles that have another label there."]
-    return Table(title, [*columns, *(["disagreement"] if overlaps else [])], lines, notes if overlaps else [])
+    notes = ["AURC: risk 1 - Dice, confidence soft Dice of the probabilities with their mask; lower is better."]
+    if overlaps:
+        columns.append("disagreement")
+        notes.append("Disagreement: share of foreground voxels in overlaps of tiles that have another label there.")
+    return Table(title, columns, lines, notes)
 
 
 def sample_table(findings: Findings) -> Table:
@@ -102,10 +109,14 @@ def sample_table(findings: Findings) -> Table:
     failure = failure_scores(agreement, dice)
     cells = [
         spread(dice), spread([r["sample_dice"] for r in rows]), spread(agreement), f"{failure['AURC']:.4f}",
-        f"{failure['ExcessAURC']:.4f}",
+        f"{failure['ExcessAURC']:.4f}", spread([r["error_correlation"] for r in rows]),
     ]  # fmt: skip
-    columns = ["Dice of the mean", "Dice of a sample", "pairwise Dice", "AURC", "excess AURC"]
-    return Table("Samples", columns, [cells], ["AURC: risk 1 - Dice, confidence pairwise Dice; lower is better."])
+    columns = ["Dice of the mean", "Dice of a sample", "pairwise Dice", "AURC", "excess AURC", "variance and errors"]
+    notes = [
+        "AURC: risk 1 - Dice, confidence pairwise Dice; lower is better. Variance and errors: correlation over voxels "
+        "near the foreground."
+    ]
+    return Table("Samples", columns, [cells], notes)
 
 
 def mask_use_table(findings: Findings) -> Table:

@@ -65,6 +65,11 @@ def test_there_are_rows_for_everything_that_was_studied(results):
     assert {r["label"] for r in steps} == {"left part", "right part", "mean"}
     assert {r["mode"] for r in rows(results / "modes.csv")} == set(MODES)
     assert {r["K"] for r in rows(results / "counts.csv")} == {"1", "2"}
+    for table in ("modes", "counts"):
+        of_mean = [r for r in rows(results / f"{table}.csv") if r["label"] == "mean"]
+        assert all(0 <= float(r["ECE"]) <= 1 and 0 <= float(r["confidence"]) <= 1 for r in of_mean)
+        assert all("HD95" in r for r in of_mean)
+    assert any(r["HD95"] for r in steps)
     assert len(rows(results / "mask_use.csv")) == 2 * 5 * 2 * 3, "cases, kinds of mask, levels of noise, labels"
     assert all(0 <= float(r["pairwise_dice"]) <= 1 for r in rows(results / "samples.csv"))
 
@@ -172,13 +177,24 @@ def test_gains_and_ranges_by_hand():
 
 
 def test_agreement_that_ranks_errors_has_no_excess_risk():
-    samples = [{"Dice": d, "sample_dice": d, "pairwise_dice": d / 2 + 0.5} for d in (0.5, 0.7, 0.9)]
-    assert sample_table(Findings(samples=samples)).rows[0][-1] == "0.0000"
+    found = [(0.5, 0.1), (0.7, np.nan), (0.9, 0.3)]
+    samples = [
+        {"Dice": d, "sample_dice": d, "pairwise_dice": d / 2 + 0.5, "error_correlation": c} for d, c in found
+    ]
+    table = sample_table(Findings(samples=samples))
+    (row,) = table.rows
+    by_name = dict(zip(table.columns, row, strict=True))
+    assert by_name["excess AURC"] == "0.0000"
+    assert by_name["variance and errors"] == "0.2000 +- 0.1000"
 
 
 def test_costs_are_means_over_cases():
-    shared = {"label": "mean", "K": 2, "passes_per_tile": 2.0}
+    shared = {"label": "mean", "K": 2, "passes_per_tile": 2.0, "confidence": 0.5}
     rows = [{**shared, "case": "a", "Dice": 0.5, "seconds": 1.0}, {**shared, "case": "b", "Dice": 0.7, "seconds": 3.0}]
     (row,) = cost_table(rows, "K", "t").rows
-    assert list(row) == ["2", "0.6000 +- 0.1000", "2.00", "2.0"]
-    assert rows_to_csv(rows).splitlines()[0] == "label,K,passes_per_tile,case,Dice,seconds"
+    assert list(row) == ["2", "0.6000 +- 0.1000", "0.4000", "2.00", "2.0"], "equally sure: AURC is the mean risk"
+    assert rows_to_csv(rows).splitlines()[0] == "label,K,passes_per_tile,confidence,case,Dice,seconds"
+    measured = [{**row, "HD95": h, "ECE": 0.1} for row, h in zip(rows, (2.0, np.nan), strict=True)]
+    table = cost_table(measured, "K", "t")
+    by_name = dict(zip(table.columns, table.rows[0], strict=True))
+    assert (by_name["HD95"], by_name["ECE"]) == ("2.0000 +- 0.0000", "0.1000 +- 0.0000")

@@ -1,0 +1,109 @@
+"""What a prediction is worth besides its Dice: how far it is off, how calibrated, and how sure the model is of it."""
+
+import importlib.util
+from collections.abc import Mapping
+
+import numpy as np
+
+from nnunetv2_diffusion.analysis.cases import MEAN, LabelledCase
+from nnunetv2_diffusion.evaluation.calibration import around_foreground
+from nnunetv2_diffusion.evaluation.labels import LabelSet
+from nnunetv2_diffusion.evaluation.metrics import EMPTY_RULES
+from nnunetv2_diffusion.evaluation.probabilistic import MARGIN, probabilistic_scores
+from nnunetv2_diffusion.evaluation.surface import LIBRARY, surface_scores
+
+Scores = dict[str, dict[str, float]]  # name of a class or region, or of their mean -> metric -> value
+
+
+def can_measure_distances() -> bool:
+    """Whether the library for distances of surfaces, which is optional, is installed."""
+    return importlib.util.find_spec(LIBRARY) is not None
+
+
+def _spacing(case: LabelledCase) -> tuple[float, ...]:
+    """In mm along the axes that are left when a single slice is taken for an image."""
+    spacing = tuple(float(s) for s in case.properties["spacing"])
+    return spacing[1:] if case.reference.shape[0] == 1 else spacing
+
+
+def _flat(x: np.ndarray, case: LabelledCase) -> np.ndarray:
+    """(..., z, y, x), without z if the case is one slice: in a volume all of its voxels were surface."""
+    return x[..., 0, :, :] if case.reference.shape[0] == 1 else x
+
+
+def distance_scores(labels: LabelSet, case: LabelledCase, mask: np.ndarray) -> Scores:
+    """HD95 in mm; NaN where one of the masks is empty, or both are.
+
+    Args:
+        labels: of the model.
+        case: with its reference; ignored voxels belong to neither mask.
+        mask: labels, (z, y, x).
+    """
+    valid = labels.valid(case.reference)
+    masks = [labels.masks(_flat(values, case)) for values in (case.reference, mask)]
+    if valid is not None:
+        masks = [m & _flat(valid, case) for m in masks]
+    rule = EMPTY_RULES["nnunet"]
+    found = {
+        target.name: {"HD95": surface_scores(*(m[i] for m in masks), _spacing(case), (), "mm", rule)["HD95"]}
+        for i, target in enumerate(labels.targets)
+    }
+    return with_mean(found)
+
+
+def probability_scores(labels: LabelSet, case: LabelledCase, mask: np.ndarray, probabilities: np.ndarray) -> Scores:
+    """ECE near the foreground, and the confidence in a mask.
+
+    The confidence is the soft Dice of the probabilities p with the mask m that they gave, 2 sum(p m) / (sum p + sum m):
+    about the Dice that calibrated probabilities let expect, 1 if all of them are 0 or 1, and 0 if nothing was found.
+    It needs no samples, so models with a chain and without one can be compared by it.
+
+    Args:
+        labels: of the model.
+        case: with its reference.
+        mask: labels, (z, y, x).
+        probabilities: of the classes or regions in their order, (targets, z, y, x), in [0, 1].
+    """
+    reference, predicted = (labels.masks(_flat(values, case)) for values in (case.reference, mask))
+    valid = labels.valid(case.reference)
+    valid = None if valid is None else _flat(valid, case)
+    p = _flat(probabilities, case)
+    scores = probabilistic_scores([reference], p, None, _spacing(case), valid, predicted.any(0))
+    found = {}
+    for index, target in enumerate(labels.targets):
+        total = p[index].sum() + predicted[index].sum()
+        confidence = float(2 * p[index][predicted[index]].sum() / total) if total else 0.0
+        found[target.name] = {"ECE": scores[index]["ECE"], "confidence": confidence}
+    return with_mean(found)
+
+
+def error_correlation(labels: LabelSet, case: LabelledCase, mask: np.ndarray, variance: np.ndarray) -> float:
+    """Does the variance of samples point at errors: its correlation with them, over voxels near the foreground.
+
+    Args:
+        labels: of the model.
+        case: with its reference.
+        mask: labels of the samples' mean, (z, y, x).
+        variance: of the samples, (z, y, x).
+
+    Returns:
+        Pearson's, in [-1, 1]; NaN if either is the same everywhere, as the variance of a single sample is.
+    """
+    reference, predicted = (labels.masks(_flat(values, case)) for values in (case.reference, mask))
+    valid = labels.valid(case.reference)
+    valid = np.ones(reference.shape[1:], bool) if valid is None else _flat(valid, case)
+    where = around_foreground(reference.any(0) & valid, predicted.any(0) & valid, _spacing(case), MARGIN) & valid
+    errors, spread = (reference != predicted).any(0)[where].astype(float), _flat(variance, case)[where].astype(float)
+    if not len(errors) or errors.std() == 0 or spread.std() == 0:
+        return float("nan")
+    return float(np.corrcoef(errors, spread)[0, 1])
+
+
+def with_mean(scores: Mapping[str, Mapping[str, float]]) -> Scores:
+    """With the mean over classes or regions, those without a value left out."""
+    metrics = dict.fromkeys(metric for values in scores.values() for metric in values)
+    means = {}
+    for metric in metrics:
+        known = [values[metric] for values in scores.values() if not np.isnan(values[metric])]
+        means[metric] = float(np.mean(known)) if known else float("nan")
+    return {**{name: dict(values) for name, values in scores.items()}, MEAN: means}
