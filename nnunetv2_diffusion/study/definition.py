@@ -98,6 +98,7 @@ class Cell:
         segmentor: cell whose checkpoint HiDiff starts from; None for none.
         warm_start: cell of nnU-Net's own trainer whose weights the training starts from; None for none.
         analyse: None for no analysis.
+        analyse_one_pass: also for a trainer without a chain: the cell itself asks for its analysis.
     """
 
     name: str
@@ -109,6 +110,11 @@ class Cell:
     segmentor: str | None
     warm_start: str | None
     analyse: Analysis | None
+    analyse_one_pass: bool = False
+
+    def analysis_of(self, kind: str | None) -> Analysis | None:
+        """What is analysed; kind as for ``predictions_of``. The study's own entry is for trainers with a chain."""
+        return self.analyse if kind is not None or self.analyse_one_pass else None
 
     @property
     def source(self) -> str | None:
@@ -291,6 +297,7 @@ def _cell(entry: Any, default: Cell, where: str) -> Cell:
         changes["predictions"] = _predictions(entry["predictions"], f"{where}: predictions")
     if "analyse" in entry:
         changes["analyse"] = _analysis(entry["analyse"], f"{where}: analyse")
+        changes["analyse_one_pass"] = True
     return replace(
         default, name=_name(entry["name"], f"{where}: name"), trainer=_name(entry["trainer"], f"{where}: trainer"),
         runs=runs, settings=merged, network={**default.network, **network}, segmentor=entry.get("segmentor"),

@@ -105,9 +105,9 @@ def diversity(study: StudyResults) -> Figure:
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for index, cell in enumerate(study.cells):
         rows = sample_rows(cell)
-        if not rows:
+        points = np.array([[row["pairwise_dice"], row["Dice"]] for row in rows], np.float64).reshape(-1, 2)
+        if not np.isfinite(points).any(0).all():  # not analysed, or a single sample
             continue
-        points = np.array([[row["pairwise_dice"], row["Dice"]] for row in rows], np.float64)
         spread, dice = 1 - points[:, 0], points[:, 1]
         axes.scatter(spread, dice, s=8, alpha=0.5, color=COLOURS(index))
         axes.plot(nanmean(spread), nanmean(dice), "X", color=COLOURS(index), markeredgecolor="black", label=cell.name)

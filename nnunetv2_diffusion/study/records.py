@@ -61,8 +61,10 @@ def request_of(
         cell: what is trained.
         run: number of the training.
         predictions: what is predicted.
-        kind: of the trainer's chain; without one nothing is analysed.
+        kind: of the trainer's chain.
     """
+
+    analysis = cell.analysis_of(kind)
 
     def source(name: str | None) -> dict[str, Any] | None:
         return None if name is None else {"cell": name, "run": run % study.cell(name).runs}
@@ -80,7 +82,7 @@ def request_of(
         "predictions": [asdict(prediction) for prediction in predictions],
         "segmentor": source(cell.segmentor),
         "warm_start": source(cell.warm_start),
-        "analyse": cell.analyse.asked() if cell.analyse and kind else None,
+        "analyse": analysis.asked() if analysis else None,
     }
 
 
@@ -287,7 +289,7 @@ def _prediction(training: Training, prediction: Prediction) -> dict[str, Any]:
 def _analysis(training: Training) -> dict[str, Any] | None:
     """Columns of the CSVs of the verb ``analyse``."""
     folder = training.folder / "analysis"
-    if not (training.analyses and training.cell.analyse):
+    if not training.analyses:
         return None
     return {file.stem: _columns(file) for file in sorted(folder.glob("*.csv"))}
 

@@ -124,8 +124,8 @@ def open_units(place: Workplace, cells: Sequence[Cell], results: Path) -> list[U
             raise StudyError(
                 f"cell {cell.name}: it has a warm_start, expected a diffusion trainer and not {cell.trainer}"
             )
-        if kind is not None and cell.analyse is not None:
-            _check_modes(cell)
+        if cell.analysis_of(kind) is not None:
+            _check_analysis(cell, kind)
         predictions = predictions_of(cell, kind)
         for number in range(cell.runs):
             request = request_of(place.study, cell, number, predictions, kind)
@@ -134,19 +134,21 @@ def open_units(place: Workplace, cells: Sequence[Cell], results: Path) -> list[U
                 say(f"{cell.name} run {number}: finished, {file}")
                 continue
             training = Training(
-                place, cell, number, predictions, kind is not None, lambda line: print(line, flush=True)
+                place, cell, number, predictions, cell.analysis_of(kind) is not None, kind is not None, say
             )
             units.append(Unit(training, request, file))
     return units
 
 
-def _check_modes(cell: Cell) -> None:
-    """Raises StudyError for a mode that the verb ``analyse`` would refuse, after the training."""
+def _check_analysis(cell: Cell, kind: str | None) -> None:
+    """Raises StudyError for what the verb ``analyse`` would refuse, after the training."""
     from nnunetv2_diffusion.analysis.studies import MODES
 
     unknown = [mode for mode in cell.analyse.modes.split() if mode not in MODES]
     if unknown:
         raise StudyError(f"cell {cell.name}: analyse has the mode {unknown[0]!r}, expected some of {', '.join(MODES)}")
+    if cell.analyse.mask_use and kind != "gaussian":
+        raise StudyError(f"cell {cell.name}: analyse has mask_use, but {cell.trainer} is given no noisy mask")
 
 
 def chain_of(trainer: str) -> str | None:

@@ -25,7 +25,8 @@ class Training:
         cell: what is trained.
         run: number of the training, from 0.
         predictions: what is predicted.
-        analyses: whether the trainer has a chain that can be analysed.
+        analyses: whether the model is analysed.
+        has_chain: whether the trainer has one; else there is one step and one sample.
         say: prints a line.
     """
 
@@ -34,6 +35,7 @@ class Training:
     run: int
     predictions: tuple[Prediction, ...]
     analyses: bool
+    has_chain: bool
     say: Report
 
     @property
@@ -69,7 +71,7 @@ class Training:
             for prediction in self.predictions:
                 self.predict(prediction)
                 self.evaluate(prediction)
-            if self.analyses and self.cell.analyse is not None:
+            if self.analyses:
                 self.analyse()
 
     def train(self) -> None:
@@ -127,9 +129,11 @@ class Training:
         command = [
             "nnunetv2_diffusion", "analyse", "-m", str(self.place.model_folder(self.cell, self.run)), "-f", "0",
             "-device", self.place.device, "-i", str(self.place.raw / "imagesTs"),
-            "-l", str(self.place.raw / "labelsTs"), "--steps", str(own.steps), "--sampler", own.sampler,
-            "--samples", str(own.samples), "--tta", "none", "--disable_progress_bar",
+            "-l", str(self.place.raw / "labelsTs"), "--tta", "none", "--disable_progress_bar",
         ]  # fmt: skip
+        if self.has_chain:
+            command += ["--steps", str(own.steps), "--sampler", own.sampler]
+        command += ["--samples", str(own.samples if self.has_chain else 1)]
         if own.cases is not None:
             command += ["--cases", str(own.cases)]
         if own.modes:

@@ -10,10 +10,10 @@ from nnunetv2_diffusion.evaluation.comparison import direction
 from nnunetv2_diffusion.evaluation.statistics import PairedComparison, compare_pairs
 from nnunetv2_diffusion.evaluation.tables import Cell, Table
 from nnunetv2_diffusion.planning.plan import flatten
+from nnunetv2_diffusion.study.mode_tables import mask_use_table, mode_table
 from nnunetv2_diffusion.study.results import MEAN, CellResults, StudyResults, matching, nanmean
+from nnunetv2_diffusion.study.tables_common import LEVEL, NONE, as_float, mean_sd, number, p_value, rows_of
 
-LEVEL = 0.95  # of intervals
-NONE = "-"
 HOLM = "Holm's correction of the t-test for the number of tests in this table."
 
 
@@ -27,6 +27,8 @@ def all_tables(study: StudyResults) -> Iterator[Table]:
             yield test_table(study.reference, study.cells, metric)
     if any(cell.analysis("steps") for cell in study.cells):
         yield step_table(study)
+        if step_curves(study, "HD95"):
+            yield step_table(study, "HD95")
         yield sample_table(study)
     if any(cell.analysis("modes") for cell in study.cells):
         yield mode_table(study)
@@ -43,7 +45,7 @@ def summary_table(study: StudyResults) -> Table:
         own = {p["name"]: nanmean(cell.by_case(p["name"], "Dice")) for p in cell.predictions}
         best = max(own.values())
         dice = [Cell(number(own[n], 3), own[n] == best and len(own) > 1) if n in own else NONE for n in names]
-        alike = nanmean([_float(row["pairwise_dice"]) for row in sample_rows(cell)] or [np.nan])
+        alike = nanmean([as_float(row["pairwise_dice"]) for row in sample_rows(cell)] or [np.nan])
         seconds = nanmean([sum(record["training"]["epoch_seconds"]) for record in cell.records])
         rows.append([cell.name, *dice, number(alike, 3), f"{seconds:.0f}"])
     columns = ["cell", *names, "pairwise Dice of samples", "training, s"]
@@ -147,27 +149,31 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def step_curves(study: StudyResults) -> dict[str, np.ndarray]:
-    """Cell -> Dice of every step, mean over runs, cases and samples; (steps,)."""
+def step_curves(study: StudyResults, metric: str = "Dice") -> dict[str, np.ndarray]:
+    """Cell -> metric of every step, mean over runs, cases and samples; (steps,). Cells that have it only."""
     curves = {}
     for cell in study.cells:
-        tables = cell.analysis("steps")
+        tables = [columns for columns in cell.analysis("steps") if metric in columns]
         if tables:
             rows = [row for columns in tables for row in rows_of(columns) if row["label"] == MEAN]
             steps = sorted({row["step"] for row in rows})
-            curves[cell.name] = np.array([nanmean([_dice(r) for r in rows if r["step"] == step]) for step in steps])
+            curves[cell.name] = np.array(
+                [nanmean([as_float(r[metric]) for r in rows if r["step"] == step]) for step in steps]
+            )
     return curves
 
 
-def step_table(study: StudyResults) -> Table:
-    """Dice by reverse step."""
-    curves = step_curves(study)
+def step_table(study: StudyResults, metric: str = "Dice") -> Table:
+    """Dice, or another metric, by reverse step."""
+    curves, digits = step_curves(study, metric), 4 if metric == "Dice" else 2
     longest = max(map(len, curves.values()))
-    rows = [[name, *(f"{v:.4f}" for v in curve), *[NONE] * (longest - len(curve))] for name, curve in curves.items()]
-    notes = [
-        "Dice of the estimate after every step of one chain, without mirroring; mean over cases, samples and runs."
+    rows = [
+        [name, *(number(v, digits) for v in curve), *[NONE] * (longest - len(curve))] for name, curve in curves.items()
     ]
-    return Table("Dice by reverse step", ["cell", *(f"step {i + 1}" for i in range(longest))], rows, notes)
+    notes = [
+        f"{metric} of the estimate after every step of one chain, without mirroring; mean over cases, samples and runs."
+    ]
+    return Table(f"{metric} by reverse step", ["cell", *(f"step {i + 1}" for i in range(longest))], rows, notes)
 
 
 def sample_rows(cell: CellResults) -> list[dict[str, Any]]:
@@ -177,7 +183,7 @@ def sample_rows(cell: CellResults) -> list[dict[str, Any]]:
         found = [row for row in rows_of(steps) if row["label"] == MEAN]
         last = max(row["step"] for row in found)
         final = sorted((row for row in found if row["step"] == last), key=lambda r: r["case"])
-        dice = {case: [_dice(r) for r in group] for case, group in groupby(final, key=lambda r: r["case"])}
+        dice = {case: [as_float(r["Dice"]) for r in group] for case, group in groupby(final, key=lambda r: r["case"])}
         for row in rows_of(samples):
             values = dice[row["case"]]
             rows.append({**row, "spread": np.std(values, ddof=1) if len(values) > 1 else np.nan})
@@ -191,46 +197,18 @@ def sample_table(study: StudyResults) -> Table:
         found = sample_rows(cell)
         if found:
             keys = ("Dice", "sample_dice", "pairwise_dice")
-            means = [number(nanmean([_float(row[key]) for row in found]), 4) for key in keys]
-            rows.append([cell.name, *means, number(nanmean([row["spread"] for row in found]), 5)])
+            means = [number(nanmean([as_float(row[key]) for row in found]), 4) for key in keys]
+            correlation = nanmean([as_float(row.get("error_correlation")) for row in found])
+            spread = number(nanmean([row["spread"] for row in found]), 5)
+            rows.append([cell.name, *means, spread, number(correlation, 3)])
     columns = ["cell", "Dice of the mean", "Dice of a sample", "pairwise Dice of samples", "sd over samples"]
+    columns.append("variance and errors")
     notes = [
         "Samples of the same image with other noise: pairwise Dice 1 means that they are all alike (the chain has "
-        "collapsed to one mask). sd over samples: of their Dice in a case, mean over cases."
+        "collapsed to one mask). sd over samples: of their Dice in a case, mean over cases. Variance and "
+        "errors: their correlation over voxels near the foreground.",
     ]
     return Table("Samples", columns, rows, notes)
-
-
-def mode_table(study: StudyResults) -> Table:
-    """Mirroring, blending and moving tiles in the chain."""
-    rows = []
-    for cell in study.cells:
-        found = [row for columns in cell.analysis("modes") for row in rows_of(columns) if row["label"] == MEAN]
-        for mode in dict.fromkeys(row["mode"] for row in found):
-            own = [row for row in found if row["mode"] == mode]
-            passes = nanmean([_float(row["passes_per_tile"]) for row in own])
-            rows.append([cell.name, mode, mean_sd(np.array([_dice(r) for r in own]), 4), number(passes, 2)])
-    notes = ["One chain of as many steps as in the tables above; mean ± standard deviation over cases and runs."]
-    return Table("Mirroring and tiles in the chain", ["cell", "mode", "Dice", "passes a tile"], rows, notes, left=2)
-
-
-def mask_use_table(study: StudyResults) -> Table:
-    """Dice of one pass that is given a true or a wrong mask."""
-    given, rows = _given(study), []
-    for cell in study.cells:
-        found = [row for columns in cell.analysis("mask_use") for row in rows_of(columns) if row["label"] == MEAN]
-        for level in sorted({row["level"] for row in found}):
-            own = [row for row in found if row["level"] == level]
-            dice = [nanmean([_dice(r) for r in own if r["given"] == kind]) for kind in given]
-            rows.append([cell.name, f"{level:g} T", *(number(value, 4) for value in dice)])
-    notes = ["Equal columns: the mask is ignored. High for the true mask alone: it is copied."]
-    return Table("Use of a mask that is given", ["cell", "noise, t", *given], rows, notes, left=2)
-
-
-def _given(study: StudyResults) -> list[str]:
-    """Kinds of masks that any cell was given."""
-    kinds = [kind for cell in study.cells for columns in cell.analysis("mask_use") for kind in columns["given"]]
-    return list(dict.fromkeys(kinds))
 
 
 def cost_table(study: StudyResults) -> Table:
@@ -258,36 +236,3 @@ def cost_table(study: StudyResults) -> Table:
         "memory: on a GPU the most that tensors took in training, on a CPU the largest resident set of one process.",
     ]
     return Table("Cost", columns, rows, notes)
-
-
-def rows_of(columns: dict[str, list]) -> list[dict[str, Any]]:
-    """Columns of equal length as rows."""
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def mean_sd(values: np.ndarray, digits: int) -> str:
-    """Mean ± standard deviation, and how many values are undefined."""
-    known = values[np.isfinite(values)]
-    left_out = len(values) - len(known)
-    if not len(known):
-        return NONE
-    sd = f" ± {known.std(ddof=1):.{digits}f}" if len(known) > 1 else ""
-    return f"{known.mean():.{digits}f}{sd}" + (f" (-{left_out})" if left_out else "")
-
-
-def number(value: float, digits: int, sign: bool = False) -> str:
-    """A number, "-" for none."""
-    return NONE if not np.isfinite(value) else f"{value:{'+' if sign else ''}.{digits}f}"
-
-
-def p_value(p: float) -> str:
-    """A p-value in three digits."""
-    return NONE if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
-
-
-def _float(value: float | None) -> float:
-    return np.nan if value is None else value
-
-
-def _dice(row: dict[str, Any]) -> float:
-    return _float(row["Dice"])

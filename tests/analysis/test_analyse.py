@@ -178,9 +178,7 @@ def test_gains_and_ranges_by_hand():
 
 def test_agreement_that_ranks_errors_has_no_excess_risk():
     found = [(0.5, 0.1), (0.7, np.nan), (0.9, 0.3)]
-    samples = [
-        {"Dice": d, "sample_dice": d, "pairwise_dice": d / 2 + 0.5, "error_correlation": c} for d, c in found
-    ]
+    samples = [{"Dice": d, "sample_dice": d, "pairwise_dice": d / 2 + 0.5, "error_correlation": c} for d, c in found]
     table = sample_table(Findings(samples=samples))
     (row,) = table.rows
     by_name = dict(zip(table.columns, row, strict=True))

@@ -258,7 +258,7 @@ def test_modes_and_the_use_of_masks_have_tables_where_they_were_studied(study):
     }
     for number, record in enumerate(study.cell("Diff").records):
         record["analysis"]["modes"] = {
-            "mode": ["none", "none", "full", "full"], "label": ["mean", "organ"] * 2,
+            "case": [CASES[0]] * 4, "mode": ["none", "none", "full", "full"], "label": ["mean", "organ"] * 2,
             "Dice": [0.5 + 0.2 * number, 0.0, 0.9, 0.0], "passes_per_tile": [2, 2, 16, 16],
         }  # fmt: skip
         record["analysis"]["mask_use"] = {
@@ -267,9 +267,57 @@ def test_modes_and_the_use_of_masks_have_tables_where_they_were_studied(study):
         }  # fmt: skip
     tables = {table.title: [cell_text(row) for row in table.rows] for table in all_tables(study)}
     modes = tables["Mirroring and tiles in the chain"]
-    assert modes == [["Diff", "none", "0.6000 ± 0.1414", "2.00"], ["Diff", "full", "0.9000 ± 0.0000", "16.00"]]
+    unknown = ["-", "-", "-"]  # HD95, ECE and AURC of results from before they were measured
+    assert modes == [
+        ["Diff", "none", "0.6000 ± 0.1414", *unknown, "2.00", "-1.00 (p -)", "-"],
+        ["Diff", "full", "0.9000 ± 0.0000", *unknown, "16.00", "+29.00 (p -)", "-"],
+    ]
     use = tables["Use of a mask that is given"]
     assert use == [["Diff", "0 T", "1.0000", "0.2500"], ["Diff", "0.5 T", "0.7500", "-"]]
+
+
+def test_modes_are_compared_with_one_pass_and_with_the_reference_at_equal_passes(study):
+    rng = np.random.default_rng(1)
+    gains = rng.normal(0.02, 0.01, len(CASES))
+    one = dict.fromkeys(CASES, 0.61)  # step 1 of record(), mean of two samples
+
+    def modes(**dice):
+        names = [mode for mode in dice for _ in CASES]
+        passes = {"interleaved-mean": 8.0, "shifted-mean": 9.5, "none": 1.0}
+        return {
+            "case": CASES * len(dice), "mode": names, "label": ["mean"] * len(names),
+            "Dice": [float(v) for values in dice.values() for v in values],
+            "HD95": [2.0] * len(names), "ECE": [0.05] * len(names),
+            "confidence": [float(v) for values in dice.values() for v in values],
+            "passes_per_tile": [passes[name] for name in names],
+        }  # fmt: skip
+
+    plain = np.array([one[case] for case in CASES])
+    for record in study.cell("Base").records:
+        record["analysis"] = {"modes": modes(**{"none": plain - 0.2, "interleaved-mean": plain - 0.01})}
+    for record in study.cell("Diff").records:
+        record["analysis"]["modes"] = modes(**{"shifted-mean": plain + gains, "none": plain})
+    table = next(t for t in all_tables(study) if t.title == "Mirroring and tiles in the chain")
+    rows = {(row[0], row[1]): dict(zip(table.columns, cell_text(row), strict=True)) for row in table.rows}
+    row = rows["Diff", "shifted-mean"]
+    p = stats.ttest_rel(plain + gains, plain).pvalue
+    assert row["minus one pass"] == f"{100 * gains.mean():+.2f} (p {'< 0.001' if p < 0.001 else f'{p:.3f}'})"
+    assert row["minus Base"].startswith(f"{100 * (gains.mean() + 0.01):+.2f}"), "9.5 passes beside 8, not beside 1"
+    assert rows["Diff", "none"]["minus Base"].startswith("+20.00")
+    assert rows["Base", "none"]["minus Base"] == rows["Base", "none"]["minus one pass"] == "-"
+    risk = np.sort(1 - (plain + gains))
+    assert row["AURC"] == f"{np.mean(np.cumsum(risk) / np.arange(1, len(risk) + 1)):.4f}", "confidence ranks them"
+    assert (row["HD95"], row["ECE"]) == ("2.00", "0.0500")
+
+
+def test_hd95_by_step_and_the_correlation_of_variance_are_shown_where_they_were_measured(study):
+    for record in study.cell("Diff").records:
+        steps = record["analysis"]["steps"]
+        steps["HD95"] = [2.0 * k for k in steps["step"]]
+        record["analysis"]["samples"]["error_correlation"] = [0.25] * 8
+    tables = {table.title: [cell_text(row) for row in table.rows] for table in all_tables(study)}
+    assert tables["HD95 by reverse step"] == [["Diff", "2.00", "4.00"]]
+    assert tables["Samples"][0][-1] == "0.250"
 
 
 def test_the_summary_has_a_row_for_each_cell(study):

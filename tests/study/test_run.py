@@ -204,6 +204,22 @@ def test_modes_and_masks_are_asked_for_and_named_in_the_request_only_if_used(fak
     assert results()["D_run0"]["request"]["analyse"]["modes"] == more["modes"]
 
 
+def test_a_cell_without_a_chain_is_analysed_if_it_asks_itself(fake, start, results):
+    own = {"steps": 2, "samples": 2, "modes": "none interleaved-mean"}
+    assert start({**STUDY, "cells": [{**STUDY["cells"][0], "runs": 1, "analyse": own}]}) == 0
+    (command,) = fake.named("analyse")
+    assert "--steps" not in command[1]
+    assert command[1][command[1].index("--samples") + 1] == "1", "there is nothing to draw samples from"
+    assert results()["A_run0"]["request"]["analyse"]["modes"] == own["modes"]
+
+
+def test_masks_can_only_be_given_to_a_network_that_takes_one(fake, start, capsys):
+    cell = {**STUDY["cells"][0], "analyse": {"mask_use": True}}
+    assert start({**STUDY, "cells": [cell]}) == 1
+    assert "cell A: analyse has mask_use, but Stock is given no noisy mask" in capsys.readouterr().err
+    assert not fake.commands
+
+
 def test_an_unknown_mode_is_refused_before_anything_is_trained(fake, start, capsys):
     cell = {**STUDY["cells"][1], "analyse": {"steps": 2, "modes": "full ful"}}
     assert start({**STUDY, "cells": [cell]}) == 1
