@@ -4,7 +4,7 @@ import argparse
 import json
 import platform
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from nnunetv2_diffusion import __version__
 from nnunetv2_diffusion.analysis.cases import find_cases, read_cases
 from nnunetv2_diffusion.analysis.figures import all_figures, to_png
 from nnunetv2_diffusion.analysis.report import html_report
-from nnunetv2_diffusion.analysis.studies import MODES, Findings, Laboratory
+from nnunetv2_diffusion.analysis.studies import MODES, Findings, Laboratory, usable_modes
 from nnunetv2_diffusion.analysis.tables import all_tables, rows_to_csv
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.evaluation import EvaluationError
@@ -52,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         choices=[*MODES, "all"],
         metavar="MODE",
-        help=f"all, or of: {', '.join(MODES)}",
+        help=f"all that the model can follow, or of: {', '.join(MODES)}",
     )
     add(
         "--mask_use",
@@ -96,7 +96,9 @@ def analyse(arguments: argparse.Namespace) -> tuple[Findings, DiffusionPredictor
         model_folder(arguments), arguments.f, arguments.chk, arguments.device, options, progress=False
     )
     set_patch_size(predictor, arguments.patch_size)
-    modes = list(MODES) if "all" in arguments.modes else arguments.modes
+    modes = arguments.modes
+    if "all" in modes:
+        modes = usable_modes(predictor, replace(options, steps=arguments.steps))
     laboratory = Laboratory(
         predictor, options, arguments.steps, arguments.samples, arguments.counts, modes, arguments.mask_use
     )  # fmt: skip

@@ -16,7 +16,7 @@ from nnunetv2_diffusion.analysis.quality import (
 )
 from nnunetv2_diffusion.inference.cases import CaseResult, draw_case, final_mask, uncertainty_maps
 from nnunetv2_diffusion.inference.maps import to_original_geometry
-from nnunetv2_diffusion.inference.options import PredictionOptions
+from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.sliding_window import OverlapMeter
 
@@ -33,7 +33,21 @@ MODES: dict[str, dict[str, Any]] = {
     "interleaved-mean": {"tta": "interleaved", "combine": "mean"},
     "shifted-last": {"tta": "interleaved", "aggregate": "volume", "grid": "shifted", "combine": "last"},
     "shifted-mean": {"tta": "interleaved", "aggregate": "volume", "grid": "shifted", "combine": "mean"},
+    "coarse-last": {"tta": "interleaved", "aggregate": "volume", "grid": "coarse", "combine": "last"},
+    "coarse-mean": {"tta": "interleaved", "aggregate": "volume", "grid": "coarse", "combine": "mean"},
 }
+
+
+def usable_modes(predictor: DiffusionPredictor, options: PredictionOptions) -> list[str]:
+    """Names of ``MODES`` that a model can follow with these options."""
+    usable = []
+    for name, changes in MODES.items():
+        try:
+            predictor.set_options(replace(options, **changes))
+        except OptionError:
+            continue
+        usable.append(name)
+    return usable
 
 
 @dataclass

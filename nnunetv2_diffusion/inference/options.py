@@ -11,7 +11,7 @@ from nnunetv2_diffusion.inference.views import TTA
 from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
 
 AGGREGATION = ("window", "volume")
-GRIDS = ("fixed", "shifted")
+GRIDS = ("fixed", "shifted", "coarse")
 
 CHOICES = {
     "sampler": SAMPLERS, "step_spacing": SPACINGS, "tta": TTA, "aggregate": AGGREGATION, "grid": GRIDS,
@@ -39,6 +39,8 @@ class PredictionOptions:
         aggregate: "window": a chain for each tile, results are blended. "volume": estimates of all tiles are blended
             after every step.
         grid: "fixed": tiles are nnU-Net's. "shifted": every step has them at other places; needs aggregate "volume".
+            "coarse": the same, but the first step sees the case at a coarser scale (``views.zoom`` of the plans),
+            where a tile covers more; for chains from pure noise of two steps at least.
         combine: "views": a step's estimate is the mean of the latest of every mirrored view, and the last one is the
             result. "last": a step's estimate is its own alone. "mean": the same, and the result is the mean of all
             steps'; after each step (save_steps), of those so far.
@@ -77,8 +79,8 @@ class PredictionOptions:
                 raise OptionError(f"--{name} is {value!r}, expected one of {', '.join(known)}")
         if self.early_exit and self.aggregate == "volume":
             raise OptionError("--early_exit ends the chain of a tile, --aggregate volume has one chain for all of them")
-        if self.grid == "shifted" and self.aggregate != "volume":
-            raise OptionError("--grid shifted moves the tiles between steps, which needs --aggregate volume")
+        if self.grid != "fixed" and self.aggregate != "volume":
+            raise OptionError(f"--grid {self.grid} moves the tiles between steps, which needs --aggregate volume")
 
 
 def resolve_sampling(network: nn.Module, options: PredictionOptions) -> SamplingConfig | None:
@@ -90,7 +92,10 @@ def resolve_sampling(network: nn.Module, options: PredictionOptions) -> Sampling
     given = {k: getattr(options, k) for k in ("steps", "sampler", "samples", "seed", "step_spacing")}
     given = {k: v for k, v in given.items() if v is not None}
     hybrid = isinstance(network, HybridSegmentor)
-    if not hybrid and (not isinstance(network, DiffusionSegmentor) or network.process is None):
+    gaussian = isinstance(network, DiffusionSegmentor) and network.process is not None
+    if options.grid == "coarse" and not (gaussian and given.get("steps", network.sampling.steps) > 1):
+        raise OptionError("--grid coarse: expected a model whose chain starts from pure noise, and --steps 2 at least")
+    if not hybrid and not gaussian:
         return _without_chain(given, "the network of this model has no diffusion process")
     if given.get("steps", None if network.sampling else 0) == 0:
         if not hybrid:

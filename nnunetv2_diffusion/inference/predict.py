@@ -100,7 +100,12 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
         default=defaults.aggregate,
         help="blend tiles at the end, or after every step",
     )
-    add("--grid", choices=GRIDS, default=defaults.grid, help="shifted: tiles at other places in every step")
+    add(
+        "--grid",
+        choices=GRIDS,
+        default=defaults.grid,
+        help="shifted: tiles at other places in every step; coarse: and the first step at a coarser scale",
+    )
     add(
         "--combine",
         choices=COMBINATIONS,

@@ -18,16 +18,20 @@ from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, make_chain
 from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
 from nnunetv2_diffusion.inference.sliding_window import (
     Blend,
+    CoarseFirst,
+    Estimator,
     OverlapMeter,
     Tile,
     TileEstimator,
     VolumeEstimator,
     make_tiles,
+    rescale,
     run_chain,
     same_labels,
     shifted_tiles,
 )
 from nnunetv2_diffusion.inference.views import Schedule, count_passes, mirror_views, schedules
+from nnunetv2_diffusion.planning.settings import read_settings
 
 
 class Member(NamedTuple):
@@ -151,6 +155,8 @@ class DiffusionPredictor(nnUNetPredictor):
         plan = self.schedules(self.chain().steps)
         count.tiles, count.members = len(canvas.tiles), folds * self.samples
         tiles = [len(grid) for grid in self._grids(canvas, self.chain().steps)]
+        if self.options.grid == "coarse":
+            tiles[0] = len(self.coarse_canvas(canvas).tiles)
         count.planned = count.members * count_passes(plan, tiles)
         with tqdm(total=count.planned, desc=name, unit="pass", disable=not self.allow_tqdm) as bar:
             count.report = bar.update
@@ -166,8 +172,16 @@ class DiffusionPredictor(nnUNetPredictor):
 
     def _grids(self, canvas: Canvas, steps: int) -> list[list[Tile]]:
         """The tiles of every step."""
-        shifted = self.options.grid == "shifted"
+        shifted = self.options.grid != "fixed"
         return [shifted_tiles(canvas.tiles, step) if shifted else canvas.tiles for step in range(steps)]
+
+    def coarse_canvas(self, canvas: Canvas) -> Canvas:
+        """The padded case at the coarser scale of the plans' ``views.zoom``; slices of 2D networks stay apart."""
+        zoom = read_settings(self.configuration_manager.configuration, self.plans_manager.plans_name).views.zoom
+        spatial = list(canvas.data.shape[1:])
+        for axis in range(3 - len(self.configuration_manager.patch_size), 3):
+            spatial[axis] = max(1, round(spatial[axis] / zoom))
+        return self.canvas(rescale(canvas.data[None].float(), spatial)[0])
 
     def _autocast(self) -> torch.autocast | nullcontext:
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
@@ -237,10 +251,18 @@ class DiffusionPredictor(nnUNetPredictor):
         """One chain of the whole volume; masks of the kept steps."""
         kept = chain.steps if self.options.save_steps else 1
         grids = self._grids(canvas, chain.steps)
-        estimator = VolumeEstimator(chain, canvas.data, grids, canvas.blend, self.device, count.tick)
+        estimator: Estimator = VolumeEstimator(chain, canvas.data, grids, canvas.blend, self.device, count.tick)
+        if self.options.grid == "coarse":
+            coarse = self.coarse_canvas(canvas)
+            first = VolumeEstimator(chain, coarse.data, [coarse.tiles], coarse.blend, self.device, count.tick)
+            state = chain.start(None, self._volume_noise(chain, sample, coarse))
+            estimator = CoarseFirst(estimator, first, coarse.crop, canvas.data.shape[1:], state)
+        return self._tile_masks(chain, plan, estimator, self._volume_noise(chain, sample, canvas), kept)
+
+    def _volume_noise(self, chain: Chain, sample: int, canvas: Canvas) -> BoxNoise:
+        """Of a padded case."""
         start = [-p for p in canvas.padding]
-        noise = self._noise(chain, sample, start, canvas.data.shape[1:], self.results_device)
-        return self._tile_masks(chain, plan, estimator, noise, kept)
+        return self._noise(chain, sample, start, canvas.data.shape[1:], self.results_device)
 
 
 def _last(estimates: Iterator[torch.Tensor], kept: int, steps: int) -> list[torch.Tensor]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from torch.nn import functional as F
 
 from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, Window
 from nnunetv2_diffusion.inference.views import Schedule, View, mirror
@@ -258,6 +259,58 @@ class VolumeEstimator:
             estimator = TileEstimator(self.chain, self._tile(self.data[None], tile), self.tick)
             blend.add(tile, estimator(view, *(self._tile(x, tile) for x in (state, prior, previous)), step))
         return blend.mean()
+
+
+def rescale(x: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:
+    """x (1, C, z, y, x) with other voxels: means where they become fewer, else linear between those that are there."""
+    if tuple(x.shape[2:]) == tuple(spatial):
+        return x
+    if all(new <= old for new, old in zip(spatial, x.shape[2:], strict=True)):
+        return F.interpolate(x, tuple(spatial), mode="area")
+    return F.interpolate(x, tuple(spatial), mode="trilinear", align_corners=False)
+
+
+class CoarseFirst:
+    """An ``Estimator`` whose first step sees the case at a coarser scale, so that a tile covers more of it.
+
+    What that step finds is rescaled; from then on the chain runs on the case itself. It is the view ``coarse`` of
+    ``nnUNetTrainerRecycleView``, for a whole case. For chains without a prior.
+
+    Args:
+        fine: of the case.
+        coarse: of the case at the coarser scale.
+        crop: of the padded coarse case, (channels, *spatial), what it is without padding.
+        spatial: of the padded case.
+        state: first state of the coarse case, (1, C_mask, *padded coarse).
+    """
+
+    def __init__(
+        self,
+        fine: VolumeEstimator,
+        coarse: VolumeEstimator,
+        crop: tuple,
+        spatial: Sequence[int],
+        state: torch.Tensor,
+    ):
+        self.fine, self.coarse, self.crop, self.spatial, self.state = fine, coarse, crop, tuple(spatial), state
+
+    def prior(self, views: Sequence[View]) -> None:
+        """See ``Estimator``."""
+        return None
+
+    def __call__(
+        self,
+        view: View,
+        state: torch.Tensor | None,
+        prior: torch.Tensor | None,
+        previous: torch.Tensor | None,
+        step: int,
+    ) -> torch.Tensor:
+        """See ``Estimator``."""
+        if step:
+            return self.fine(view, state, prior, previous, step)
+        p = self.coarse(view, self.state, None, None, 0)
+        return rescale(p[(slice(None), slice(None), *self.crop[1:])], self.spatial)
 
 
 def hard_labels(p: torch.Tensor, sigmoid: bool) -> torch.Tensor:

@@ -114,6 +114,9 @@ def test_a_model_without_a_chain_has_one_step(setting, tmp_path):
     assert analyse((model, *setting[1:]), tmp_path / "out", "--samples", 1) == 0
     assert {r["step"] for r in rows(tmp_path / "out" / "steps.csv")} == {"1"}
     assert analyse((model, *setting[1:]), tmp_path / "other", "--mask_use") == 1
+    assert analyse((model, *setting[1:]), tmp_path / "all", "--samples", 1, "--cases", 1, "--modes", "all") == 0
+    found = {r["mode"] for r in rows(tmp_path / "all" / "modes.csv")}
+    assert found == {mode for mode in MODES if not mode.startswith("coarse")}, "what a single pass can follow"
     assert not (tmp_path / "other").exists()
 
 

@@ -14,6 +14,9 @@ from nnunetv2_diffusion.inference.predictor import PassCount
 FAMILIES = ["nnUNetTrainerRecycleXT", "nnUNetTrainerSelfCondXt", "nnUNetTrainerHiDiff", "nnUNetTrainerNoDiff"]
 
 
+COARSE = {"grid": "coarse", "aggregate": "volume", "tta": "none"}
+
+
 def load(folder, progress=False, **options):
     return load_predictor(folder, options=PredictionOptions(**options), progress=progress)
 
@@ -115,6 +118,58 @@ def test_passes_of_tiles_that_move_are_counted_and_announced(models):
     torch.testing.assert_close(p.sum(0), torch.ones_like(p[0]))
 
 
+@pytest.mark.parametrize("patch", [(8, 12, 8), (12, 8)])
+def test_a_coarse_first_step_is_counted_and_changes_the_mask_everywhere_the_same_way(models, patch):
+    folder = models(patch=patch, spacing=(1.0,) * len(patch))
+    (p,), count = predict(folder, steps=3, **COARSE)
+    (again,), _ = predict(folder, steps=3, **COARSE)
+    (shifted,), moved = predict(folder, steps=3, **{**COARSE, "grid": "shifted"})
+    assert p.shape == (3, 10, 15, 9)
+    assert count.passes == count.planned < moved.passes, "fewer tiles at the coarser scale"
+    assert torch.equal(p, again)
+    assert not torch.equal(p, shifted)
+    torch.testing.assert_close(p.sum(0), torch.ones_like(p[0]))
+
+
+def test_a_first_step_at_the_same_scale_is_a_step_as_any_other(models):
+    def same_scale(predictor):
+        section = predictor.configuration_manager.configuration.setdefault("diffusion", {})
+        section["views"] = {"zoom": 1.0}
+
+    for tta in ("none", "interleaved"):
+        options = {**COARSE, "tta": tta, "steps": 3}
+        (p,), count = predict(models(), edit=same_scale, **options)
+        (shifted,), moved = predict(models(), **{**options, "grid": "shifted"})
+        assert torch.equal(p, shifted)
+        assert count.passes == count.planned == moved.passes
+
+
+def test_only_the_first_step_is_coarse_and_it_sees_all_of_a_case(models):
+    seen = []
+
+    def watch(predictor):
+        chain_of = predictor.chain
+
+        def chain():
+            made = chain_of()
+            estimate = made.estimate
+
+            def watched(window, state, prior, previous, step):
+                seen.append((step, float(window.image.max())))
+                return estimate(window, state, prior, previous, step)
+
+            made.estimate = watched
+            return made
+
+        predictor.chain = chain
+
+    data = torch.zeros(1, 8, 18, 8)
+    data[:, :, 16:] = 1.0  # the far end of a case that is 1.5 tiles long
+    predict(models(), data, watch, steps=2, **COARSE)
+    assert [value for step, value in seen if step == 0] == [1.0], "one tile, which reaches the end"
+    assert {value for step, value in seen if step == 1} == {0.0, 1.0}, "tiles of the case itself do not all reach it"
+
+
 @pytest.mark.parametrize("tta", ["none", "interleaved"])
 def test_the_mean_of_a_chain_is_that_of_its_steps(models, tta):
     data = case((8, 12, 8))  # one tile
@@ -130,7 +185,8 @@ def test_the_mean_of_a_chain_is_that_of_its_steps(models, tta):
     ("options", "message"),
     [
         ({"grid": "shifted"}, "--grid shifted .*needs --aggregate volume"),
-        ({"grid": "moved"}, "--grid is 'moved', expected one of fixed, shifted"),
+        ({"grid": "moved"}, "--grid is 'moved', expected one of fixed, shifted, coarse"),
+        ({"grid": "coarse"}, "--grid coarse .*needs --aggregate volume"),
         ({"combine": "all"}, "--combine is 'all', expected one of views, last, mean"),
     ],
 )
@@ -232,6 +288,9 @@ def test_statistics_of_a_case_are_those_of_its_members(models, tmp_path):
         ("nnUNetTrainerRecycleXT", {"steps": 5000}, "5000"),
         ("nnUNetTrainerHiDiff", {"steps": 11}, "11"),
         ("nnUNetTrainerHiDiff", {"steps": 0, "samples": 4}, "samples 4.*segmentor alone"),
+        ("nnUNetTrainerRecycleXT", {**COARSE, "steps": 1}, "--grid coarse: expected .* --steps 2 at least"),
+        ("nnUNetTrainerHiDiff", COARSE, "--grid coarse: expected a model whose chain starts from pure noise"),
+        ("nnUNetTrainer", COARSE, "--grid coarse: expected a model whose chain"),
     ],
 )
 def test_options_that_a_model_cannot_follow_are_refused(models, trainer, options, words):
