@@ -11,6 +11,7 @@ from nnunetv2_diffusion.inference.cases import final_mask
 from nnunetv2_diffusion.inference.chains import BoxNoise
 from nnunetv2_diffusion.inference.options import OptionError
 from nnunetv2_diffusion.inference.predictor import Canvas, DiffusionPredictor
+from nnunetv2_diffusion.inference.sliding_window import at_once
 from nnunetv2_diffusion.networks import DiffusionSegmentor
 from nnunetv2_diffusion.training.corruption import CORRUPTIONS, make_corruption
 from nnunetv2_diffusion.training.losses import encoded_target
@@ -82,10 +83,10 @@ def estimate_from(
     noise = BoxNoise(seed, 0, network.encoding.channels, start, size, False, torch.device("cpu")).normal(0)
     state = network.process.q_sample(network.mask_scale * x_start, t, noise)[0]
     blend = canvas.blend()
-    for tile in canvas.tiles:
-        image, seen = (v[tile.index][None].to(device) for v in (canvas.data, state))
-        logits = network(image, seen, network.process.timestep_map[t], full_resolution_only=True)
-        blend.add(tile, network.probabilities(logits[0] if isinstance(logits, list | tuple) else logits))
+    for tiles in at_once(canvas.tiles):
+        image, seen = (torch.stack([v[tile.index] for tile in tiles]).to(device) for v in (canvas.data, state))
+        logits = network(image, seen, network.process.timestep_map[t].expand(len(image)), full_resolution_only=True)
+        blend.add_all(tiles, network.probabilities(logits[0] if isinstance(logits, list | tuple) else logits))
     return blend.mean()[0][(slice(None), *canvas.crop[1:])]
 
 

@@ -1,6 +1,7 @@
 """Reverse processes taken apart, so that views, tiles and samples can be averaged between their steps."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,8 +53,26 @@ class BoxNoise:
         return self._draw("uniform", step)
 
 
+@dataclass(frozen=True)
+class JoinedNoise:
+    """Noise of several boxes that are computed at once: (B, C_mask, *spatial), each as it would be alone."""
+
+    parts: Sequence[BoxNoise]
+
+    def normal(self, step: int) -> torch.Tensor:
+        """See ``BoxNoise``."""
+        return torch.cat([part.normal(step) for part in self.parts])
+
+    def uniform(self, step: int) -> torch.Tensor:
+        """See ``BoxNoise``."""
+        return torch.cat([part.uniform(step) for part in self.parts])
+
+
+Noise = BoxNoise | JoinedNoise
+
+
 class Window(NamedTuple):
-    """What is computed once for an image: the image, and what a segmentor says of it (HiDiff)."""
+    """What is computed once for images: the images, and what a segmentor says of it (HiDiff)."""
 
     image: torch.Tensor
     prior: torch.Tensor | None = None
@@ -61,7 +80,7 @@ class Window(NamedTuple):
 
 
 class Chain(ABC):
-    """K steps from noise to a mask. Step 0 is the noisiest; masks are probabilities (1, K, *spatial).
+    """K steps from noise to a mask. Step 0 is the noisiest; masks are probabilities (B, K, *spatial).
 
     Attributes:
         steps: K.
@@ -77,10 +96,10 @@ class Chain(ABC):
 
     @abstractmethod
     def look(self, image: torch.Tensor) -> Window:
-        """What every step needs of an image (1, C, *spatial)."""
+        """What every step needs of images (B, C, *spatial)."""
 
     @abstractmethod
-    def start(self, prior: torch.Tensor | None, noise: BoxNoise) -> torch.Tensor | None:
+    def start(self, prior: torch.Tensor | None, noise: Noise) -> torch.Tensor | None:
         """The first state."""
 
     @abstractmethod
@@ -96,7 +115,7 @@ class Chain(ABC):
 
     @abstractmethod
     def advance(
-        self, state: torch.Tensor | None, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: BoxNoise
+        self, state: torch.Tensor | None, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: Noise
     ) -> torch.Tensor | None:
         """The state after a step."""
 
@@ -116,7 +135,7 @@ class GaussianChain(Chain):
         """See ``Chain``."""
         return Window(image)
 
-    def start(self, prior: torch.Tensor | None, noise: BoxNoise) -> torch.Tensor:
+    def start(self, prior: torch.Tensor | None, noise: Noise) -> torch.Tensor:
         """See ``Chain``."""
         return noise.normal(0)
 
@@ -129,14 +148,14 @@ class GaussianChain(Chain):
         step: int,
     ) -> torch.Tensor:
         """See ``Chain``."""
-        t = self.process.timestep_map[self._index(step)]
+        t = self.process.timestep_map[self._index(step)].expand(len(window.image))
         conditioned = self.network.self_conditioning and previous is not None
         seen = self.network.encoding.encode(previous) if conditioned else None
         heads = self.network(window.image, state, t, seen, full_resolution_only=True)
         return self.network.probabilities(heads[0] if isinstance(heads, list | tuple) else heads)
 
     def advance(
-        self, state: torch.Tensor, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: BoxNoise
+        self, state: torch.Tensor, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: Noise
     ) -> torch.Tensor:
         """See ``Chain``."""
         x_start = self.network.x_start(self.network.encoding.encode(estimate))
@@ -164,7 +183,7 @@ class BernoulliChain(Chain):
         output = self.network.segmentor(image)
         return Window(image, self.network.prior(output.logits), output.features)
 
-    def start(self, prior: torch.Tensor, noise: BoxNoise) -> torch.Tensor:
+    def start(self, prior: torch.Tensor, noise: Noise) -> torch.Tensor:
         """See ``Chain``."""
         return (noise.uniform(0) < prior).float()
 
@@ -177,12 +196,12 @@ class BernoulliChain(Chain):
         step: int,
     ) -> torch.Tensor:
         """See ``Chain``."""
-        t = self.process.timestep_map[self._index(step)]
+        t = self.process.timestep_map[self._index(step)].expand(len(window.image))
         eps = self.network.noise_probability(window.image, state, prior, t, window.features)
         return self.process.predict_y_start(state, eps)
 
     def advance(
-        self, state: torch.Tensor, estimate: torch.Tensor, prior: torch.Tensor, step: int, noise: BoxNoise
+        self, state: torch.Tensor, estimate: torch.Tensor, prior: torch.Tensor, step: int, noise: Noise
     ) -> torch.Tensor:
         """See ``Chain``."""
         eps = (state - estimate).abs()  # the same average as of the noise: for a state of 0 or 1, linear
@@ -204,7 +223,7 @@ class SinglePass(Chain):
         """See ``Chain``."""
         return Window(image)
 
-    def start(self, prior: torch.Tensor | None, noise: BoxNoise) -> None:
+    def start(self, prior: torch.Tensor | None, noise: Noise) -> None:
         """See ``Chain``."""
         return None
 
@@ -215,9 +234,7 @@ class SinglePass(Chain):
         logits = self.network(window.image).float()
         return logits.sigmoid() if self.sigmoid else logits.softmax(1)
 
-    def advance(
-        self, state: None, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: BoxNoise
-    ) -> None:
+    def advance(self, state: None, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: Noise) -> None:
         """See ``Chain``."""
         return None
 

@@ -14,9 +14,10 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from tqdm import tqdm
 
 from nnunetv2_diffusion.diffusion import SamplingConfig
-from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, make_chain
+from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, JoinedNoise, Noise, make_chain
 from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
 from nnunetv2_diffusion.inference.sliding_window import (
+    TILES_AT_ONCE,
     Blend,
     CoarseFirst,
     Estimator,
@@ -24,6 +25,7 @@ from nnunetv2_diffusion.inference.sliding_window import (
     Tile,
     TileEstimator,
     VolumeEstimator,
+    at_once,
     make_tiles,
     rescale,
     run_chain,
@@ -225,16 +227,19 @@ class DiffusionPredictor(nnUNetPredictor):
         """A chain for each tile; masks of the kept steps, blended."""
         kept = chain.steps if self.options.save_steps else 1
         blends = [canvas.blend() for _ in range(kept)]
-        for tile in canvas.tiles:
-            image = canvas.data[tile.index][None].to(self.device)
-            estimator = TileEstimator(chain, image.contiguous(), count.tick)
-            noise = self._noise(chain, sample, tile.start, tile.size, self.device, tile.planar)
+        number = 1 if self.options.early_exit else TILES_AT_ONCE  # tiles end their chains at different steps
+        for tiles in at_once(canvas.tiles, number):
+            image = torch.stack([canvas.data[tile.index] for tile in tiles]).to(self.device)
+            estimator = TileEstimator(chain, image, count.tick)
+            noise = JoinedNoise(
+                [self._noise(chain, sample, tile.start, tile.size, self.device, tile.planar) for tile in tiles]
+            )
             for blend, p in zip(blends, self._tile_masks(chain, plan, estimator, noise, kept), strict=True):
-                blend.add(tile, p)
+                blend.add_all(tiles, p)
         return [blend.mean() for blend in blends]
 
     def _tile_masks(
-        self, chain: Chain, plan: list[Schedule], estimator: TileEstimator, noise: BoxNoise, kept: int
+        self, chain: Chain, plan: list[Schedule], estimator: Estimator, noise: Noise, kept: int
     ) -> list[torch.Tensor]:
         """Mean over a tile's chains of the last ``kept`` steps; a chain that ends early stays as it is."""
         exit_if = partial(same_labels, sigmoid=self.label_manager.has_regions) if self.options.early_exit else None

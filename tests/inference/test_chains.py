@@ -56,7 +56,9 @@ def classes(image):
 
 
 def run(chain, image, schedule, **kwargs):
-    return list(run_chain(chain, TileEstimator(chain, image, lambda: None), schedule, box(image.shape[2:]), **kwargs))
+    return list(
+        run_chain(chain, TileEstimator(chain, image, lambda passes: None), schedule, box(image.shape[2:]), **kwargs)
+    )
 
 
 @pytest.mark.parametrize("tta", ["none", "full", "interleaved"])
@@ -116,7 +118,7 @@ def cover(shape, patch, order=1):
 def volume(chain, data, tiles, patch):
     weight = torch.rand(patch, generator=torch.Generator().manual_seed(1)) + 0.1
     grids = tiles if isinstance(tiles[0], list) else [tiles] * chain.steps
-    return VolumeEstimator(chain, data, grids, lambda: Blend(2, data.shape[1:], weight, CPU), CPU, lambda: None)
+    return VolumeEstimator(chain, data, grids, lambda: Blend(2, data.shape[1:], weight, CPU), CPU, lambda passes: None)
 
 
 def test_tiles_come_in_one_order():
@@ -229,7 +231,7 @@ def test_an_oracle_is_right_in_every_step_wherever_tiles_lie(combine):
 
 def test_a_chain_carries_what_one_tile_saw_to_tiles_that_did_not_see_it():
     """The estimate of a tile is the mean of image and state: with a fixed grid nothing crosses its borders."""
-    chain = Counting(lambda x, state, step: (x + state).mean((2, 3, 4), keepdim=True).expand(1, 2, *x.shape[2:]))
+    chain = Counting(lambda x, state, step: (x + state).mean((2, 3, 4), keepdim=True).expand(-1, 2, *x.shape[2:]))
     chain.advance = lambda state, estimate, prior, step, noise: estimate
     chain.start = lambda prior, noise: torch.zeros(1, 2, *noise.size)
     tiles = dense((12, 2, 2), (4, 2, 2))
@@ -280,7 +282,7 @@ def test_a_gaussian_chain_told_the_truth_returns_it(make_segmentor, sampler):
     chain = make_chain(network, network.sampling, sigmoid=False)
     noise = BoxNoise(0, 0, 3, (7, 0, 0), (1, 16, 20), True, CPU)
     image = torch.randn(1, 1, 16, 20)
-    *_, last = run_chain(chain, TileEstimator(chain, image, lambda: None), [[()]] * 5, noise)
+    *_, last = run_chain(chain, TileEstimator(chain, image, lambda passes: None), [[()]] * 5, noise)
     torch.testing.assert_close(last, truth, atol=1e-6, rtol=0)
 
 
@@ -304,7 +306,7 @@ def test_a_gaussian_chain_is_the_networks_own_given_its_noise(make_segmentor, wa
         ]
         chain = make_chain(network, network.sampling, sigmoid=False)
         assert chain.channels == network.encoding.channels
-        found = list(run_chain(chain, TileEstimator(chain, image, lambda: None), [[()]] * 3, noise))
+        found = list(run_chain(chain, TileEstimator(chain, image, lambda passes: None), [[()]] * 3, noise))
     for a, b in zip(found, own, strict=True):
         assert torch.equal(a, b)
 
@@ -318,7 +320,7 @@ def test_a_bernoulli_chain_is_the_networks_own_given_its_noise(models, sampler):
     with torch.inference_mode():
         own = [step.y_start for step in network.chain(image, network.segmentor(image), feed, config)]
         chain = make_chain(network, config, sigmoid=False)
-        found = list(run_chain(chain, TileEstimator(chain, image, lambda: None), [[()]] * 4, noise))
+        found = list(run_chain(chain, TileEstimator(chain, image, lambda passes: None), [[()]] * 4, noise))
     for a, b in zip(found, own, strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
 
@@ -328,7 +330,7 @@ def test_the_prior_of_interleaved_views_is_their_mean(models):
     image = torch.randn(1, 1, 8, 12, 8)
     chain = make_chain(network, SamplingConfig(2, "ddim"), sigmoid=False)
     with torch.inference_mode():
-        found = TileEstimator(chain, image, lambda: None).prior(VIEWS)
+        found = TileEstimator(chain, image, lambda passes: None).prior(VIEWS)
         expected = [mirror(network.prior(network.segmentor(mirror(image, v)).logits), v) for v in VIEWS]
     torch.testing.assert_close(found, sum(expected) / len(expected))
 
