@@ -139,7 +139,8 @@ class Laboratory:
 
     def _add(self, rows: list[Row], case: LabelledCase, result: CaseResult, **setting: Any) -> None:
         """A row for each label of a prediction."""
-        cost = {"passes_per_tile": result.passes.per_tile, "tiles": result.passes.tiles, "seconds": result.seconds}
+        passes = result.passes.per_tile * len(self.predictor.list_of_parameters)  # of all folds together
+        cost = {"passes_per_tile": passes, "tiles": result.passes.tiles, "seconds": result.seconds}
         p = result.moments.mean()
         mask = self._mask(case, p)
         scores, further = self._scores(case, mask), probability_scores(self.labels, case, mask, self._original(case, p))

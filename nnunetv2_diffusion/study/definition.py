@@ -19,7 +19,9 @@ STUDY_KEYS = (
     "analyse", "reference", "questions",
 )  # fmt: skip
 STUDY_REQUIRED = ("name", "dataset", "configuration", "split", "cells", "predictions")
-CELL_KEYS = ("name", "trainer", "runs", "settings", "network", "predictions", "segmentor", "warm_start", "analyse")
+CELL_KEYS = (
+    "name", "trainer", "runs", "settings", "network", "predictions", "segmentor", "warm_start", "ensemble", "analyse"
+)  # fmt: skip
 QUESTION_KEYS = ("title", "cells")
 SPLIT_KEYS = ("train", "val", "test")
 
@@ -97,6 +99,7 @@ class Cell:
         predictions: as asked for; what a trainer without a chain takes of them see ``predictions_of``.
         segmentor: cell whose checkpoint HiDiff starts from; None for none.
         warm_start: cell of nnU-Net's own trainer whose weights the training starts from; None for none.
+        ensemble: cell whose runs are the folds of this one's model, for which nothing is trained; None for none.
         analyse: None for no analysis.
         analyse_one_pass: also for a trainer without a chain: the cell itself asks for its analysis.
     """
@@ -109,6 +112,7 @@ class Cell:
     predictions: tuple[Prediction, ...]
     segmentor: str | None
     warm_start: str | None
+    ensemble: str | None
     analyse: Analysis | None
     analyse_one_pass: bool = False
 
@@ -119,7 +123,7 @@ class Cell:
     @property
     def source(self) -> str | None:
         """Cell that has to be trained before."""
-        return self.segmentor or self.warm_start
+        return self.segmentor or self.warm_start or self.ensemble
 
 
 @dataclass(frozen=True)
@@ -269,8 +273,9 @@ def _cells(content: Mapping[str, Any], file: Path) -> tuple[Cell, ...]:
     analysis = _analysis(content.get("analyse"), f"{file}: analyse")
     if not isinstance(content["cells"], list) or not content["cells"]:
         raise StudyError(f"{file}: cells is {content['cells']!r}, expected a list of cells, one at least")
-    default = Cell("", "", 1, common["settings"], common["network"], predictions, None, None, analysis)
+    default = Cell("", "", 1, common["settings"], common["network"], predictions, None, None, None, analysis)
     cells = tuple(_cell(entry, default, f"{file}: cells[{i}]") for i, entry in enumerate(content["cells"]))
+    cells = tuple(_like_members(cell, cells) for cell in cells)
     names = [cell.name.lower() for cell in cells]  # folders: some file systems take a and A for the same
     twice = [cell.name for cell in cells if names.count(cell.name.lower()) > 1]
     if twice:
@@ -301,8 +306,14 @@ def _cell(entry: Any, default: Cell, where: str) -> Cell:
     return replace(
         default, name=_name(entry["name"], f"{where}: name"), trainer=_name(entry["trainer"], f"{where}: trainer"),
         runs=runs, settings=merged, network={**default.network, **network}, segmentor=entry.get("segmentor"),
-        warm_start=entry.get("warm_start"), **changes,
+        warm_start=entry.get("warm_start"), ensemble=entry.get("ensemble"), **changes,
     )  # fmt: skip
+
+
+def _like_members(cell: Cell, cells: Sequence[Cell]) -> Cell:
+    """An ensemble has the settings and the network of the cell that its members are runs of."""
+    members = next((other for other in cells if other.name == cell.ensemble), cell)
+    return replace(cell, settings=members.settings, network=members.network)
 
 
 def _predictions(entries: Any, where: str) -> tuple[Prediction, ...]:
@@ -333,11 +344,14 @@ def _check_references(study: Study) -> None:
     for cell in study.cells:
         if cell.source is None:
             continue
-        key = "segmentor" if cell.segmentor else "warm_start"
-        if cell.segmentor and cell.warm_start:
-            raise StudyError(f"{study.file}: cell {cell.name} has a segmentor and a warm_start, expected one of them")
+        keys = [key for key in ("segmentor", "warm_start", "ensemble") if getattr(cell, key)]
+        key = keys[0]
+        if len(keys) > 1:
+            raise StudyError(f"{study.file}: cell {cell.name} has a {' and a '.join(keys)}, expected one of them")
         if study.cell(cell.source).source is not None:
             raise StudyError(f"{study.file}: cell {cell.name}: {key} {cell.source} starts from another cell itself")
+        if cell.ensemble:
+            _check_ensemble(study, cell)
     if "reference" in study.content:
         study.cell(study.content["reference"])
     questions = study.content.get("questions", [])
@@ -352,6 +366,19 @@ def _check_references(study: Study) -> None:
             raise StudyError(f"{where}: cells is {question['cells']!r}, expected two names of cells at least")
         for name in question["cells"]:
             study.cell(name)
+
+
+def _check_ensemble(study: Study, cell: Cell) -> None:
+    """Its members are runs of the same trainer, and it is neither trained nor trained again."""
+    where, members = f"{study.file}: cell {cell.name}", study.cell(cell.ensemble)
+    (entry,) = (entry for entry in study.content["cells"] if entry["name"] == cell.name)
+    own = [key for key in ("runs", "settings", "network") if key in entry]
+    if own:
+        raise StudyError(f"{where} has {own[0]}, but an ensemble has those of its members, {members.name}")
+    if cell.trainer != members.trainer:
+        raise StudyError(f"{where}: trainer is {cell.trainer}, expected that of its members, {members.trainer}")
+    if members.runs < 2:
+        raise StudyError(f"{where}: ensemble of {members.runs} run of {members.name}, expected runs of at least 2")
 
 
 def _name(text: Any, where: str) -> str:

@@ -67,6 +67,8 @@ def training_curves(cells: list[CellResults]) -> Figure:
     """Pseudo Dice by epoch."""
     curves = {}
     for cell in cells:
+        if not all(r["training"]["curve"] for r in cell.records):
+            continue  # an ensemble
         runs = [[np.nan if v is None else v for v in r["training"]["curve"]["mean_fg_dice"]] for r in cell.records]
         shortest = min(map(len, runs))
         curves[cell.name] = nanmean([run[:shortest] for run in runs], 0)

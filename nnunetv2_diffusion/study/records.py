@@ -82,6 +82,7 @@ def request_of(
         "predictions": [asdict(prediction) for prediction in predictions],
         "segmentor": source(cell.segmentor),
         "warm_start": source(cell.warm_start),
+        "ensemble": None if cell.ensemble is None else {"cell": cell.ensemble, "runs": study.cell(cell.ensemble).runs},
         "analyse": analysis.asked() if analysis else None,
     }
 
@@ -250,16 +251,26 @@ def _usage(training: Training, stage: str) -> dict[str, Any]:
 
 
 def _training(training: Training) -> dict[str, Any]:
-    """Cost, and nnU-Net's log of every epoch, read without running code from the checkpoint."""
-    log = load_checkpoint_file(training.place.checkpoint(training.cell, training.run))["logging"]
-    starts, ends = log["epoch_start_timestamps"], log["epoch_end_timestamps"]
+    """Cost, and nnU-Net's log of every epoch, read without running code from the checkpoint.
+
+    Of an ensemble the epochs of all members, and no curve: it was never trained as one.
+    """
+    place, cell = training.place, training.cell
+    sources = place.sources(cell, training.run) if cell.ensemble else [(cell, training.run)]
+    logs = [load_checkpoint_file(place.checkpoint(*source))["logging"] for source in sources]
+    seconds = [
+        end - start
+        for log in logs
+        for start, end in zip(log["epoch_start_timestamps"], log["epoch_end_timestamps"], strict=False)
+    ]
+    log = {} if cell.ensemble else logs[0]
     usage = _usage(training, "train")
     peak = _logged_peak(training)
     if peak is not None:
         usage |= {"peak_memory_bytes": peak, "peak_memory_note": "tensors on the GPU, told by the trainer's log"}
     return {
         **usage,
-        "epoch_seconds": plain([end - start for start, end in zip(starts, ends, strict=False)]),
+        "epoch_seconds": plain(seconds),
         "curve": {key: plain(log[key]) for key in LOGGED if key in log},
     }
 

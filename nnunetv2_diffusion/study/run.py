@@ -197,14 +197,7 @@ def _finish(unit: Unit, units: dict[tuple[str, int], Unit]) -> None:
     """All stages of a unit, and its results."""
     training = unit.training
     try:
-        if training.cell.source is not None:
-            cell, number = training.place.source_run(training.cell, training.run)
-            if (cell.name, number) in units:
-                units[cell.name, number].trained.wait()
-            file = training.place.checkpoint(cell, number)
-            if not file.is_file():
-                word = "segmentor" if training.cell.segmentor else "warm start's source"
-                raise StudyError(f"its {word} {cell.name} run {number} is not trained: no {file}")
+        _wait_for_sources(training, units)
         note_code(training)
         training.work(unit.trained.set)
     finally:
@@ -214,6 +207,18 @@ def _finish(unit: Unit, units: dict[tuple[str, int], Unit]) -> None:
     if unit.file.exists():
         raise StudyError(f"{unit.file} was written by another run in the meantime; it is not overwritten")
     write_whole(unit.file, text)
+
+
+def _wait_for_sources(training: Training, units: dict[tuple[str, int], Unit]) -> None:
+    """Raises StudyError if a checkpoint that a training needs is not there in the end."""
+    words = {"segmentor": "segmentor", "warm_start": "warm start's source", "ensemble": "member"}
+    for cell, number in training.place.sources(training.cell, training.run):
+        if (cell.name, number) in units:
+            units[cell.name, number].trained.wait()
+        file = training.place.checkpoint(cell, number)
+        if not file.is_file():
+            word = next(word for key, word in words.items() if getattr(training.cell, key))
+            raise StudyError(f"its {word} {cell.name} run {number} is not trained: no {file}")
 
 
 def _copy_study(study: Study, results: Path) -> None:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from shutil import rmtree
+from shutil import copy, rmtree
 from typing import Any
 
 from nnunetv2_diffusion.pages import write_whole
@@ -53,6 +53,11 @@ class Training:
         plans = self.place.plans_name(self.cell, self.run)
         return ["-tr", self.cell.trainer, "-p", plans, "-device", self.place.device]
 
+    @property
+    def _folds(self) -> list[str]:
+        """Of the model: an ensemble has one for each member."""
+        return [str(n) for n in range(len(self.place.sources(self.cell, self.run)))] if self.cell.ensemble else ["0"]
+
     def work(self, trained: Callable[[], None]) -> None:
         """All stages; those that are finished are left out.
 
@@ -75,10 +80,13 @@ class Training:
                 self.analyse()
 
     def train(self) -> None:
-        """Fold 0 with nnU-Net's command, from its last checkpoint if it was interrupted.
+        """Fold 0 with nnU-Net's command, from its last checkpoint if it was interrupted; members are put together.
 
         nnU-Net's closing validation takes one step: the unseen cases are what counts.
         """
+        if self.cell.ensemble is not None:
+            self.assemble()
+            return
         # without a checkpoint nnU-Net would continue from nothing, and without the weights of a warm start
         started = any((self.place.model_folder(self.cell, self.run) / "fold_0").glob("checkpoint_*.pth"))
         command = ["nnUNetv2_train", self.place.number, self.place.study.configuration, "0", *self._model]
@@ -87,6 +95,26 @@ class Training:
         elif self.cell.warm_start is not None:
             command += ["-pretrained_weights", str(self.warm_start())]
         self._stage("train", command, steps="1")
+
+    def assemble(self) -> None:
+        """A model whose folds are the runs of another cell; costs are theirs together."""
+        if self._record("train").exists():
+            return
+        sources = self.place.sources(self.cell, self.run)
+        target = self.place.model_folder(self.cell, self.run)
+        rmtree(target, ignore_errors=True)  # of an attempt that was interrupted
+        for fold, (cell, number) in enumerate(sources):
+            file = self.place.checkpoint(self.cell, self.run, fold)
+            file.parent.mkdir(parents=True)
+            copy(self.place.checkpoint(cell, number), file)
+        for name in ("plans.json", "dataset.json"):
+            copy(self.place.model_folder(*sources[0]) / name, target / name)
+        usages = [read_json(self.place.run_folder(*source) / "stages" / "train.json") for source in sources]
+        record = {key: sum(usage[key] for usage in usages) for key in ("seconds", "attempts")}
+        peaks = [usage["peak_memory_bytes"] for usage in usages if usage["peak_memory_bytes"] is not None]
+        record["peak_memory_bytes"] = max(peaks, default=None)
+        self._record("train").parent.mkdir(exist_ok=True)
+        write_whole(self._record("train"), json.dumps(record, indent=1))
 
     def warm_start(self) -> Path:
         """The weights to start from, made with the verb ``warm-start``."""
@@ -106,8 +134,9 @@ class Training:
         target = self.folder / "predictions" / prediction.name
         workers = str(self.place.workers(3, least=0))  # without a core for them, cases come one after the other
         command = [
-            "nnUNetv2_predict", "-d", self.place.number, "-c", self.place.study.configuration, "-f", "0", *self._model,
-            "-i", str(self.place.raw / "imagesTs"), "-npp", workers, "-nps", workers, "--disable_progress_bar",
+            "nnUNetv2_predict", "-d", self.place.number, "-c", self.place.study.configuration, "-f", *self._folds,
+            *self._model, "-i", str(self.place.raw / "imagesTs"), "-npp", workers, "-nps", workers,
+            "--disable_progress_bar",
         ]  # fmt: skip
         if not prediction.mirroring:
             command.append("--disable_tta")
@@ -127,8 +156,8 @@ class Training:
         """Steps and samples with the verb ``analyse``."""
         own = self.cell.analyse
         command = [
-            "nnunetv2_diffusion", "analyse", "-m", str(self.place.model_folder(self.cell, self.run)), "-f", "0",
-            "-device", self.place.device, "-i", str(self.place.raw / "imagesTs"),
+            "nnunetv2_diffusion", "analyse", "-m", str(self.place.model_folder(self.cell, self.run)), "-f",
+            *self._folds, "-device", self.place.device, "-i", str(self.place.raw / "imagesTs"),
             "-l", str(self.place.raw / "labelsTs"), "--tta", "none", "--disable_progress_bar",
         ]  # fmt: skip
         if self.has_chain:

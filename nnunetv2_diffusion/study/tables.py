@@ -60,7 +60,7 @@ def settings_table(study: StudyResults) -> Table:
     for cell in study.cells:
         record, request = cell.records[0], cell.request
         own = {k: v for k, v in flatten(request["settings"]).items() if common.get(k, NONE) != v}
-        own |= {key: request[key]["cell"] for key in ("segmentor", "warm_start") if request.get(key)}
+        own |= {key: request[key]["cell"] for key in ("segmentor", "warm_start", "ensemble") if request.get(key)}
         epochs, iterations = (record["settings"][k] for k in ("num_epochs", "num_iterations_per_epoch"))
         network = record["network"]
         sizes = "x".join(map(str, network["patch_size"]))

@@ -77,9 +77,9 @@ class Workplace:
         name = f"{cell.trainer}__{self.plans_name(cell, run)}__{self.study.configuration}"
         return self.run_folder(cell, run) / "nnUNet_results" / self.study.dataset / name
 
-    def checkpoint(self, cell: Cell, run: int) -> Path:
-        """Of a training that is finished."""
-        return self.model_folder(cell, run) / "fold_0" / "checkpoint_final.pth"
+    def checkpoint(self, cell: Cell, run: int, fold: int = 0) -> Path:
+        """Of a training that is finished; folds other than 0 are members of an ensemble."""
+        return self.model_folder(cell, run) / f"fold_{fold}" / "checkpoint_final.pth"
 
     def workers(self, most: int, least: int = 1) -> int:
         """Processes that one command may start beside itself, ``least`` to ``most``."""
@@ -159,14 +159,17 @@ class Workplace:
             raise StudyError(f"cell {cell.name}: {error}") from None
         return plans
 
-    def source_run(self, cell: Cell, run: int) -> tuple[Cell, int]:
-        """The training whose checkpoint a cell starts from: the same run, or one of fewer in turn."""
-        other = self.study.cell(cell.source or "")
-        return other, run % other.runs
+    def sources(self, cell: Cell, run: int) -> list[tuple[Cell, int]]:
+        """Trainings whose checkpoints a run needs: an ensemble's members, or the source's same run, or one of fewer."""
+        if cell.source is None:
+            return []
+        other = self.study.cell(cell.source)
+        return [(other, n) for n in range(other.runs)] if cell.ensemble else [(other, run % other.runs)]
 
     def source_checkpoint(self, cell: Cell, run: int) -> str:
         """Its checkpoint as commands find it: they run in the root, so no path of this machine is in the plans."""
-        return self.checkpoint(*self.source_run(cell, run)).relative_to(self.root).as_posix()
+        ((other, number),) = self.sources(cell, run)
+        return self.checkpoint(other, number).relative_to(self.root).as_posix()
 
 
 def check_cases(study: Study, source: Path) -> None:

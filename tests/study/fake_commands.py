@@ -112,6 +112,8 @@ class FakeRunner:
             "epoch_end_timestamps": [103.0, 106.0],
         }  # fmt: skip
         torch.save({"network_weights": {}, "logging": log}, folder / "checkpoint_final.pth")
+        for name in ("plans.json", "dataset.json"):
+            (folder.parent / name).write_text("{}")
 
     def warm_start(self, command, environment, fails):
         assert (self.folder / command[command.index("--from") + 1]).is_file()

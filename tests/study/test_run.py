@@ -213,6 +213,32 @@ def test_a_cell_without_a_chain_is_analysed_if_it_asks_itself(fake, start, resul
     assert results()["A_run0"]["request"]["analyse"]["modes"] == own["modes"]
 
 
+def test_the_runs_of_a_cell_are_the_folds_of_an_ensemble(fake, start, results, tmp_path):
+    members = {**STUDY["cells"][1], "runs": 3}
+    ensemble = {"name": "E", "trainer": "Recycle", "ensemble": "B", "analyse": {"steps": 2, "samples": 2}}
+    assert start({**STUDY, "cells": [ensemble, members]}, jobs=2) == 0
+    assert len(fake.named("nnUNetv2_train")) == 3, "nothing more is trained"
+    (model,) = (tmp_path / "work" / "runs" / "fake" / "E" / "run_0" / "nnUNet_results" / DATASET).iterdir()
+    assert {f.name for f in model.iterdir()} == {"fold_0", "fold_1", "fold_2", "plans.json", "dataset.json"}
+    for name in ("nnUNetv2_predict", "analyse"):
+        for command in fake.named(name, "fake-E-0"):
+            place = command[1].index("-f")
+            assert command[1][place + 1 : place + 4] == ["0", "1", "2"]
+    record, alone = results()["E_run0"], results()["B_run0"]
+    assert record["request"]["ensemble"] == {"cell": "B", "runs": 3}
+    assert record["request"]["settings"] == alone["request"]["settings"]
+    assert record["training"]["seconds"] == 3 * alone["training"]["seconds"]
+    assert record["training"]["epoch_seconds"] == 3 * alone["training"]["epoch_seconds"]
+    assert record["training"]["curve"] == {}
+
+
+def test_an_ensemble_waits_for_all_of_its_members(fake, start, capsys):
+    ensemble = {"name": "E", "trainer": "Recycle", "ensemble": "B"}
+    study = {**STUDY, "cells": [{**STUDY["cells"][1], "runs": 2}, ensemble]}
+    assert start(study, cells=["E"]) == 1
+    assert "its member B run 0 is not trained" in capsys.readouterr().err
+
+
 def test_masks_can_only_be_given_to_a_network_that_takes_one(fake, start, capsys):
     cell = {**STUDY["cells"][0], "analyse": {"mask_use": True}}
     assert start({**STUDY, "cells": [cell]}) == 1
