@@ -3,9 +3,9 @@
 ``schema`` (another number when a key goes or changes its meaning), ``kind`` ("cell"), ``request`` (what the study asks
 for; a result with another request is never taken for it), ``settings`` and ``network`` as resolved, ``labels``,
 ``hardware``, ``versions``, ``code`` (at the start; ``code_changed`` since), ``training`` (seconds of the last attempt,
-attempts, peak_memory_bytes, seconds and nnU-Net's log of every epoch), ``predictions`` (seconds, scores: case -> label
--> metric) and ``analysis`` (columns of the CSVs of the verb ``analyse``). Undefined scores are null. Nothing in it
-names the machine or its folders.
+attempts, peak_memory_bytes, seconds and nnU-Net's log of every epoch, what importance sampling of time has learned),
+``predictions`` (seconds, scores: case -> label -> metric) and ``analysis`` (columns of the CSVs of the verb
+``analyse``). Undefined scores are null. Nothing in it names the machine or its folders.
 """
 
 import csv
@@ -35,6 +35,7 @@ from nnunetv2_diffusion.study.definition import Cell, Prediction, Study, read_js
 from nnunetv2_diffusion.study.stages import Training
 from nnunetv2_diffusion.study.workplace import Workplace
 from nnunetv2_diffusion.training.host import PEAK_GPU_MEMORY
+from nnunetv2_diffusion.training.trainer import TIME_SAMPLER_KEY
 
 SCHEMA = 1
 PACKAGE = nnunetv2_diffusion.__name__
@@ -257,7 +258,8 @@ def _training(training: Training) -> dict[str, Any]:
     """
     place, cell = training.place, training.cell
     sources = place.sources(cell, training.run) if cell.ensemble else [(cell, training.run)]
-    logs = [load_checkpoint_file(place.checkpoint(*source))["logging"] for source in sources]
+    checkpoints = [load_checkpoint_file(place.checkpoint(*source)) for source in sources]
+    logs = [checkpoint["logging"] for checkpoint in checkpoints]
     seconds = [
         end - start
         for log in logs
@@ -265,6 +267,9 @@ def _training(training: Training) -> dict[str, Any]:
     ]
     log = {} if cell.ensemble else logs[0]
     usage = _usage(training, "train")
+    history = None if cell.ensemble else time_history(checkpoints[0])
+    if history is not None:
+        usage["time_sampling"] = history
     peak = _logged_peak(training)
     if peak is not None:
         usage |= {"peak_memory_bytes": peak, "peak_memory_note": "tensors on the GPU, told by the trainer's log"}
@@ -273,6 +278,15 @@ def _training(training: Training) -> dict[str, Any]:
         "epoch_seconds": plain(seconds),
         "curve": {key: plain(log[key]) for key in LOGGED if key in log},
     }
+
+
+def time_history(checkpoint: Mapping[str, Any]) -> dict[str, list] | None:
+    """What importance sampling of time has learned: loss (root mean square) and visits of every t; None without it."""
+    state = checkpoint.get("optimizer_state") or {}
+    history = state.get(TIME_SAMPLER_KEY)
+    if not history:
+        return None
+    return {"loss": plain(history["loss_sq"].sqrt().tolist()), "visits": history["count"].tolist()}
 
 
 def _logged_peak(training: Training) -> int | None:

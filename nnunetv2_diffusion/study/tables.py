@@ -34,6 +34,8 @@ def all_tables(study: StudyResults) -> Iterator[Table]:
         yield mode_table(study)
     if any(cell.analysis("mask_use") for cell in study.cells):
         yield mask_use_table(study)
+    if any("time_sampling" in record["training"] for record in study.records):
+        yield time_table(study)
     yield cost_table(study)
 
 
@@ -209,6 +211,27 @@ def sample_table(study: StudyResults) -> Table:
         "errors: their correlation over voxels near the foreground.",
     ]
     return Table("Samples", columns, rows, notes)
+
+
+def time_table(study: StudyResults) -> Table:
+    """How far importance sampling of time went from uniform sampling."""
+    rows = []
+    for cell in study.cells:
+        for run, record in enumerate(cell.records):
+            history = record["training"].get("time_sampling")
+            if history is None:
+                continue
+            visits = np.array(history["visits"])
+            relative = np.array(history["loss"], np.float64)[visits > 0]
+            relative = relative / relative.mean() if len(relative) else np.array([np.nan])
+            most = [number(v, 2) for v in (relative.min(), relative.max())]
+            rows.append([cell.name, str(run), str(int(visits.sum())), str(int((visits > 0).sum())), *most])
+    columns = ["cell", "run", "samples", "steps", "smallest", "largest"]
+    notes = [
+        "Loss of a time step (root mean square, moving average) over the mean of all steps that were drawn, at the end "
+        "of the training: importance sampling draws in proportion to it, so 1 everywhere is uniform sampling."
+    ]
+    return Table("Losses by time step", columns, rows, notes)
 
 
 def cost_table(study: StudyResults) -> Table:

@@ -7,12 +7,16 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 from fake_commands import DATASET, SPLIT, STUDY, TRAINERS, FakeRunner, write_inputs
 
 from nnunetv2_diffusion.study import StudyError
 from nnunetv2_diffusion.study import run as run_module
+from nnunetv2_diffusion.study.results import load_results
+from nnunetv2_diffusion.study.tables import time_table
 from nnunetv2_diffusion.study.workplace import locked
 from nnunetv2_diffusion.training.host import PEAK_GPU_MEMORY
+from nnunetv2_diffusion.training.trainer import TIME_SAMPLER_KEY
 
 
 @pytest.fixture
@@ -251,6 +255,24 @@ def test_an_unknown_mode_is_refused_before_anything_is_trained(fake, start, caps
     assert start({**STUDY, "cells": [cell]}) == 1
     assert "cell B: analyse has the mode 'ful', expected some of full, interleaved" in capsys.readouterr().err
     assert not fake.commands
+
+
+def test_what_importance_sampling_has_learned_is_kept_and_shown(fake, start, results, tmp_path):
+    original = FakeRunner.nnUNetv2_train
+
+    def train(command, environment, fails):
+        original(command, environment, fails)
+        (file,) = Path(environment["nnUNet_results"]).rglob("checkpoint_final.pth")
+        checkpoint = torch.load(file, weights_only=False)
+        history = {"loss_sq": torch.tensor([1.0, 9.0, 0.0], dtype=torch.float64), "count": torch.tensor([4, 6, 0])}
+        torch.save({**checkpoint, "optimizer_state": {"state": {}, TIME_SAMPLER_KEY: history}}, file)
+
+    fake.nnUNetv2_train = train
+    assert start({**STUDY, "cells": STUDY["cells"][1:2]}) == 0
+    assert results()["B_run0"]["training"]["time_sampling"] == {"loss": [1.0, 3.0, 0.0], "visits": [4, 6, 0]}
+    (study,) = load_results(tmp_path / "results")
+    (row,) = time_table(study).rows
+    assert row == ["B", "0", "10", "2", "0.50", "1.50"], "a step that is never drawn does not count"
 
 
 def test_a_gpus_memory_is_read_from_the_trainers_logs(fake, start, results):
