@@ -206,9 +206,12 @@ def plain(value: Any) -> Any:
 
 
 def note_code(training: Training) -> None:
-    """Keep the code that a training starts with: collected at its end, another commit may be checked out."""
+    """Keep the code that a training starts with: collected at its end, another commit may be checked out.
+
+    What an attempt had that ended before its first checkpoint does not count.
+    """
     file = training.folder / "code.json"
-    if not file.exists():
+    if not (file.exists() and training.started):
         training.folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(describe_code(training.place.study.file, training.place.root)))
 

@@ -79,6 +79,11 @@ class Training:
             if self.analyses:
                 self.analyse()
 
+    @property
+    def started(self) -> bool:
+        """Whether there is a checkpoint, of the end or to continue from."""
+        return any((self.place.model_folder(self.cell, self.run) / "fold_0").glob("checkpoint_*.pth"))
+
     def train(self) -> None:
         """Fold 0 with nnU-Net's command, from its last checkpoint if it was interrupted; members are put together.
 
@@ -88,9 +93,8 @@ class Training:
             self.assemble()
             return
         # without a checkpoint nnU-Net would continue from nothing, and without the weights of a warm start
-        started = any((self.place.model_folder(self.cell, self.run) / "fold_0").glob("checkpoint_*.pth"))
         command = ["nnUNetv2_train", self.place.number, self.place.study.configuration, "0", *self._model]
-        if started:
+        if self.started:
             command.append("--c")
         elif self.cell.warm_start is not None:
             command += ["-pretrained_weights", str(self.warm_start())]

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fake_commands import DATASET, SPLIT, STUDY, TRAINERS, FakeRunner, write_inputs
 
-from nnunetv2_diffusion.study import StudyError
+from nnunetv2_diffusion.study import StudyError, records
 from nnunetv2_diffusion.study import run as run_module
 from nnunetv2_diffusion.study.results import load_results
 from nnunetv2_diffusion.study.tables import time_table
@@ -323,6 +323,19 @@ def test_a_warm_started_training_that_failed_is_done_again(fake, start, results,
     assert {"W_run0", "W_run1"} <= set(results())
     last = fake.named("nnUNetv2_train", "fake-W-0")[-1][1]
     assert [word for word in last if word in ("--c", "-pretrained_weights")] == [again]
+
+
+@pytest.mark.parametrize(("when", "kept"), [("early", "second"), ("late", "first")])
+def test_the_code_is_that_of_the_attempt_which_made_the_first_checkpoint(fake, start, results, monkeypatch, when, kept):
+    monkeypatch.setenv("FAKE_FAILS", when)
+    fake.fail = ["nnUNetv2_train", "fake-B-0"]
+    for commit, status in (("first", 1), ("second", 0)):
+        found = {"commit": commit, "dirty": False, "same_package": True, "package_sha256": commit}
+        monkeypatch.setattr(records, "describe_code", lambda *_, found=found: found)
+        assert start(cells=["B"]) == status
+    record = results()["B_run0"]
+    assert record["code"]["commit"] == kept
+    assert record["code_changed"] == (kept == "first")
 
 
 def test_a_warm_start_for_a_trainer_without_a_chain_is_refused(fake, start, capsys):
