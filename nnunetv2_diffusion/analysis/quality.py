@@ -6,10 +6,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from nnunetv2_diffusion.analysis.cases import MEAN, LabelledCase
-from nnunetv2_diffusion.evaluation.calibration import around_foreground
 from nnunetv2_diffusion.evaluation.labels import LabelSet
 from nnunetv2_diffusion.evaluation.metrics import EMPTY_RULES
-from nnunetv2_diffusion.evaluation.probabilistic import MARGIN, probabilistic_scores
+from nnunetv2_diffusion.evaluation.probabilistic import MARGIN, probabilistic_scores, scored_region
 from nnunetv2_diffusion.evaluation.surface import LIBRARY, surface_scores
 
 Scores = dict[str, dict[str, float]]  # name of a class or region, or of their mean -> metric -> value
@@ -92,7 +91,7 @@ def error_correlation(labels: LabelSet, case: LabelledCase, mask: np.ndarray, va
     reference, predicted = (labels.masks(_flat(values, case)) for values in (case.reference, mask))
     valid = labels.valid(case.reference)
     valid = np.ones(reference.shape[1:], bool) if valid is None else _flat(valid, case)
-    where = around_foreground(reference.any(0) & valid, predicted.any(0) & valid, _spacing(case), MARGIN) & valid
+    where = scored_region(reference, predicted, _spacing(case), MARGIN, valid)
     errors, spread = (reference != predicted).any(0)[where].astype(float), _flat(variance, case)[where].astype(float)
     if not len(errors) or errors.std() == 0 or spread.std() == 0:
         return float("nan")

@@ -14,6 +14,7 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from tqdm import tqdm
 
 from nnunetv2_diffusion.diffusion import SamplingConfig
+from nnunetv2_diffusion.grids import resize
 from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, JoinedNoise, Noise, make_chain
 from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
 from nnunetv2_diffusion.inference.sliding_window import (
@@ -27,7 +28,6 @@ from nnunetv2_diffusion.inference.sliding_window import (
     VolumeEstimator,
     at_once,
     make_tiles,
-    rescale,
     run_chain,
     same_labels,
     shifted_tiles,
@@ -183,7 +183,7 @@ class DiffusionPredictor(nnUNetPredictor):
         spatial = list(canvas.data.shape[1:])
         for axis in range(3 - len(self.configuration_manager.patch_size), 3):
             spatial[axis] = max(1, round(spatial[axis] / zoom))
-        return self.canvas(rescale(canvas.data[None].float(), spatial)[0])
+        return self.canvas(resize(canvas.data[None].float(), spatial)[0])
 
     def _autocast(self) -> torch.autocast | nullcontext:
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from torch.nn import functional as F
 
+from nnunetv2_diffusion.grids import resize
 from nnunetv2_diffusion.inference.chains import Chain, Noise, Window
 from nnunetv2_diffusion.inference.views import Schedule, View, mirror
 
@@ -274,15 +274,6 @@ class VolumeEstimator:
         return blend.mean()
 
 
-def rescale(x: torch.Tensor, spatial: Sequence[int]) -> torch.Tensor:
-    """x (1, C, z, y, x) with other voxels: means where they become fewer, else linear between those that are there."""
-    if tuple(x.shape[2:]) == tuple(spatial):
-        return x
-    if all(new <= old for new, old in zip(spatial, x.shape[2:], strict=True)):
-        return F.interpolate(x, tuple(spatial), mode="area")
-    return F.interpolate(x, tuple(spatial), mode="trilinear", align_corners=False)
-
-
 class CoarseFirst:
     """An ``Estimator`` whose first step sees the case at a coarser scale, so that a tile covers more of it.
 
@@ -323,7 +314,7 @@ class CoarseFirst:
         if step:
             return self.fine(view, state, prior, previous, step)
         p = self.coarse(view, self.state, None, None, 0)
-        return rescale(p[(slice(None), slice(None), *self.crop[1:])], self.spatial)
+        return resize(p[(slice(None), slice(None), *self.crop[1:])], self.spatial)
 
 
 def hard_labels(p: torch.Tensor, sigmoid: bool) -> torch.Tensor:

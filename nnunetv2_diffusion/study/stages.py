@@ -117,8 +117,7 @@ class Training:
         record = {key: sum(usage[key] for usage in usages) for key in ("seconds", "attempts")}
         peaks = [usage["peak_memory_bytes"] for usage in usages if usage["peak_memory_bytes"] is not None]
         record["peak_memory_bytes"] = max(peaks, default=None)
-        self._record("train").parent.mkdir(exist_ok=True)
-        write_whole(self._record("train"), json.dumps(record, indent=1))
+        self._keep("train", record)
 
     def warm_start(self) -> Path:
         """The weights to start from, made with the verb ``warm-start``."""
@@ -182,6 +181,11 @@ class Training:
     def _record(self, stage: str) -> Path:
         return self.folder / "stages" / f"{stage}.json"
 
+    def _keep(self, stage: str, record: dict[str, Any]) -> None:
+        """Cost of a stage; from now on it is finished."""
+        self._record(stage).parent.mkdir(exist_ok=True)
+        write_whole(self._record(stage), json.dumps(record, indent=1))
+
     def _folder_stage(self, stage: str, command: list[str], target: Path, **variables: str) -> None:
         """A stage that writes a folder, which is there whole or not at all."""
         if self._record(stage).exists() and target.exists():
@@ -204,7 +208,5 @@ class Training:
         environment |= {ENVIRONMENT_PREFIX + key: value for key, value in variables.items()}
         self.say(f"{self.title}: {stage} ... (log: {log})")
         usage = self.place.runner.run(command, log, environment, self.place.root, self._descriptors)
-        self._record(stage).parent.mkdir(exist_ok=True)
-        record = {**asdict(usage), "attempts": attempt}
-        write_whole(self._record(stage), json.dumps(record, indent=1))
+        self._keep(stage, {**asdict(usage), "attempts": attempt})
         self.say(f"{self.title}: {stage} took {usage.seconds:.0f} s")

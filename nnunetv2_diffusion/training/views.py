@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch.nn import functional as F
 
-LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}  # by number of spatial axes
+from nnunetv2_diffusion.grids import resize
+
 GAMMA, BRIGHTNESS, NOISE_VARIANCE = (0.7, 1.5), (0.75, 1.25), (0.0, 0.1)  # ranges of nnU-Net's augmentation
 
 
@@ -44,15 +44,6 @@ def _mirror(x: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
     return torch.flip(x, [axis + 2 for axis in axes]) if axes else x
 
 
-def _resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """x (B, C, *spatial) with other voxels: means of those that become one, or linear between those that are there."""
-    if tuple(x.shape[2:]) == tuple(size):
-        return x
-    if all(new <= old for new, old in zip(size, x.shape[2:], strict=True)):
-        return F.interpolate(x, tuple(size), mode="area")
-    return F.interpolate(x, tuple(size), mode=LINEAR[len(size)], align_corners=False)
-
-
 def _overlap(starts: Sequence[int], sizes: Sequence[int], start: Sequence[int], size: Sequence[int]) -> list[slice]:
     """Where the box (start, size) lies in the box (starts, sizes), as slices of the latter; empty ones if nowhere."""
     slices = []
@@ -74,7 +65,7 @@ def look(image: torch.Tensor, frame: Frame, origin: Sequence[int]) -> torch.Tens
         (B, C, *frame.size); 0 where the image ends.
     """
     source = Frame(tuple(-n for n in origin), tuple(image.shape[2:]), tuple(image.shape[2:]))
-    return _mirror(_resize(_paste(image, source, frame)[0], frame.size), frame.mirrored)
+    return _mirror(resize(_paste(image, source, frame)[0], frame.size), frame.mirrored)
 
 
 def _paste(x: torch.Tensor, source: Frame, target: Frame) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,8 +93,8 @@ def map_to(x: torch.Tensor, source: Frame, target: Frame) -> tuple[torch.Tensor,
         values (B, C, *target.size), and where they are known: bool (1, 1, *target.size). Values are 0 elsewhere, but
         for coarse voxels that are known in part.
     """
-    full = _resize(_mirror(x, source.mirrored), source.extent)
-    values, covered = (_mirror(_resize(v, target.size), target.mirrored) for v in _paste(full, source, target))
+    full = resize(_mirror(x, source.mirrored), source.extent)
+    values, covered = (_mirror(resize(v, target.size), target.mirrored) for v in _paste(full, source, target))
     return values, covered == 1
 
 
