@@ -8,6 +8,11 @@ from torch.nn import functional as F
 LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}  # by number of spatial axes
 
 
+def mirror(x: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
+    """x (B, C, *spatial) mirrored along spatial axes; applied twice, x itself."""
+    return torch.flip(x, [axis + 2 for axis in axes]) if axes else x
+
+
 def resize(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     """x (B, C, *spatial) with other voxels: means of those that become one, or linear between those that are there."""
     if tuple(x.shape[2:]) == tuple(size):

@@ -7,9 +7,9 @@ from typing import Protocol
 
 import torch
 
-from nnunetv2_diffusion.grids import resize
+from nnunetv2_diffusion.grids import mirror, resize
 from nnunetv2_diffusion.inference.chains import Chain, Noise, Window
-from nnunetv2_diffusion.inference.views import Schedule, View, mirror
+from nnunetv2_diffusion.inference.views import Schedule, View
 
 COMBINATIONS = ("views", "last", "mean")
 # No more than a training step holds, where nnU-Net plans 2 samples at least. On a CPU, PyTorch has fast convolutions of

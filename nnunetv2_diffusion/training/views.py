@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from nnunetv2_diffusion.grids import resize
+from nnunetv2_diffusion.grids import mirror, resize
 
 GAMMA, BRIGHTNESS, NOISE_VARIANCE = (0.7, 1.5), (0.75, 1.25), (0.0, 0.1)  # ranges of nnU-Net's augmentation
 
@@ -40,10 +40,6 @@ def patch_frame(size: Sequence[int]) -> Frame:
     return Frame((0,) * len(size), size, size)
 
 
-def _mirror(x: torch.Tensor, axes: Sequence[int]) -> torch.Tensor:
-    return torch.flip(x, [axis + 2 for axis in axes]) if axes else x
-
-
 def _overlap(starts: Sequence[int], sizes: Sequence[int], start: Sequence[int], size: Sequence[int]) -> list[slice]:
     """Where the box (start, size) lies in the box (starts, sizes), as slices of the latter; empty ones if nowhere."""
     slices = []
@@ -65,7 +61,7 @@ def look(image: torch.Tensor, frame: Frame, origin: Sequence[int]) -> torch.Tens
         (B, C, *frame.size); 0 where the image ends.
     """
     source = Frame(tuple(-n for n in origin), tuple(image.shape[2:]), tuple(image.shape[2:]))
-    return _mirror(resize(_paste(image, source, frame)[0], frame.size), frame.mirrored)
+    return mirror(resize(_paste(image, source, frame)[0], frame.size), frame.mirrored)
 
 
 def _paste(x: torch.Tensor, source: Frame, target: Frame) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,8 +89,8 @@ def map_to(x: torch.Tensor, source: Frame, target: Frame) -> tuple[torch.Tensor,
         values (B, C, *target.size), and where they are known: bool (1, 1, *target.size). Values are 0 elsewhere, but
         for coarse voxels that are known in part.
     """
-    full = resize(_mirror(x, source.mirrored), source.extent)
-    values, covered = (_mirror(resize(v, target.size), target.mirrored) for v in _paste(full, source, target))
+    full = resize(mirror(x, source.mirrored), source.extent)
+    values, covered = (mirror(resize(v, target.size), target.mirrored) for v in _paste(full, source, target))
     return values, covered == 1
 
 
