@@ -22,6 +22,7 @@ from nnunetv2_diffusion.inference.sliding_window import OverlapMeter
 
 Row = dict[str, Any]
 MODES: dict[str, dict[str, Any]] = {
+    "one-step": {"tta": "full", "steps": 1},
     "full": {"tta": "full"},
     "interleaved": {"tta": "interleaved"},
     "interleaved-early-exit": {"tta": "interleaved", "early_exit": True},
@@ -31,6 +32,7 @@ MODES: dict[str, dict[str, Any]] = {
     "interleaved-volume": {"tta": "interleaved", "aggregate": "volume"},
     "interleaved-last": {"tta": "interleaved", "combine": "last"},
     "interleaved-mean": {"tta": "interleaved", "combine": "mean"},
+    "volume-last": {"tta": "interleaved", "aggregate": "volume", "combine": "last"},
     "shifted-last": {"tta": "interleaved", "aggregate": "volume", "grid": "shifted", "combine": "last"},
     "shifted-mean": {"tta": "interleaved", "aggregate": "volume", "grid": "shifted", "combine": "mean"},
     "coarse-last": {"tta": "interleaved", "aggregate": "volume", "grid": "coarse", "combine": "last"},

@@ -63,6 +63,23 @@ class GaussianDiffusion(DiffusionProcess):
         mean, variance = self.q_posterior(x_start, x_t, t)
         return mean + variance.sqrt() * noise
 
+    def renoise_step(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+        """Draw x_{t-1} ~ q(x_{t-1} | x_start): the state that recycling trains on (Fu et al. 2024, eq. 5c).
+
+        The state before has no part in it, so nothing but the latest estimate is carried on (the multistep sampling
+        of consistency models, Song et al. 2023, algorithm 1).
+
+        Args:
+            x_start: the network's estimate, (B, K, *spatial) in [-1, 1].
+            t: LongTensor (B,).
+            noise: standard normal, same shape; without effect at t = 0.
+
+        Returns:
+            x_{t-1}; x_start itself at t = 0.
+        """
+        signal, spread = self.alphas_cumprod_prev.sqrt(), (1 - self.alphas_cumprod_prev).sqrt()
+        return self._at(signal, t, x_start) * x_start + self._at(spread, t, x_start) * noise
+
     def ddim_step(
         self,
         x_start: torch.Tensor,

@@ -9,7 +9,7 @@ from nnunetv2_diffusion.diffusion.bernoulli import BernoulliDiffusion
 from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion
 from nnunetv2_diffusion.diffusion.process import SPACINGS
 
-SAMPLERS = ("ddpm", "ddim")
+SAMPLERS = ("ddpm", "ddim", "renoise")
 
 
 def _check_sampler(sampler: str) -> None:
@@ -23,8 +23,8 @@ class SamplingConfig:
 
     Attributes:
         steps: K, network evaluations of one sample.
-        sampler: "ddpm" (ancestral, fixed small variance) or "ddim".
-        eta: DDIM's noise level in [0, 1]; without effect for DDPM.
+        sampler: "ddpm" (ancestral, fixed small variance), "ddim", or "renoise" (the estimate noised as in training).
+        eta: DDIM's noise level in [0, 1]; without effect for the others.
         samples: masks drawn; their probabilities are averaged.
         seed: any integer; the same seed and image give the same result.
         step_spacing: of the K steps over the schedule, see ``DiffusionProcess.respace``.
@@ -61,6 +61,8 @@ def gaussian_reverse_step(
     """x_{t-1} from x_t and the estimate of x_start; noise is called only if it is needed."""
     if sampler == "ddpm":
         return process.ddpm_step(x_start, x_t, t, noise())
+    if sampler == "renoise":
+        return process.renoise_step(x_start, t, noise())
     return process.ddim_step(x_start, x_t, t, noise() if eta > 0 else None, eta)
 
 
@@ -74,8 +76,8 @@ def bernoulli_reverse_step(
     sampler: str = "ddpm",
 ) -> torch.Tensor:
     """Draw y_{t-1} from y_t and the estimate eps of P(y_t != y_start)."""
-    reverse_mean = process.p_mean if sampler == "ddpm" else process.ddim_mean
-    return (uniform() < reverse_mean(eps, y_t, prior, t)).to(y_t.dtype)
+    means = {"ddpm": process.p_mean, "ddim": process.ddim_mean, "renoise": process.renoise_mean}
+    return (uniform() < means[sampler](eps, y_t, prior, t)).to(y_t.dtype)
 
 
 def reverse_process(
@@ -93,11 +95,11 @@ def reverse_process(
         predict_x_start: called as (x_t, t, is_last) with t the **training** index (B,) of the step.
         x_t: standard normal start, (B, K, *spatial).
         noise: returns fresh standard normal noise of x_t's shape; called in every step but the last, if needed.
-        sampler: "ddpm" or "ddim".
+        sampler: one of ``SAMPLERS``.
         eta: see ``GaussianDiffusion.ddim_step``.
 
     Yields:
-        x_start estimates, first to last. The last one is the result: both reverse steps return it at index 0.
+        x_start estimates, first to last. The last one is the result: all reverse steps return it at index 0.
     """
     _check_sampler(sampler)
     for index in reversed(range(process.num_timesteps)):
@@ -120,7 +122,7 @@ def bernoulli_reverse_process(
 ) -> Iterator[torch.Tensor]:
     """Run the chain from a draw of the prior and yield the soft estimate of y_start of every step.
 
-    Both samplers are stochastic.
+    All samplers are stochastic.
 
     Args:
         process: the chain, usually ``process.respace(K)``.
@@ -129,10 +131,10 @@ def bernoulli_reverse_process(
         y_t: start, (B, K, *spatial), values 0 or 1, drawn from B(prior).
         prior: same shape, probabilities.
         uniform: returns fresh uniform draws in [0, 1) of y_t's shape; called in every step but the last.
-        sampler: "ddpm" (``BernoulliDiffusion.p_mean``) or "ddim" (``BernoulliDiffusion.ddim_mean``).
+        sampler: "ddpm" (``BernoulliDiffusion.p_mean``), "ddim" (``ddim_mean``) or "renoise" (``renoise_mean``).
 
     Yields:
-        |y_t - eps|, first to last. The last one is the result: both reverse steps return it at index 0.
+        |y_t - eps|, first to last. The last one is the result: all reverse steps return it at index 0.
     """
     _check_sampler(sampler)
     for index in reversed(range(process.num_timesteps)):

@@ -29,18 +29,20 @@ class PredictionOptions:
 
     Attributes:
         steps: K, reverse steps; 0 for the segmentor's own mask of a HiDiff model.
-        sampler: "ddpm" or "ddim".
+        sampler: "ddpm", "ddim" or "renoise", see ``SamplingConfig``.
         samples: N, masks drawn; the result is their mean.
         seed: of the noise.
-        step_spacing: "linspace": the steps end at t = 0. "trailing": at T / K, one of equal length from there.
+        step_spacing: "linspace": the steps end at t = 0. "trailing": at T / K, one of equal length from there. "low":
+            the first is at T, the others are from T / 2 on, where a state shows the mask.
         tta: "full": a chain for each of nnU-Net's mirrored views. "interleaved": one chain whose steps see different
             views. "none".
         early_exit: end a tile's chain when a step leaves its label map unchanged.
         aggregate: "window": a chain for each tile, results are blended. "volume": estimates of all tiles are blended
             after every step.
         grid: "fixed": tiles are nnU-Net's. "shifted": every step has them at other places; needs aggregate "volume".
-            "coarse": the same, but the first step sees the case at a coarser scale (``views.zoom`` of the plans),
-            where a tile covers more; for chains from pure noise of two steps at least.
+            "coarse": nnU-Net's, but the first step sees the case at a coarser scale (``views.zoom`` of the plans),
+            where a tile covers more; for chains from pure noise of two steps at least, best with ``step_spacing``
+            "low" and the sampler "renoise", whose second step can see what the first one found.
         combine: "views": a step's estimate is the mean of the latest of every mirrored view, and the last one is the
             result. "last": a step's estimate is its own alone. "mean": the same, and the result is the mean of all
             steps'; after each step (save_steps), of those so far.
@@ -80,7 +82,7 @@ class PredictionOptions:
         if self.early_exit and self.aggregate == "volume":
             raise OptionError("--early_exit ends the chain of a tile, --aggregate volume has one chain for all of them")
         if self.grid != "fixed" and self.aggregate != "volume":
-            raise OptionError(f"--grid {self.grid} moves the tiles between steps, which needs --aggregate volume")
+            raise OptionError(f"--grid {self.grid} changes the tiles between steps, which needs --aggregate volume")
 
 
 def resolve_sampling(network: nn.Module, options: PredictionOptions) -> SamplingConfig | None:

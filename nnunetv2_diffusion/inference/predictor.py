@@ -174,7 +174,7 @@ class DiffusionPredictor(nnUNetPredictor):
 
     def _grids(self, canvas: Canvas, steps: int) -> list[list[Tile]]:
         """The tiles of every step."""
-        shifted = self.options.grid != "fixed"
+        shifted = self.options.grid == "shifted"
         return [shifted_tiles(canvas.tiles, step) if shifted else canvas.tiles for step in range(steps)]
 
     def coarse_canvas(self, canvas: Canvas) -> Canvas:

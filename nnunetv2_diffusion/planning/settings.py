@@ -16,6 +16,9 @@ SECTION = "diffusion"
 HIDIFF = "hidiff"
 ENVIRONMENT_PREFIX = "nnUNet_diffusion_"
 ENVIRONMENT_KEYS = ("sampler", "steps", "samples", "seed")
+# as ``diffusion`` knows them, which is not imported here: torch takes seconds
+SAMPLERS = ("ddpm", "ddim", "renoise")
+SPACINGS = ("linspace", "trailing", "low")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class HiDiffSettings(Settings):
 
     timesteps: int = setting(10, "T, length of the cosine schedule", low=1, high=1000)
     steps: int = setting(10, "K, refinement steps of a prediction; 0 gives the segmentor's own mask", low=0)
-    sampler: str = setting("ddim", "reverse step", choices=("ddpm", "ddim"))
+    sampler: str = setting("ddim", "reverse step", choices=SAMPLERS)
     samples: int = setting(1, "masks drawn in a prediction; their probabilities are averaged", low=1)
     seed: int = setting(0, "seed of the noise in prediction", low=0)
     binarized: bool = setting(True, "refiner with 1-bit weights and activations")
@@ -83,6 +86,9 @@ class ViewSettings(Settings):
     intensity: float = setting(0.0, "of the same patch with another contrast, brightness and noise", low=0.0)
     offset: float = setting(0.5, "largest shift along each axis, in parts of the patch", low=0.0, high=1.0)
     zoom: float = setting(1.5, "field of view of the coarse patch along each axis, in patches", low=1.0, high=4.0)
+    first_share: float = setting(
+        0.0, "share of batches that train a chain's first step: a view is seen with pure noise", low=0.0, high=1.0
+    )
 
 
 @dataclass(frozen=True)
@@ -119,11 +125,12 @@ class DiffusionSettings(Settings):
         choices=("uniform", "importance", "importance-published"),
     )
     steps: int = setting(2, "K, network passes of one predicted sample; 5 in the paper", low=1)
-    sampler: str = setting("ddpm", "reverse step", choices=("ddpm", "ddim"))
+    sampler: str = setting("ddpm", "reverse step; renoise noises the estimate as training does", choices=SAMPLERS)
     step_spacing: str = setting(
         "trailing",
-        "the K steps: linspace from T - 1 to 0, as in the paper; trailing from T - 1 to T / K, which is better",
-        choices=("linspace", "trailing"),
+        "the K steps: linspace from T - 1 to 0, as in the paper; trailing from T - 1 to T / K, which is better; low: "
+        "one at T - 1, the others from T / 2 on",
+        choices=SPACINGS,
     )
     eta: float = setting(0.0, "DDIM's noise, 0 deterministic to 1 as DDPM", low=0.0, high=1.0)
     samples: int = setting(1, "masks drawn in a prediction; their probabilities are averaged", low=1)
@@ -167,15 +174,21 @@ class DiffusionSettings(Settings):
             raise SettingsError(
                 f"training_steps is {self.training_steps}, expected at most timesteps = {self.timesteps}"
             )
-        if self.steps > self.chain_length:
+        if self.steps > self.most_steps:
             raise SettingsError(
-                f"steps is {self.steps}, expected 1 .. {self.chain_length}, the length of the trained schedule"
+                f"steps is {self.steps}, expected 1 .. {self.most_steps} on a trained schedule of {self.chain_length} "
+                f"steps with step_spacing {self.step_spacing}"
             )
 
     @property
     def chain_length(self) -> int:
         """Number of time steps that training uses."""
         return self.training_steps or self.timesteps
+
+    @property
+    def most_steps(self) -> int:
+        """The largest K."""
+        return self.chain_length // 2 + 1 if self.step_spacing == "low" else self.chain_length
 
 
 # sections within the section: name -> its settings

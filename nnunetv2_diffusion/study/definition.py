@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_diffusion.planning.schema import Settings, SettingsError, parse, setting
-from nnunetv2_diffusion.planning.settings import DiffusionSettings, merge_settings, parse_settings
+from nnunetv2_diffusion.planning.settings import (
+    SAMPLERS,
+    SPACINGS,
+    DiffusionSettings,
+    merge_settings,
+    parse_settings,
+)
 from nnunetv2_diffusion.study import StudyError
 
 NAME = r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*"  # no "__", at which nnU-Net splits the names of folders
@@ -31,7 +37,7 @@ class Prediction(Settings):
     """One way to predict the test cases."""
 
     steps: int | None = setting(None, "K, reverse steps; null for a trainer without a chain", low=0)
-    sampler: str = setting("ddpm", "reverse step", choices=("ddpm", "ddim"))
+    sampler: str = setting("ddpm", "reverse step", choices=SAMPLERS)
     samples: int = setting(1, "masks that are drawn; their probabilities are averaged", low=1)
     mirroring: bool = setting(False, "average over nnU-Net's mirrored views")
 
@@ -47,15 +53,16 @@ class Analysis(Settings):
     """Options of the verb ``analyse``: Dice by step, and how samples differ."""
 
     steps: int = setting(5, "K", low=1)
-    sampler: str = setting("ddpm", "reverse step", choices=("ddpm", "ddim"))
+    sampler: str = setting("ddpm", "reverse step", choices=SAMPLERS)
     samples: int = setting(3, "chains with other noise for each case", low=1)
     cases: int | None = setting(None, "only the first so many test cases; null: all", low=1)
     modes: str = setting("", "kinds of mirroring, blending and moving tiles that are compared, with spaces between")
     mask_use: bool = setting(False, "give the network true and wrong masks: does it copy or ignore them")
+    step_spacing: str | None = setting(None, "of the steps; null: the model's", choices=(*SPACINGS, None))
 
     def asked(self) -> dict[str, Any]:
         """As in a request: what was added to this class later is left out unless it is used."""
-        return {k: v for k, v in asdict(self).items() if v or k not in ("modes", "mask_use")}
+        return {k: v for k, v in asdict(self).items() if v or k not in ("modes", "mask_use", "step_spacing")}
 
 
 @dataclass(frozen=True)

@@ -165,6 +165,7 @@ class Training:
         ]  # fmt: skip
         if self.has_chain:
             command += ["--steps", str(own.steps), "--sampler", own.sampler]
+            command += ["--step_spacing", own.step_spacing] if own.step_spacing else []
         command += ["--samples", str(own.samples if self.has_chain else 1)]
         if own.cases is not None:
             command += ["--cases", str(own.cases)]

@@ -14,7 +14,7 @@ from nnunetv2_diffusion.planning.settings import DiffusionSettings
 from nnunetv2_diffusion.training.corruption import make_corruption
 from nnunetv2_diffusion.training.strategies import RecycleMixed, RecycleView
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer
-from nnunetv2_diffusion.training.views import View, Views, look, patch_frame, vary_intensity
+from nnunetv2_diffusion.training.views import View, Views, look, look_at_labels, patch_frame, vary_intensity
 
 
 class ViewTrainer(DiffusionTrainer):
@@ -28,7 +28,8 @@ class ViewTrainer(DiffusionTrainer):
     strategy = RecycleView()
 
     def _configured(self, strategy: RecycleView) -> RecycleView:
-        return replace(strategy, views=Views(**asdict(self.settings.views)))
+        views = asdict(self.settings.views)
+        return replace(strategy, first_share=views.pop("first_share"), views=Views(**views))
 
     @property
     def loaded_size(self) -> tuple[int, ...]:
@@ -62,7 +63,22 @@ class ViewTrainer(DiffusionTrainer):
         return super().get_training_transforms(patch_size, rotation_for_DA, deep_supervision_scales, *args, **kwargs)
 
     def _training_loss(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        share = self.strategy.first_share
+        if share and float(torch.rand(())) < share:
+            return self._first_step_loss(image, target[0] if isinstance(target, list) else target)
         return super()._training_loss(image, self._patch_target(target))
+
+    def _first_step_loss(self, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        """Loss of a chain's first step: a view, its own target (cut from (B, C, *loaded)), and x_T of that."""
+        origin = self._origin(image)
+        view = self.strategy.views.draw(self.configuration_manager.patch_size)
+        own = look_at_labels(target, view.frame, origin)
+        last = torch.full((len(image),), self.process.num_timesteps - 1)
+        x_start = self._x_start(own)
+        x_t = self.process.q_sample(x_start, last, torch.randn_like(x_start))
+        return self.loss(
+            self.network(self._seen(image, view), x_t, self.process.timestep_map[last], None), self._heads(own)
+        )
 
     def _origin(self, loaded: torch.Tensor) -> tuple[int, ...]:
         """First voxel of the patch in what was loaded, (B, C, *loaded)."""
@@ -76,7 +92,11 @@ class ViewTrainer(DiffusionTrainer):
         """The target of the patch, for every head of deep supervision."""
         if isinstance(target, list):  # nothing larger was loaded
             return target
-        own, scales = self._patch(target), self._get_deep_supervision_scales()
+        return self._heads(self._patch(target))
+
+    def _heads(self, own: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+        """Targets of deep supervision, if there is any, of a target at full resolution."""
+        scales = self._get_deep_supervision_scales()
         if scales is None:
             return own
         heads = DownsampleSegForDSTransform(scales)(segmentation=own.flatten(0, 1))["segmentation"]
@@ -86,12 +106,14 @@ class ViewTrainer(DiffusionTrainer):
         """predict(x, t, view=view) for the strategy, on what the view covers of the image that was loaded."""
 
         def predict(x: torch.Tensor, t: torch.Tensor, view: View) -> torch.Tensor:
-            seen = look(image, view.frame, self._origin(image))
-            if view.varied:
-                seen = vary_intensity(seen, self._image_channels())
-            return super(ViewTrainer, self)._first_pass(seen)(x, t)
+            return super(ViewTrainer, self)._first_pass(self._seen(image, view))(x, t)
 
         return predict
+
+    def _seen(self, image: torch.Tensor, view: View) -> torch.Tensor:
+        """What a view shows of the image that was loaded."""
+        seen = look(image, view.frame, self._origin(image))
+        return vary_intensity(seen, self._image_channels()) if view.varied else seen
 
     def _image_channels(self) -> int:
         """Input channels that are intensities; a cascade has a mask for each foreground label behind them."""

@@ -162,9 +162,11 @@ class RecycleView:
 
     Attributes:
         views: that are drawn from, one for each batch; without any, this is ``RecycleXT`` bit for bit.
+        first_share: chance of a batch to train the first step of a chain instead, which sees a view and pure noise.
     """
 
     views: Views = field(default_factory=Views)
+    first_share: float = 0.0
     self_conditioning = False
     uses_next_step = True
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch.nn import functional as F
 
 from nnunetv2_diffusion.grids import mirror, resize
 
@@ -62,6 +63,24 @@ def look(image: torch.Tensor, frame: Frame, origin: Sequence[int]) -> torch.Tens
     """
     source = Frame(tuple(-n for n in origin), tuple(image.shape[2:]), tuple(image.shape[2:]))
     return mirror(resize(_paste(image, source, frame)[0], frame.size), frame.mirrored)
+
+
+def look_at_labels(target: torch.Tensor, frame: Frame, origin: Sequence[int]) -> torch.Tensor:
+    """What a frame covers of a target, each voxel with the label of the nearest one.
+
+    Args:
+        target: (B, C, *loaded), labels or regions.
+        frame: of the view; the target must cover it.
+        origin: voxel of the target that frames count from.
+
+    Returns:
+        (B, C, *frame.size), values and dtype of the target.
+    """
+    box = [slice(o + a, o + a + n) for o, a, n in zip(origin, frame.start, frame.extent, strict=True)]
+    covered = target[(..., *box)]
+    if frame.size != frame.extent:
+        covered = F.interpolate(covered.float(), frame.size, mode="nearest-exact").to(target.dtype)
+    return mirror(covered, frame.mirrored)
 
 
 def _paste(x: torch.Tensor, source: Frame, target: Frame) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,8 @@ from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
+from nnunetv2_diffusion import diffusion
+from nnunetv2_diffusion.planning import settings as settings_module
 from nnunetv2_diffusion.planning.settings import (
     ENVIRONMENT_KEYS,
     ENVIRONMENT_PREFIX,
@@ -104,6 +106,17 @@ def test_settings_survive_json(values):
 def test_chain_length_is_that_of_training():
     assert DiffusionSettings().chain_length == 1001
     assert DiffusionSettings(training_steps=5).chain_length == 5
+
+
+def test_names_of_samplers_and_spacings_and_the_most_steps_are_those_of_the_processes():
+    assert (settings_module.SAMPLERS, settings_module.SPACINGS) == (diffusion.SAMPLERS, diffusion.SPACINGS)
+    for spacing in diffusion.SPACINGS:
+        for length in (4, 5, 1001):
+            settings = DiffusionSettings(training_steps=length, step_spacing=spacing)
+            assert settings.most_steps == diffusion.most_steps(length, spacing)
+            assert DiffusionSettings(training_steps=length, step_spacing=spacing, steps=settings.most_steps)
+    with pytest.raises(SettingsError, match=r"steps is 4, expected 1 \.\. 3 on a .* 5 steps with step_spacing low"):
+        DiffusionSettings(training_steps=5, step_spacing="low", steps=4)
 
 
 # --- unknown keys and types ------------------------------------------------------------------------------------------
@@ -325,7 +338,7 @@ def test_a_variable_that_is_no_integer_is_named(key, text):
         ("steps", "1002", "steps is 1002, expected 1"),
         ("samples", "-1", "samples is -1"),
         ("seed", "-1", "seed is -1"),
-        ("sampler", "euler", "sampler is 'euler', expected one of ddpm, ddim"),
+        ("sampler", "euler", "sampler is 'euler', expected one of ddpm, ddim, renoise"),
         ("sampler", "", "sampler is ''"),
     ],
 )
@@ -428,7 +441,15 @@ def test_the_table_of_hidiff_lists_every_setting():
 # --- sections views and mixture --------------------------------------------------------------------------------------
 
 INNER_OTHER = {
-    "views": {"mirror": 0.0, "shift": 2.0, "coarse": 1, "intensity": 0.5, "offset": 0.25, "zoom": 2.0},
+    "views": {
+        "mirror": 0.0,
+        "shift": 2.0,
+        "coarse": 1,
+        "intensity": 0.5,
+        "offset": 0.25,
+        "zoom": 2.0,
+        "first_share": 0.5,
+    },
     "mixture": {"recycle_share": 0.25, "truth_above": 0.5, "truth_corruption": "drop", "mask_scale": 0.3},
 }
 INNER = [(section, name) for section in INNER_OTHER for name in INNER_OTHER[section]]

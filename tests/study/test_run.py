@@ -196,7 +196,7 @@ def test_without_a_chain_nothing_is_analysed_and_nothing_asked_for(fake, start, 
 
 
 def test_modes_and_masks_are_asked_for_and_named_in_the_request_only_if_used(fake, start, results):
-    more = {"steps": 2, "modes": "full interleaved-mean", "mask_use": True}
+    more = {"steps": 2, "modes": "full interleaved-mean", "mask_use": True, "step_spacing": "low"}
     assert start({**STUDY, "cells": [STUDY["cells"][1], {**STUDY["cells"][1], "name": "D", "analyse": more}]}) == 0
     plain, asked = (next(c[1] for c in fake.named("analyse", f"fake-{name}-0")) for name in "BD")
     assert "--modes" not in plain
@@ -204,7 +204,9 @@ def test_modes_and_masks_are_asked_for_and_named_in_the_request_only_if_used(fak
     place = asked.index("--modes")
     assert asked[place + 1 : place + 3] == ["full", "interleaved-mean"]
     assert "--mask_use" in asked
-    assert "modes" not in results()["B_run0"]["request"]["analyse"]
+    assert "--step_spacing" not in plain
+    assert asked[asked.index("--step_spacing") + 1] == "low"
+    assert not {"modes", "mask_use", "step_spacing"} & set(results()["B_run0"]["request"]["analyse"])
     assert results()["D_run0"]["request"]["analyse"]["modes"] == more["modes"]
 
 

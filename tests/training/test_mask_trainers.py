@@ -1,5 +1,6 @@
 """The trainers of views and mixtures: what they load, what each pass sees, and what is learnt, on a tiny data set."""
 
+import contextlib
 import json
 import os
 import sys
@@ -183,6 +184,59 @@ def test_what_the_patch_does_not_show_reaches_its_mask(make, wake):
     assert torch.equal(masks[0], masks[2])
     assert not torch.equal(masks[0][..., 4:, :, :], masks[1][..., 4:, :, :])
     assert torch.equal(masks[0][..., :4, :, :], masks[1][..., :4, :, :]), "pure noise where the view does not reach"
+
+
+@pytest.mark.parametrize("recipe", ["paper", "nnunet"])
+@pytest.mark.parametrize("kind", ["mirror", "shift", "coarse", "intensity"])
+def test_a_first_step_learns_from_a_view_and_pure_noise(make, kind, recipe):
+    trainer = make(
+        ViewTrainer, recipe=recipe, views={"mirror": 0.0, "shift": 0.0, kind: 1.0, "first_share": 1.0}
+    )  # fmt: skip
+    trainer.configure_rotation_dummyDA_mirroring_and_inital_patch_size()
+    margin = max(trainer.strategy.views.margin((8, 12, 8)))
+    image, target = batch(trainer, margin)
+    heads = [target, target[..., ::2, ::2, ::2]] if recipe == "nnunet" and not margin else target
+    passes, times = spied(trainer), []
+    original = trainer.network.forward
+    trainer.network.forward = lambda image, x_t, t, *more: (times.append(t), original(image, x_t, t, *more))[1]
+    value = loss(trainer, image, heads)
+    value.backward()
+    ((seen, x_t, learns),) = passes
+    assert learns
+    assert torch.isfinite(value)
+    assert [t.tolist() for t in times] == [[1000, 1000]]
+    assert seen.shape[2:] == x_t.shape[2:] == (8, 12, 8)
+    assert not torch.equal(seen, trainer._patch(image))
+    assert abs(float(x_t.mean())) < 0.1
+    assert abs(float(x_t.std()) - 1) < 0.1
+
+
+def test_the_target_of_a_first_step_is_that_of_its_view(make):
+    trainer = make(ViewTrainer, recipe="nnunet", views={"mirror": 0.0, "shift": 0.0, "coarse": 1.0, "first_share": 1.0})
+    _, target = batch(trainer, 6)
+    target[...] = torch.arange(target.shape[-1]) * 3 // target.shape[-1]  # 0, 1, 2 from left to right
+    found = {}
+    trainer.loss = lambda output, heads: found.update(heads=heads) or output[0].sum()
+    trainer._training_loss(10.0 * target, target)
+    heads = found["heads"]
+    assert [tuple(h.shape[2:]) for h in heads] == [(8, 12, 8), (4, 6, 4)]
+    assert heads[0].dtype == target.dtype
+    columns = heads[0][0, 0, 0, 0]
+    assert columns.unique().tolist() == [0, 1, 2], "it covers more than the patch, whose columns are of one label"
+    assert trainer._patch_target(target)[0][0, 0, 0, 0].unique().numel() < 3
+
+
+def test_as_many_batches_train_the_first_step_as_are_asked_for(make):
+    trainer = make(ViewTrainer, views={"mirror": 0.0, "intensity": 1.0, "shift": 0.0, "first_share": 0.3})
+    image, target = batch(trainer)
+    first = []
+    trainer._first_step_loss = lambda *given: first.append(given)
+    trainer._patch_target = lambda target: 1 / 0
+    torch.manual_seed(5)
+    for _ in range(4000):
+        with contextlib.suppress(ZeroDivisionError):
+            trainer._training_loss(image, target)
+    assert 1080 < len(first) < 1320
 
 
 @pytest.mark.parametrize("kind", ["mirror", "shift", "coarse", "intensity"])
