@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from nnunetv2_diffusion.evaluation.failure import failure_scores
 from nnunetv2_diffusion.evaluation.statistics import compare_pairs
@@ -42,6 +43,19 @@ def first_step(cell: CellResults) -> dict[str, float]:
     return by_case([[row for row in run if row["step"] == 1] for run in runs])
 
 
+def run_means(runs: list[Rows]) -> np.ndarray:
+    """Mean Dice of each training."""
+    return np.array([nanmean(list(by_case([run]).values())) for run in runs])
+
+
+def welch(runs: list[Rows], others: list[Rows]) -> float:
+    """p-value of Welch's t-test between trainings; NaN for one training, or for trainings that are all alike."""
+    a, b = run_means(runs), run_means(others)
+    if min(len(a), len(b)) < 2 or not a.std() + b.std() > 0:
+        return float("nan")
+    return float(stats.ttest_ind(a, b, equal_var=False).pvalue)
+
+
 def passes(runs: list[Rows]) -> float:
     """Of the network, a tile."""
     return nanmean([as_float(row["passes_per_tile"]) for run in runs for row in run])
@@ -71,6 +85,11 @@ def difference(values: dict[str, float], others: dict[str, float]) -> str:
     return f"{number(100 * test.difference, 2, sign=True)} (p {p_value(test.p_t)})"
 
 
+def by_run(runs: list[Rows]) -> str:
+    """Mean Dice of each training, if there are several."""
+    return " / ".join(number(mean, 3) for mean in run_means(runs)) if len(runs) > 1 else NONE
+
+
 def mode_table(study: StudyResults) -> Table:
     """Mirroring, blending and moving tiles in the chain."""
     reference, rows = study.reference, []
@@ -82,17 +101,20 @@ def mode_table(study: StudyResults) -> Table:
             values = np.array([as_float(row["Dice"]) for run in runs for row in run])
             further = [number(nanmean(list(by_case(runs, metric).values())), n) for metric, n in METRICS.items()]
             rows.append([
-                cell.name, mode, mean_sd(values, 4), *further, number(mode_aurc(runs), 4), number(needed, 2),
-                difference(dice, start), NONE if other is None else difference(dice, by_case(other)),
+                cell.name, mode, mean_sd(values, 4), by_run(runs), *further, number(mode_aurc(runs), 4),
+                number(needed, 2), difference(dice, start), NONE if other is None else difference(dice, by_case(other)),
+                NONE if other is None else p_value(welch(runs, other)),
             ])  # fmt: skip
     name = reference.name if reference is not None else "the reference"
-    columns = ["cell", "mode", "Dice", *METRICS, "AURC", "passes a tile", "minus one pass", f"minus {name}"]
+    compared = ["minus one pass", f"minus {name}", "p of trainings"]
+    columns = ["cell", "mode", "Dice", "trainings", *METRICS, "AURC", "passes a tile", *compared]
     notes = [
         "One chain of as many steps as in the tables above; mean ± standard deviation over cases and runs. AURC: risk "
-        "1 - Dice, confidence the soft Dice of the probabilities with their mask.",
+        "1 - Dice, confidence the soft Dice of the probabilities with their mask. Trainings: mean Dice of each.",
         "Minus one pass: Dice points over the first step of the same model, without mirroring. "
         f"Minus {name}: over its best mode of about as many passes (within a factor of {SIMILAR:g}). p: paired t-test "
-        "over cases, without correction; it says nothing about other trainings.",
+        "over cases, without correction; it says nothing about other trainings. P of trainings: Welch's t-test between "
+        f"the means of trainings, with those of {name} in that mode.",
     ]
     return Table("Mirroring and tiles in the chain", columns, rows, notes, left=2)
 

@@ -269,8 +269,8 @@ def test_modes_and_the_use_of_masks_have_tables_where_they_were_studied(study):
     modes = tables["Mirroring and tiles in the chain"]
     unknown = ["-", "-", "-"]  # HD95, ECE and AURC of results from before they were measured
     assert modes == [
-        ["Diff", "none", "0.6000 ± 0.1414", *unknown, "2.00", "-1.00 (p -)", "-"],
-        ["Diff", "full", "0.9000 ± 0.0000", *unknown, "16.00", "+29.00 (p -)", "-"],
+        ["Diff", "none", "0.6000 ± 0.1414", "0.500 / 0.700", *unknown, "2.00", "-1.00 (p -)", "-", "-"],
+        ["Diff", "full", "0.9000 ± 0.0000", "0.900 / 0.900", *unknown, "16.00", "+29.00 (p -)", "-", "-"],
     ]
     use = tables["Use of a mask that is given"]
     assert use == [["Diff", "0 T", "1.0000", "0.2500"], ["Diff", "0.5 T", "0.7500", "-"]]
@@ -293,10 +293,13 @@ def test_modes_are_compared_with_one_pass_and_with_the_reference_at_equal_passes
         }  # fmt: skip
 
     plain = np.array([one[case] for case in CASES])
-    for record in study.cell("Base").records:
-        record["analysis"] = {"modes": modes(**{"none": plain - 0.2, "interleaved-mean": plain - 0.01})}
-    for record in study.cell("Diff").records:
-        record["analysis"]["modes"] = modes(**{"shifted-mean": plain + gains, "none": plain})
+    study.cell("Base").records.append(copy.deepcopy(study.cell("Base").records[0]))
+    for number, record in enumerate(study.cell("Base").records):
+        own = plain - 0.01 + (-1) ** number * 0.004
+        record["analysis"] = {"modes": modes(**{"none": plain - 0.2, "interleaved-mean": own})}
+    for number, record in enumerate(study.cell("Diff").records):
+        own = plain + gains + (-1) ** number * 0.001
+        record["analysis"]["modes"] = modes(**{"shifted-mean": own, "none": plain})
     table = next(t for t in all_tables(study) if t.title == "Mirroring and tiles in the chain")
     rows = {(row[0], row[1]): dict(zip(table.columns, cell_text(row), strict=True)) for row in table.rows}
     row = rows["Diff", "shifted-mean"]
@@ -304,6 +307,11 @@ def test_modes_are_compared_with_one_pass_and_with_the_reference_at_equal_passes
     assert row["minus one pass"] == f"{100 * gains.mean():+.2f} (p {'< 0.001' if p < 0.001 else f'{p:.3f}'})"
     assert row["minus Base"].startswith(f"{100 * (gains.mean() + 0.01):+.2f}"), "9.5 passes beside 8, not beside 1"
     assert rows["Diff", "none"]["minus Base"].startswith("+20.00")
+    mean = plain.mean() + gains.mean()
+    assert row["trainings"] == f"{mean + 0.001:.3f} / {mean - 0.001:.3f}"
+    trainings = [mean + 0.001, mean - 0.001], [plain.mean() - 0.006, plain.mean() - 0.014]
+    assert row["p of trainings"] == f"{stats.ttest_ind(*trainings, equal_var=False).pvalue:.3f}"
+    assert rows["Diff", "none"]["p of trainings"] == "-", "trainings that are all alike"
     assert rows["Base", "none"]["minus Base"] == rows["Base", "none"]["minus one pass"] == "-"
     risk = np.sort(1 - (plain + gains))
     assert row["AURC"] == f"{np.mean(np.cumsum(risk) / np.arange(1, len(risk) + 1)):.4f}", "confidence ranks them"
