@@ -255,7 +255,7 @@ def test_masks_can_only_be_given_to_a_network_that_takes_one(fake, start, capsys
 def test_an_unknown_mode_is_refused_before_anything_is_trained(fake, start, capsys):
     cell = {**STUDY["cells"][1], "analyse": {"steps": 2, "modes": "full ful"}}
     assert start({**STUDY, "cells": [cell]}) == 1
-    assert "cell B: analyse has the mode 'ful', expected some of full, interleaved" in capsys.readouterr().err
+    assert "cell B: analyse has the mode 'ful', expected some of one-step, full, interleaved" in capsys.readouterr().err
     assert not fake.commands
 
 
