@@ -83,7 +83,7 @@ def estimate_from(
     noise = BoxNoise(seed, 0, network.encoding.channels, start, size, False, torch.device("cpu")).normal(0)
     state = network.process.q_sample(network.mask_scale * x_start, t, noise)[0]
     blend = canvas.blend()
-    for tiles in at_once(canvas.tiles):
+    for tiles in at_once(canvas.tiles, predictor.tiles_at_once):
         image, seen = (torch.stack([v[tile.index] for tile in tiles]).to(device) for v in (canvas.data, state))
         logits = network(image, seen, network.process.timestep_map[t].expand(len(image)), full_resolution_only=True)
         blend.add_all(tiles, network.probabilities(logits[0] if isinstance(logits, list | tuple) else logits))

@@ -18,7 +18,6 @@ from nnunetv2_diffusion.grids import resize
 from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, JoinedNoise, Noise, make_chain
 from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
 from nnunetv2_diffusion.inference.sliding_window import (
-    TILES_AT_ONCE,
     Blend,
     CoarseFirst,
     Estimator,
@@ -31,6 +30,7 @@ from nnunetv2_diffusion.inference.sliding_window import (
     run_chain,
     same_labels,
     shifted_tiles,
+    tiles_at_once,
 )
 from nnunetv2_diffusion.inference.views import Schedule, count_passes, mirror_views, schedules
 from nnunetv2_diffusion.planning.settings import read_settings
@@ -117,6 +117,11 @@ class DiffusionPredictor(nnUNetPredictor):
         """
         self.sampling = resolve_sampling(self.network, self.options)
         self.network = self.network.to(self.device).eval()
+
+    @property
+    def tiles_at_once(self) -> int:
+        """How many tiles go through the network together."""
+        return tiles_at_once(self.configuration_manager.batch_size)
 
     @property
     def samples(self) -> int:
@@ -227,7 +232,7 @@ class DiffusionPredictor(nnUNetPredictor):
         """A chain for each tile; masks of the kept steps, blended."""
         kept = chain.steps if self.options.save_steps else 1
         blends = [canvas.blend() for _ in range(kept)]
-        number = 1 if self.options.early_exit else TILES_AT_ONCE  # tiles end their chains at different steps
+        number = 1 if self.options.early_exit else self.tiles_at_once  # tiles end their chains at different steps
         for tiles in at_once(canvas.tiles, number):
             image = torch.stack([canvas.data[tile.index] for tile in tiles]).to(self.device)
             estimator = TileEstimator(chain, image, count.tick)
@@ -256,10 +261,11 @@ class DiffusionPredictor(nnUNetPredictor):
         """One chain of the whole volume; masks of the kept steps."""
         kept = chain.steps if self.options.save_steps else 1
         grids = self._grids(canvas, chain.steps)
-        estimator: Estimator = VolumeEstimator(chain, canvas.data, grids, canvas.blend, self.device, count.tick)
+        common = self.device, count.tick, self.tiles_at_once
+        estimator: Estimator = VolumeEstimator(chain, canvas.data, grids, canvas.blend, *common)
         if self.options.grid == "coarse":
             coarse = self.coarse_canvas(canvas)
-            first = VolumeEstimator(chain, coarse.data, [coarse.tiles], coarse.blend, self.device, count.tick)
+            first = VolumeEstimator(chain, coarse.data, [coarse.tiles], coarse.blend, *common)
             state = chain.start(None, self._volume_noise(chain, sample, coarse))
             estimator = CoarseFirst(estimator, first, coarse.crop, canvas.data.shape[1:], state)
         return self._tile_masks(chain, plan, estimator, self._volume_noise(chain, sample, canvas), kept)

@@ -12,9 +12,7 @@ from nnunetv2_diffusion.inference.chains import Chain, Noise, Window
 from nnunetv2_diffusion.inference.views import Schedule, View
 
 COMBINATIONS = ("views", "last", "mean")
-# No more than a training step holds, where nnU-Net plans 2 samples at least. On a CPU, PyTorch has fast convolutions of
-# small maps for batches alone: two tiles of a network with 8 features take half the time of one.
-TILES_AT_ONCE = 2
+MOST_AT_ONCE = 32  # tiles; a case has hundreds of slices, and more at once are no faster
 # steps of a sequence whose points, modulo 1, fill a cube evenly: powers of 1/x with x^4 = x + 1 (Roberts 2018)
 EVEN = (0.8191725134, 0.6710436067, 0.5497004779)
 
@@ -82,8 +80,17 @@ def shifted_tiles(tiles: list[Tile], step: int) -> list[Tile]:
     ]
 
 
-def at_once(tiles: Sequence[Tile], number: int = TILES_AT_ONCE) -> list[Sequence[Tile]]:
-    """Tiles in their order, in groups that go through the network together; the last one may be smaller."""
+def tiles_at_once(batch_size: int) -> int:
+    """How many tiles go through the network together: no more than a training step holds, which needs more memory.
+
+    On a CPU, PyTorch has fast convolutions of small maps for batches alone: two tiles of a network with 8 features
+    take half the time of one.
+    """
+    return min(batch_size, MOST_AT_ONCE)
+
+
+def at_once(tiles: Sequence[Tile], number: int) -> list[Sequence[Tile]]:
+    """Tiles in their order, in groups of ``number``; the last one may be smaller."""
     return [tiles[i : i + number] for i in range(0, len(tiles), number)]
 
 
@@ -231,6 +238,7 @@ class VolumeEstimator:
         blend: makes an empty ``Blend``.
         device: of the network.
         tick: called after every pass with the number of tiles.
+        number: of tiles that go through the network together.
     """
 
     def __init__(
@@ -241,9 +249,10 @@ class VolumeEstimator:
         blend: Callable[[], Blend],
         device: torch.device,
         tick: Callable[[int], None],
+        number: int = 1,
     ):
         self.chain, self.data, self.grids = chain, data, grids
-        self.blend, self.device, self.tick = blend, device, tick
+        self.blend, self.device, self.tick, self.number = blend, device, tick, number
 
     def _tiles(self, x: torch.Tensor | None, tiles: Sequence[Tile]) -> torch.Tensor | None:
         return None if x is None else torch.stack([x[0][tile.index] for tile in tiles]).to(self.device)
@@ -253,7 +262,7 @@ class VolumeEstimator:
         if not self.chain.has_prior:
             return None
         blend = self.blend()
-        for tiles in at_once(self.grids[0]):
+        for tiles in at_once(self.grids[0], self.number):
             estimator = TileEstimator(self.chain, self._tiles(self.data[None], tiles), lambda passes: None)
             blend.add_all(tiles, estimator.prior(views))
         return blend.mean()
@@ -268,7 +277,7 @@ class VolumeEstimator:
     ) -> torch.Tensor:
         """See ``Estimator``."""
         blend = self.blend()
-        for tiles in at_once(self.grids[step]):
+        for tiles in at_once(self.grids[step], self.number):
             estimator = TileEstimator(self.chain, self._tiles(self.data[None], tiles), self.tick)
             blend.add_all(tiles, estimator(view, *(self._tiles(x, tiles) for x in (state, prior, previous)), step))
         return blend.mean()

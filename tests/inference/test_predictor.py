@@ -93,6 +93,24 @@ def test_tiles_that_are_computed_together_are_those_computed_alone(models, monke
     assert close.float().mean() > (0.99 if trainer == "nnUNetTrainerHiDiff" else 0.999999)
 
 
+@pytest.mark.parametrize("aggregate", ["window", "volume"])
+def test_no_more_tiles_go_together_than_a_training_step_holds(models, aggregate):
+    folder, masks = models(patch=(12, 8), spacing=(1.0, 1.0)), []
+    for batch_size, expected in ((1, 1), (5, 5), (100, 32)):
+        sizes = []
+
+        def watch(predictor, batch_size=batch_size, sizes=sizes):
+            predictor.configuration_manager.configuration["batch_size"] = batch_size
+            predictor.network.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
+
+        (p,), count = predict(folder, edit=watch, tta="none", aggregate=aggregate)
+        assert max(sizes) == expected
+        assert sum(sizes) == count.passes
+        masks.append(p)
+    for p in masks[1:]:
+        torch.testing.assert_close(p, masks[0], atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("trainer", ["nnUNetTrainer", "nnUNetTrainerNoDiff"])
 def test_a_network_without_a_chain_is_predicted_as_by_nnunet(models, trainer):
     """One tile, one view: nnU-Net's mean of logits is then that of probabilities."""
