@@ -36,6 +36,7 @@ MODES: dict[str, dict[str, Any]] = {
     "shifted-last": {"tta": "interleaved", "aggregate": "volume", "grid": "shifted", "combine": "last"},
     "shifted-mean": {"tta": "interleaved", "aggregate": "volume", "grid": "shifted", "combine": "mean"},
     "coarse-last": {"tta": "interleaved", "aggregate": "volume", "grid": "coarse", "combine": "last"},
+    "coarse-first": {"tta": "interleaved", "aggregate": "volume", "grid": "coarse", "combine": "first"},
     "coarse-mean": {"tta": "interleaved", "aggregate": "volume", "grid": "coarse", "combine": "mean"},
 }
 

@@ -11,7 +11,7 @@ from nnunetv2_diffusion.grids import mirror, resize
 from nnunetv2_diffusion.inference.chains import Chain, Noise, Window
 from nnunetv2_diffusion.inference.views import Schedule, View
 
-COMBINATIONS = ("views", "last", "mean")
+COMBINATIONS = ("views", "last", "mean", "first")
 MOST_AT_ONCE = 32  # tiles; a case has hundreds of slices, and more at once are no faster
 # steps of a sequence whose points, modulo 1, fill a cube evenly: powers of 1/x with x^4 = x + 1 (Roberts 2018)
 EVEN = (0.8191725134, 0.6710436067, 0.5497004779)
@@ -359,7 +359,8 @@ def run_chain(
         exit_if: called with the last two estimates; the chain ends if it returns True.
         combine: "views": the estimate of a step, from which the chain goes on, is the mean of each view's latest
             estimate, so every view counts once; it is the answer. "last": it is the mean of the step's own views
-            alone. "mean": so it is, but the answer is the mean over all passes so far.
+            alone. "mean": so it is, but the answer is the mean over all passes so far. "first": so is the answer, and
+            the chain goes on from the first step's estimate alone.
     """
     views = list(dict.fromkeys(view for step in schedule for view in step))
     prior = estimator.prior(views)
@@ -372,11 +373,12 @@ def run_chain(
         for view in seen:
             latest[view] = estimator(view, state, prior, previous, step)
         answer = estimate = sum(latest.values()) / len(latest)
-        if combine == "mean":
+        if combine in ("mean", "first"):
             total, passes = total + estimate * len(seen), passes + len(seen)
             answer = total / passes
         yield answer
         if step + 1 == len(schedule) or (exit_if and previous is not None and exit_if(previous, estimate)):
             return
-        state = chain.advance(state, estimate, prior, step, noise)
-        previous = estimate
+        if combine != "first" or step == 0:
+            previous = estimate
+        state = chain.advance(state, previous, prior, step, noise)

@@ -89,6 +89,9 @@ class ViewSettings(Settings):
     first_share: float = setting(
         0.0, "share of batches that train a chain's first step: a view is seen with pure noise", low=0.0, high=1.0
     )
+    first_loss: bool = setting(
+        False, "the first pass learns as well, from what its view shows; false: the second pass alone, as in recycling"
+    )
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Trainers whose masks tell more: recycled across views, or mixed with the ground truth."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -29,7 +30,8 @@ class ViewTrainer(DiffusionTrainer):
 
     def _configured(self, strategy: RecycleView) -> RecycleView:
         views = asdict(self.settings.views)
-        return replace(strategy, first_share=views.pop("first_share"), views=Views(**views))
+        own = {name: views.pop(name) for name in ("first_share", "first_loss")}
+        return replace(strategy, **own, views=Views(**views))
 
     @property
     def loaded_size(self) -> tuple[int, ...]:
@@ -64,9 +66,11 @@ class ViewTrainer(DiffusionTrainer):
 
     def _training_loss(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         share = self.strategy.first_share
+        self._loaded_target = target[0] if isinstance(target, list) else target
         if share and float(torch.rand(())) < share:
-            return self._first_step_loss(image, target[0] if isinstance(target, list) else target)
-        return super()._training_loss(image, self._patch_target(target))
+            return self._first_step_loss(image, self._loaded_target)
+        loss = super()._training_loss(image, self._patch_target(target))
+        return (loss + self._first_loss) / 2 if self.strategy.first_loss else loss
 
     def _first_step_loss(self, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Loss of a chain's first step: a view, its own target (cut from (B, C, *loaded)), and x_T of that."""
@@ -106,9 +110,28 @@ class ViewTrainer(DiffusionTrainer):
         """predict(x, t, view=view) for the strategy, on what the view covers of the image that was loaded."""
 
         def predict(x: torch.Tensor, t: torch.Tensor, view: View) -> torch.Tensor:
+            if self.strategy.first_loss:
+                return self._learning_pass(image, x, t, view)
             return super(ViewTrainer, self)._first_pass(self._seen(image, view))(x, t)
 
         return predict
+
+    def _learning_pass(self, image: torch.Tensor, x: torch.Tensor, t: torch.Tensor, view: View) -> torch.Tensor:
+        """A first pass with half of the step's loss; its gradient is added at once.
+
+        So the activations of one pass are held at a time, as in recycling. Processes share the gradient of the second
+        pass, into which this one is summed. No cache, as in the first pass of recycling.
+        """
+        apart = self.network.no_sync() if self.is_ddp else nullcontext()
+        with apart, self._autocast(cache_enabled=False):
+            output = self.network(self._seen(image, view), x, self.process.timestep_map[t], None)
+            own = look_at_labels(self._loaded_target, view.frame, self._origin(image))
+            loss = self.loss(output, self._heads(own))
+            self._backward(loss / 2)
+        self._first_loss = loss.detach()
+        logits = output[0] if isinstance(output, list | tuple) else output
+        network = self.inner_network
+        return network.encoding.encode(network.probabilities(logits.detach()))
 
     def _seen(self, image: torch.Tensor, view: View) -> torch.Tensor:
         """What a view shows of the image that was loaded."""

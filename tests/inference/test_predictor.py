@@ -203,6 +203,31 @@ def test_only_the_first_step_is_coarse_and_it_sees_all_of_a_case(models):
     assert {value for step, value in seen if step == 1} == {0.0, 1.0}, "tiles of the case itself do not all reach it"
 
 
+@pytest.mark.parametrize("more", [{}, {"aggregate": "volume"}, COARSE])
+def test_a_chain_that_goes_on_from_its_first_step_gives_it_to_all_others(models, more):
+    given, answers = [], []
+
+    def watch(predictor):
+        chain_of = predictor.chain
+
+        def chain():
+            made = chain_of()
+            advance, estimate = made.advance, made.estimate
+            made.advance = lambda state, p, *rest: (given.append(p), advance(state, p, *rest))[1]
+            made.estimate = lambda *inputs: (answers.append(estimate(*inputs)), answers[-1])[1]
+            return made
+
+        predictor.chain = chain
+
+    options = {**more, "steps": 5, "tta": "none", "combine": "first", "sampler": "renoise", "step_spacing": "low"}
+    (p,), _ = predict(models(), case((8, 12, 8)), watch, **options)
+    assert len(given) == 4
+    assert all(torch.equal(x, given[0]) for x in given)
+    if "grid" not in more:  # one tile, whose first answer is the first estimate
+        torch.testing.assert_close(given[0], answers[0])
+        torch.testing.assert_close(p, (sum(answers) / 5)[0])
+
+
 @pytest.mark.parametrize("tta", ["none", "interleaved"])
 def test_the_mean_of_a_chain_is_that_of_its_steps(models, tta):
     data = case((8, 12, 8))  # one tile

@@ -187,6 +187,35 @@ def test_what_the_patch_does_not_show_reaches_its_mask(make, wake):
 
 
 @pytest.mark.parametrize("recipe", ["paper", "nnunet"])
+@pytest.mark.parametrize("kind", ["shift", "coarse", "intensity"])
+def test_a_first_pass_that_learns_adds_its_gradient_and_leaves_the_mask_alone(make, kind, recipe):
+    views = {"mirror": 0.0, "shift": 0.0, kind: 1.0, "first_loss": True}
+    trainer = make(ViewTrainer, recipe=recipe, views=views)
+    margin = max(trainer.strategy.views.margin((8, 12, 8)))
+    image, target = batch(trainer, margin)
+    given = [target, target[..., ::2, ::2, ::2]] if recipe == "nnunet" and not margin else target
+    name = "per_sample" if hasattr(trainer.loss, "per_sample") else "forward"
+    passes, targets, original, compute = [], [], trainer.network.forward, getattr(trainer.loss, name)
+    trainer.network.forward = lambda *inputs: (passes.append(inputs), original(*inputs))[1]
+    setattr(trainer.loss, name, lambda output, heads: (targets.append(heads), compute(output, heads))[1])
+    total = loss(trainer, image, given)
+    total.backward()
+    found = [p.grad.clone() for p in trainer.network.parameters() if p.grad is not None]
+    trainer.network.zero_grad(set_to_none=True)
+    assert len(passes) == len(targets) == 2
+    assert not passes[1][1].requires_grad, "the mask"
+    assert passes[0][2].tolist() == [1000, 1000]
+    losses = [compute(original(*inputs), heads).mean() for inputs, heads in zip(passes, targets, strict=True)]
+    expected = sum(losses) / 2
+    expected.backward()
+    torch.testing.assert_close(total.detach(), expected.detach())
+    torch.testing.assert_close(found, [p.grad for p in trainer.network.parameters() if p.grad is not None])
+    own, plain = (heads[0] if isinstance(heads, list) else heads for heads in targets)
+    assert own.shape == plain.shape
+    assert torch.equal(own, plain) == (kind == "intensity")
+
+
+@pytest.mark.parametrize("recipe", ["paper", "nnunet"])
 @pytest.mark.parametrize("kind", ["mirror", "shift", "coarse", "intensity"])
 def test_a_first_step_learns_from_a_view_and_pure_noise(make, kind, recipe):
     trainer = make(
