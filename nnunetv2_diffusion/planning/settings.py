@@ -89,6 +89,7 @@ class ViewSettings(Settings):
     first_share: float = setting(
         0.0, "share of batches that train a chain's first step: a view is seen with pure noise", low=0.0, high=1.0
     )
+    time_below: float = setting(1.0, "the second pass sees masks with t below this share of T", low=0.01, high=1.0)
     first_loss: bool = setting(
         False, "the first pass learns as well, from what its view shows; false: the second pass alone, as in recycling"
     )

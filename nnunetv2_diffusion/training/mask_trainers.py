@@ -30,7 +30,7 @@ class ViewTrainer(DiffusionTrainer):
 
     def _configured(self, strategy: RecycleView) -> RecycleView:
         views = asdict(self.settings.views)
-        own = {name: views.pop(name) for name in ("first_share", "first_loss")}
+        own = {name: views.pop(name) for name in ("first_share", "time_below", "first_loss")}
         return replace(strategy, **own, views=Views(**views))
 
     @property
@@ -71,6 +71,11 @@ class ViewTrainer(DiffusionTrainer):
             return self._first_step_loss(image, self._loaded_target)
         loss = super()._training_loss(image, self._patch_target(target))
         return (loss + self._first_loss) / 2 if self.strategy.first_loss else loss
+
+    @property
+    def _time_range(self) -> tuple[int, int]:
+        first, end = super()._time_range
+        return first, max(1, min(end, round(self.strategy.time_below * self.process.num_timesteps)))
 
     def _first_step_loss(self, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         """Loss of a chain's first step: a view, its own target (cut from (B, C, *loaded)), and x_T of that."""

@@ -163,12 +163,14 @@ class RecycleView:
     Attributes:
         views: that are drawn from, one for each batch; without any, this is ``RecycleXT`` bit for bit.
         first_share: chance of a batch to train the first step of a chain instead, which sees a view and pure noise.
+        time_below: the trainer draws t below this share of T.
         first_loss: the first pass has a loss as well, on the target of its view. The trainer sees to it; its mask is
             given to the second pass without gradient all the same.
     """
 
     views: Views = field(default_factory=Views)
     first_share: float = 0.0
+    time_below: float = 1.0
     first_loss: bool = False
     self_conditioning = False
     uses_next_step = True

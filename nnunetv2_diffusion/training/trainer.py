@@ -210,8 +210,7 @@ class DiffusionTrainer(PlannedTrainer):
         return {"loss": loss.detach().cpu().numpy()}
 
     def _training_loss(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        t_range = (0, self.process.num_timesteps - int(self.strategy.uses_next_step))
-        t, weights = self.time_sampler.sample(len(image), t_range)
+        t, weights = self.time_sampler.sample(len(image), self._time_range)
         x_start = self._x_start(target)
         last = self.strategy(self._first_pass(image), self.process, x_start, t)
         output = self.network(self._patch(image), last.x_t, self.process.timestep_map[t], last.estimate)
@@ -221,6 +220,11 @@ class DiffusionTrainer(PlannedTrainer):
         if self.settings.time_sampling != "uniform":
             self._share_losses(t, losses)
         return (losses * weights.to(losses.device)).mean()
+
+    @property
+    def _time_range(self) -> tuple[int, int]:
+        """First t that is trained, and the one after the last."""
+        return 0, self.process.num_timesteps - int(self.strategy.uses_next_step)
 
     def _patch(self, image: torch.Tensor) -> torch.Tensor:
         """What the trained pass sees of the image that was loaded."""

@@ -449,6 +449,7 @@ INNER_OTHER = {
         "offset": 0.25,
         "zoom": 2.0,
         "first_share": 0.5,
+        "time_below": 0.5,
         "first_loss": True,
     },
     "mixture": {"recycle_share": 0.25, "truth_above": 0.5, "truth_corruption": "drop", "mask_scale": 0.3},

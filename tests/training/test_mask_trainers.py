@@ -240,6 +240,21 @@ def test_a_first_step_learns_from_a_view_and_pure_noise(make, kind, recipe):
     assert abs(float(x_t.std()) - 1) < 0.1
 
 
+def test_the_second_pass_is_shown_times_below_the_share_alone(make):
+    trainer = make(ViewTrainer, views={"mirror": 0.0, "shift": 0.0, "intensity": 1.0, "time_below": 0.5})
+    image, target = batch(trainer)
+    times, original = [], trainer.network.forward
+    trainer.network.forward = lambda image, x_t, t, *more, **named: (
+        times.append(t.tolist()), original(image, x_t, t, *more, **named)
+    )[1]  # fmt: skip
+    for _ in range(20):
+        trainer._training_loss(image, target)
+    assert all(t == [1000, 1000] for t in times[::2])
+    seen = [t for pair in times[1::2] for t in pair]
+    assert 250 < max(seen) < 501
+    assert min(seen) < 250
+
+
 def test_the_target_of_a_first_step_is_that_of_its_view(make):
     trainer = make(ViewTrainer, recipe="nnunet", views={"mirror": 0.0, "shift": 0.0, "coarse": 1.0, "first_share": 1.0})
     _, target = batch(trainer, 6)
