@@ -90,6 +90,12 @@ class ViewSettings(Settings):
         0.0, "share of batches that train a chain's first step: a view is seen with pure noise", low=0.0, high=1.0
     )
     time_below: float = setting(1.0, "the second pass sees masks with t below this share of T", low=0.01, high=1.0)
+    truth_until: float = setting(
+        0.0,
+        "share of the training after which all masks are recycled; from its start on, fewer and fewer are true",
+        low=0.0,
+        high=1.0,
+    )
     first_loss: bool = setting(
         False, "the first pass learns as well, from what its view shows; false: the second pass alone, as in recycling"
     )

@@ -30,6 +30,7 @@ class ViewTrainer(DiffusionTrainer):
 
     def _configured(self, strategy: RecycleView) -> RecycleView:
         views = asdict(self.settings.views)
+        views.pop("truth_until")  # by epoch, see on_train_epoch_start
         own = {name: views.pop(name) for name in ("first_share", "time_below", "first_loss")}
         return replace(strategy, **own, views=Views(**views))
 
@@ -63,6 +64,13 @@ class ViewTrainer(DiffusionTrainer):
         if self.loaded_size != tuple(patch_size):
             patch_size, deep_supervision_scales = self.loaded_size, None
         return super().get_training_transforms(patch_size, rotation_for_DA, deep_supervision_scales, *args, **kwargs)
+
+    def on_train_epoch_start(self) -> None:
+        """As nnU-Net's; the share of true masks falls from epoch to epoch."""
+        super().on_train_epoch_start()
+        until = self.settings.views.truth_until * self.num_epochs
+        share = max(0.0, 1 - self.current_epoch / until) if until else 0.0
+        self.strategy = replace(self.strategy, truth_share=share)
 
     def _training_loss(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         share = self.strategy.first_share

@@ -450,6 +450,7 @@ INNER_OTHER = {
         "zoom": 2.0,
         "first_share": 0.5,
         "time_below": 0.5,
+        "truth_until": 0.5,
         "first_loss": True,
     },
     "mixture": {"recycle_share": 0.25, "truth_above": 0.5, "truth_corruption": "drop", "mask_scale": 0.3},

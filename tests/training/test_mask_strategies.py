@@ -1,5 +1,7 @@
 """Laws of recycling across views and of mixing recycled masks with the ground truth."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -66,6 +68,22 @@ def test_the_first_pass_is_asked_at_the_last_step_with_noise_alone(process):
         assert t.tolist() == [T - 1] * 4
         assert abs(x.std() - 1) < 0.02
         assert view.frame.mirrored or any(view.frame.start)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_batches_is_given_the_truth_as_the_view_shows_it(process, share):
+    coarse, x_start = Frame((-4, -4), (16, 16), (8, 8)), masks()
+    strategy = dataclasses.replace(only(coarse), truth_share=share)
+    truth = nn.functional.avg_pool2d(x_start, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    predict = FirstPass(lambda x, view: torch.zeros_like(x))  # recycled masks are -1
+    start, true = torch.zeros(4, dtype=torch.long), []
+    for _ in range(200):
+        x_t = strategy(predict, process, x_start, start).x_t  # nearly without noise
+        inside = x_t[:, :, 2:6, 2:6] - truth[:, :, 2:6, 2:6]
+        true.append(bool(inside.abs().mean() < (x_t + 1).abs().mean()))
+    assert len(predict.asked) == 200, "the first pass is made all the same: it may learn"
+    assert abs(sum(true) / 200 - share) < 0.1
+    assert share not in (0.0, 1.0) or sum(true) == 200 * share
 
 
 @pytest.mark.parametrize(

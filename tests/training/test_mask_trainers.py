@@ -240,6 +240,16 @@ def test_a_first_step_learns_from_a_view_and_pure_noise(make, kind, recipe):
     assert abs(float(x_t.std()) - 1) < 0.1
 
 
+def test_true_masks_become_fewer_and_end(make):
+    trainer = make(ViewTrainer, views={"mirror": 0.0, "shift": 0.0, "coarse": 1.0, "truth_until": 0.5})
+    trainer.num_epochs, shares = 8, []
+    for epoch in range(8):
+        trainer.current_epoch = epoch
+        trainer.on_train_epoch_start()
+        shares.append(trainer.strategy.truth_share)
+    assert shares == [1.0, 0.75, 0.5, 0.25, 0.0, 0.0, 0.0, 0.0]
+
+
 def test_the_second_pass_is_shown_times_below_the_share_alone(make):
     trainer = make(ViewTrainer, views={"mirror": 0.0, "shift": 0.0, "intensity": 1.0, "time_below": 0.5})
     image, target = batch(trainer)
