@@ -36,7 +36,8 @@ MODES: dict[str, dict[str, Any]] = {
     "shifted-last": {"tta": "interleaved", "aggregate": "volume", "grid": "shifted", "combine": "last"},
     "shifted-mean": {"tta": "interleaved", "aggregate": "volume", "grid": "shifted", "combine": "mean"},
     "coarse-last": {"tta": "interleaved", "aggregate": "volume", "grid": "coarse", "combine": "last"},
-    "coarse-first": {"tta": "interleaved", "aggregate": "volume", "grid": "coarse", "combine": "first"},
+    "two-scales": {"tta": "interleaved", "aggregate": "volume", "grid": "coarse", "combine": "first", "steps": 6},
+    "two-scales-short": {"tta": "none", "aggregate": "volume", "grid": "coarse", "combine": "first", "steps": 2},
     "coarse-mean": {"tta": "interleaved", "aggregate": "volume", "grid": "coarse", "combine": "mean"},
 }
 

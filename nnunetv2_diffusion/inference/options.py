@@ -45,8 +45,9 @@ class PredictionOptions:
             "low" and the sampler "renoise", whose second step can see what the first one found.
         combine: "views": a step's estimate is the mean of the latest of every mirrored view, and the last one is the
             result. "last": a step's estimate is its own alone. "mean": the same, and the result is the mean of all
-            steps'; after each step (save_steps), of those so far. "first": as "mean", and every step goes on from the
-            first one's estimate.
+            steps'; after each step (save_steps), of those so far. "first": every step goes on from the first one's
+            estimate, and the result is the mean of that and the mean of the other steps'; with the grid "coarse" of
+            two scales, and with tta "interleaved" the first step sees all mirrored views.
         save_uncertainty: maps and a JSON of statistics for each case.
         save_samples: the mask of every sample.
         save_steps: the mask after every step.

@@ -32,7 +32,7 @@ from nnunetv2_diffusion.inference.sliding_window import (
     shifted_tiles,
     tiles_at_once,
 )
-from nnunetv2_diffusion.inference.views import Schedule, count_passes, mirror_views, schedules
+from nnunetv2_diffusion.inference.views import Schedule, all_first, count_passes, mirror_views, schedules
 from nnunetv2_diffusion.planning.settings import read_settings
 
 
@@ -134,8 +134,11 @@ class DiffusionPredictor(nnUNetPredictor):
 
     def schedules(self, steps: int) -> list[Schedule]:
         """The chains of a tile."""
-        axes = self.allowed_mirroring_axes if self.use_mirroring else None
-        return schedules(self.options.tta, mirror_views(axes), steps)
+        views = mirror_views(self.allowed_mirroring_axes if self.use_mirroring else None)
+        two_scales = self.options.grid == "coarse" and self.options.combine == "first"
+        if two_scales and self.options.tta == "interleaved":
+            return [all_first(views, steps)]  # views of the coarse step are cheap, and all others rest on it
+        return schedules(self.options.tta, views, steps)
 
     def canvas(self, image: torch.Tensor) -> Canvas:
         """Pad a case to the patch size at least and find the window positions, as nnU-Net does."""

@@ -359,8 +359,8 @@ def run_chain(
         exit_if: called with the last two estimates; the chain ends if it returns True.
         combine: "views": the estimate of a step, from which the chain goes on, is the mean of each view's latest
             estimate, so every view counts once; it is the answer. "last": it is the mean of the step's own views
-            alone. "mean": so it is, but the answer is the mean over all passes so far. "first": so is the answer, and
-            the chain goes on from the first step's estimate alone.
+            alone. "mean": so it is, but the answer is the mean over all passes so far. "first": the chain goes on from
+            the first step's estimate alone, and the answer is the mean of that and the mean of all other steps'.
     """
     views = list(dict.fromkeys(view for step in schedule for view in step))
     prior = estimator.prior(views)
@@ -373,9 +373,11 @@ def run_chain(
         for view in seen:
             latest[view] = estimator(view, state, prior, previous, step)
         answer = estimate = sum(latest.values()) / len(latest)
-        if combine in ("mean", "first"):
+        if combine == "mean" or (combine == "first" and step):
             total, passes = total + estimate * len(seen), passes + len(seen)
             answer = total / passes
+            if combine == "first":
+                answer = (previous + answer) / 2
         yield answer
         if step + 1 == len(schedule) or (exit_if and previous is not None and exit_if(previous, estimate)):
             return

@@ -25,6 +25,14 @@ def interleave(views: list[View], steps: int) -> Schedule:
     return [[view] for view in views[: steps - 1]] + [views[steps - 1 :]]
 
 
+def all_first(views: list[View], steps: int) -> Schedule:
+    """All views in the first step, then one after the other: len(views) + steps - 1 passes.
+
+    The later steps begin with the plain view, and take turns if there are more of them than views.
+    """
+    return [views, *[[views[step % len(views)]] for step in range(steps - 1)]]
+
+
 def schedules(tta: str, views: list[View], steps: int) -> list[Schedule]:
     """The chains of one tile; their results are averaged.
 

@@ -225,7 +225,19 @@ def test_a_chain_that_goes_on_from_its_first_step_gives_it_to_all_others(models,
     assert all(torch.equal(x, given[0]) for x in given)
     if "grid" not in more:  # one tile, whose first answer is the first estimate
         torch.testing.assert_close(given[0], answers[0])
-        torch.testing.assert_close(p, (sum(answers) / 5)[0])
+        torch.testing.assert_close(p, ((answers[0] + sum(answers[1:]) / 4) / 2)[0])
+
+
+def test_of_two_scales_the_coarse_one_sees_all_mirrored_views(models):
+    options = {**COARSE, "combine": "first", "tta": "interleaved", "sampler": "renoise", "step_spacing": "low"}
+    data = case((24, 36, 24))
+    (p,), count = predict(models(), data, steps=4, **options)
+    predictor = load(models(), steps=4, **options)
+    canvas = predictor.canvas(data)
+    coarse = len(predictor.coarse_canvas(canvas).tiles)
+    assert coarse < len(canvas.tiles)
+    assert count.passes == count.planned == 8 * coarse + 3 * len(canvas.tiles)
+    torch.testing.assert_close(p.sum(0), torch.ones_like(p[0]))
 
 
 @pytest.mark.parametrize("tta", ["none", "interleaved"])
