@@ -29,10 +29,14 @@ class GaussianDiffusion(DiffusionProcess):
         Returns:
             x_t, shape of x_start; not clipped.
         """
-        return (
-            self._at(self.alphas_cumprod.sqrt(), t, x_start) * x_start
-            + self._at((1 - self.alphas_cumprod).sqrt(), t, x_start) * noise
-        )
+        return self._noised(self.alphas_cumprod, x_start, t, noise)
+
+    def _noised(
+        self, alphas_cumprod: torch.Tensor, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
+    ) -> torch.Tensor:
+        """Eq. 2 with the product of alphas of another step."""
+        signal, spread = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        return self._at(signal, t, x_start) * x_start + self._at(spread, t, x_start) * noise
 
     def q_posterior(
         self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
@@ -77,8 +81,7 @@ class GaussianDiffusion(DiffusionProcess):
         Returns:
             x_{t-1}; x_start itself at t = 0.
         """
-        signal, spread = self.alphas_cumprod_prev.sqrt(), (1 - self.alphas_cumprod_prev).sqrt()
-        return self._at(signal, t, x_start) * x_start + self._at(spread, t, x_start) * noise
+        return self._noised(self.alphas_cumprod_prev, x_start, t, noise)
 
     def ddim_step(
         self,
