@@ -74,31 +74,26 @@ class HiDiffSettings(Settings):
 
 @dataclass(frozen=True)
 class ViewSettings(Settings):
-    """Settings of nnUNetTrainerRecycleView: section ``views`` within ``diffusion``.
+    """Settings of nnUNetTrainerRecycleView: section ``views`` within ``diffusion``."""
 
-    What its first pass sees instead of the second pass's patch. The first four are relative frequencies; a view of
-    frequency 0 is never drawn, and with all of them 0 the trainer is nnUNetTrainerRecycleXT.
-    """
-
-    mirror: float = setting(1.0, "relative frequency of a mirrored patch; 0: never", low=0.0)
-    shift: float = setting(1.0, "of a patch beside it that overlaps in part", low=0.0)
-    coarse: float = setting(0.0, "of a larger field of view at a coarser scale", low=0.0)
-    intensity: float = setting(0.0, "of the same patch with another contrast, brightness and noise", low=0.0)
-    offset: float = setting(0.5, "largest shift along each axis, in parts of the patch", low=0.0, high=1.0)
-    zoom: float = setting(1.5, "field of view of the coarse patch along each axis, in patches", low=1.0, high=4.0)
-    first_share: float = setting(
-        0.0, "share of batches that train a chain's first step: a view is seen with pure noise", low=0.0, high=1.0
+    coarse: float = setting(
+        0.75,
+        "share of batches whose first pass sees a coarse view, others the patch; 0: no second scale",
+        low=0.0,
+        high=1.0,
     )
-    time_below: float = setting(1.0, "the second pass sees masks with t below this share of T", low=0.01, high=1.0)
+    zoom: float = setting(1.4, "field of view of the coarse view along each axis, in patches", low=1.0, high=4.0)
     truth_until: float = setting(
-        0.0,
+        0.6,
         "share of the training after which all masks are recycled; from its start on, fewer and fewer are true",
         low=0.0,
         high=1.0,
     )
-    first_loss: bool = setting(
-        False, "the first pass learns as well, from what its view shows; false: the second pass alone, as in recycling"
+    time_from: float = setting(
+        0.0, "the second pass sees masks with t from this share of T on; 1: noise alone, a control", low=0.0, high=1.0
     )
+    time_below: float = setting(0.5, "and below this one", low=0.01, high=1.0)
+    steps: int = setting(6, "K of a prediction at two scales, by nnunetv2_diffusion predict", low=2)
 
 
 @dataclass(frozen=True)

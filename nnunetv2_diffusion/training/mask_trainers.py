@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,11 @@ from nnunetv2_diffusion.planning.settings import DiffusionSettings
 from nnunetv2_diffusion.training.corruption import make_corruption
 from nnunetv2_diffusion.training.strategies import RecycleMixed, RecycleView
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer
-from nnunetv2_diffusion.training.views import View, Views, look, look_at_labels, patch_frame, vary_intensity
+from nnunetv2_diffusion.training.views import Frame, Views, look, look_at_labels, patch_frame
 
 
 class ViewTrainer(DiffusionTrainer):
-    """Recycles across views (settings: section ``views``).
+    """Recycles across views, and both passes learn (settings: section ``views``).
 
     Where a view reaches beyond the patch, training loads and augments a larger one. The network's own patch is its
     centre, so what is trained on, its place in a case included, is what nnU-Net would have loaded. Validation loads
@@ -29,10 +29,7 @@ class ViewTrainer(DiffusionTrainer):
     strategy = RecycleView()
 
     def _configured(self, strategy: RecycleView) -> RecycleView:
-        views = asdict(self.settings.views)
-        views.pop("truth_until")  # by epoch, see on_train_epoch_start
-        own = {name: views.pop(name) for name in ("first_share", "time_below", "first_loss")}
-        return replace(strategy, **own, views=Views(**views))
+        return replace(strategy, views=Views(self.settings.views.coarse, self.settings.views.zoom))
 
     @property
     def loaded_size(self) -> tuple[int, ...]:
@@ -41,10 +38,8 @@ class ViewTrainer(DiffusionTrainer):
         return tuple(n + 2 * m for n, m in zip(patch, self.strategy.views.margin(patch), strict=True))
 
     def configure_rotation_dummyDA_mirroring_and_inital_patch_size(self) -> tuple:  # noqa: N802, nnU-Net's name
-        """As nnU-Net's, with more room around the patch; the axes that may be mirrored are those of prediction."""
+        """As nnU-Net's, with more room around the patch."""
         rotation, dummy_2d, initial, mirror_axes = super().configure_rotation_dummyDA_mirroring_and_inital_patch_size()
-        allowed = tuple(self.inference_allowed_mirroring_axes or ())
-        self.strategy = replace(self.strategy, views=replace(self.strategy.views, mirror_axes=allowed))
         patch = np.array(self.configuration_manager.patch_size)
         enlarged = -(-np.array(initial) * np.array(self.loaded_size) // patch)  # in proportion, rounded up
         return rotation, dummy_2d, enlarged, mirror_axes
@@ -73,37 +68,26 @@ class ViewTrainer(DiffusionTrainer):
         self.strategy = replace(self.strategy, truth_share=share)
 
     def _training_loss(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        share = self.strategy.first_share
         self._loaded_target = target[0] if isinstance(target, list) else target
-        if share and float(torch.rand(())) < share:
-            return self._first_step_loss(image, self._loaded_target)
-        loss = super()._training_loss(image, self._patch_target(target))
-        return (loss + self._first_loss) / 2 if self.strategy.first_loss else loss
+        return (super()._training_loss(image, self._patch_target(target)) + self._first_loss) / 2
 
     @property
     def _time_range(self) -> tuple[int, int]:
-        first, end = super()._time_range
-        return first, max(1, min(end, round(self.strategy.time_below * self.process.num_timesteps)))
-
-    def _first_step_loss(self, image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        """Loss of a chain's first step: a view, its own target (cut from (B, C, *loaded)), and x_T of that."""
-        origin = self._origin(image)
-        view = self.strategy.views.draw(self.configuration_manager.patch_size)
-        own = look_at_labels(target, view.frame, origin)
-        last = torch.full((len(image),), self.process.num_timesteps - 1)
-        x_start = self._x_start(own)
-        x_t = self.process.q_sample(x_start, last, torch.randn_like(x_start))
-        return self.loss(
-            self.network(self._seen(image, view), x_t, self.process.timestep_map[last], None), self._heads(own)
-        )
+        steps, views = self.process.num_timesteps, self.settings.views
+        first = min(round(views.time_from * steps), steps - 1)
+        return first, max(first + 1, min(super()._time_range[1], round(views.time_below * steps)))
 
     def _origin(self, loaded: torch.Tensor) -> tuple[int, ...]:
         """First voxel of the patch in what was loaded, (B, C, *loaded)."""
         patch = self.configuration_manager.patch_size
         return tuple((n - m) // 2 for n, m in zip(loaded.shape[2:], patch, strict=True))
 
+    def _seen(self, image: torch.Tensor, view: Frame) -> torch.Tensor:
+        """What a view shows of the image that was loaded."""
+        return look(image, view, self._origin(image))
+
     def _patch(self, image: torch.Tensor) -> torch.Tensor:
-        return look(image, patch_frame(self.configuration_manager.patch_size), self._origin(image))
+        return self._seen(image, patch_frame(self.configuration_manager.patch_size))
 
     def _patch_target(self, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
         """The target of the patch, for every head of deep supervision."""
@@ -120,41 +104,26 @@ class ViewTrainer(DiffusionTrainer):
         return [head.unflatten(0, own.shape[:2]) for head in heads]
 
     def _first_pass(self, image: torch.Tensor) -> Callable[..., torch.Tensor]:
-        """predict(x, t, view=view) for the strategy, on what the view covers of the image that was loaded."""
+        """predict(x, t, view=view) for the strategy: a pass that learns what the view shows of the loaded image.
 
-        def predict(x: torch.Tensor, t: torch.Tensor, view: View) -> torch.Tensor:
-            if self.strategy.first_loss:
-                return self._learning_pass(image, x, t, view)
-            return super(ViewTrainer, self)._first_pass(self._seen(image, view))(x, t)
+        It has half of the step's loss, and its gradient is added at once: so the activations of one pass are held at
+        a time, as in recycling. Processes share the gradient of the second pass, into which this one is summed. No
+        cache, as in the first pass of recycling.
+        """
+
+        def predict(x: torch.Tensor, t: torch.Tensor, view: Frame) -> torch.Tensor:
+            apart = self.network.no_sync() if self.is_ddp else nullcontext()
+            with apart, self._autocast(cache_enabled=False):
+                output = self.network(self._seen(image, view), x, self.process.timestep_map[t], None)
+                own = look_at_labels(self._loaded_target, view, self._origin(image))
+                loss = self.loss(output, self._heads(own))
+                self._backward(loss / 2)
+            self._first_loss = loss.detach()
+            logits = output[0] if isinstance(output, list | tuple) else output
+            network = self.inner_network
+            return network.encoding.encode(network.probabilities(logits.detach()))
 
         return predict
-
-    def _learning_pass(self, image: torch.Tensor, x: torch.Tensor, t: torch.Tensor, view: View) -> torch.Tensor:
-        """A first pass with half of the step's loss; its gradient is added at once.
-
-        So the activations of one pass are held at a time, as in recycling. Processes share the gradient of the second
-        pass, into which this one is summed. No cache, as in the first pass of recycling.
-        """
-        apart = self.network.no_sync() if self.is_ddp else nullcontext()
-        with apart, self._autocast(cache_enabled=False):
-            output = self.network(self._seen(image, view), x, self.process.timestep_map[t], None)
-            own = look_at_labels(self._loaded_target, view.frame, self._origin(image))
-            loss = self.loss(output, self._heads(own))
-            self._backward(loss / 2)
-        self._first_loss = loss.detach()
-        logits = output[0] if isinstance(output, list | tuple) else output
-        network = self.inner_network
-        return network.encoding.encode(network.probabilities(logits.detach()))
-
-    def _seen(self, image: torch.Tensor, view: View) -> torch.Tensor:
-        """What a view shows of the image that was loaded."""
-        seen = look(image, view.frame, self._origin(image))
-        return vary_intensity(seen, self._image_channels()) if view.varied else seen
-
-    def _image_channels(self) -> int:
-        """Input channels that are intensities; a cascade has a mask for each foreground label behind them."""
-        masks = len(self.label_manager.foreground_labels) if self.is_cascaded else 0
-        return self.num_input_channels - masks
 
 
 class MixedTrainer(DiffusionTrainer):

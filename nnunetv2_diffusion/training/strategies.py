@@ -162,18 +162,11 @@ class RecycleView:
 
     Attributes:
         views: that are drawn from, one for each batch; without any, this is ``RecycleXT`` bit for bit.
-        first_share: chance of a batch to train the first step of a chain instead, which sees a view and pure noise.
-        time_below: the trainer draws t below this share of T.
         truth_share: chance of a batch to be given the true mask, as the view would show it.
-        first_loss: the first pass has a loss as well, on the target of its view. The trainer sees to it; its mask is
-            given to the second pass without gradient all the same.
     """
 
     views: Views = field(default_factory=Views)
-    first_share: float = 0.0
-    time_below: float = 1.0
     truth_share: float = 0.0
-    first_loss: bool = False
     self_conditioning = False
     uses_next_step = True
 
@@ -187,11 +180,11 @@ class RecycleView:
         here = patch_frame(x_start.shape[2:])
         view = self.views.draw(here.size)
         last = torch.full_like(t, process.num_timesteps - 1)
-        truth = map_to(x_start, here, view.frame)[0]
+        truth = map_to(x_start, here, view)[0]
         seen = to_x_start(predict(_noised(process, truth, last), last, view=view))
         if self.truth_share and float(torch.rand(())) < self.truth_share:
             seen = truth
-        found, known = map_to(seen, view.frame, here)
+        found, known = map_to(seen, view, here)
         noise = torch.randn_like(found)
         return LastPass(torch.where(known, process.q_sample(found, t, noise), noise))
 

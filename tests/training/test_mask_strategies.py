@@ -9,7 +9,7 @@ from torch import nn
 from nnunetv2_diffusion.diffusion import GaussianDiffusion, MaskEncoding, linear_beta_schedule
 from nnunetv2_diffusion.training import RecycleMixed, RecycleView, RecycleXT, Standard
 from nnunetv2_diffusion.training.corruption import Corruption
-from nnunetv2_diffusion.training.views import Frame, View, Views
+from nnunetv2_diffusion.training.views import Frame, Views
 
 T = 1001
 STEPS = torch.tensor([0, 250, 700, 999])
@@ -44,12 +44,12 @@ def run(strategy, process, x_start, t=STEPS, predict=None, seed=3):
 # --- across views ----------------------------------------------------------------------------------------------------
 
 
-def only(frame, varied=False):
+def only(frame):
     """Views of which every draw is the one given."""
 
     class One(Views):
         def draw(self, size):
-            return View(frame, varied)
+            return frame
 
     return RecycleView(One())
 
@@ -60,14 +60,14 @@ def test_without_views_it_is_recycling_bit_for_bit(process):
 
 
 def test_the_first_pass_is_asked_at_the_last_step_with_noise_alone(process):
-    predict, strategy = FirstPass(), RecycleView(Views(mirror=1.0, shift=1.0, mirror_axes=(0, 1)))
+    predict, strategy = FirstPass(), RecycleView(Views(1.0))
     x_start = masks(size=64)
     for _ in range(10):
         strategy(predict, process, x_start, STEPS)
     for x, t, _, view in predict.asked:
         assert t.tolist() == [T - 1] * 4
         assert abs(x.std() - 1) < 0.02
-        assert view.frame.mirrored or any(view.frame.start)
+        assert view.extent > view.size
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -86,16 +86,12 @@ def test_a_share_of_batches_is_given_the_truth_as_the_view_shows_it(process, sha
     assert share not in (0.0, 1.0) or sum(true) == 200 * share
 
 
-@pytest.mark.parametrize(
-    "frame", [Frame((0, 0), (8, 8), (8, 8), (1,)), Frame((3, -2), (8, 8), (8, 8))], ids=["mirror", "shift"]
-)
-def test_what_the_other_view_found_lies_at_its_place_and_elsewhere_is_pure_noise(process, frame, monkeypatch):
+def test_what_the_other_view_found_lies_at_its_place_and_elsewhere_is_pure_noise(process, monkeypatch):
     rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
-    place = (rows * 8 + columns)[None, None] / 1000
+    place, frame = (rows * 8 + columns)[None, None] / 1000, Frame((3, -2), (8, 8), (8, 8))
 
     def oracle(x, view):
-        seen = place + (view.frame.start[0] * 8 + view.frame.start[1]) / 1000
-        return torch.flip(seen, [a + 2 for a in view.frame.mirrored]).expand_as(x)
+        return (place + (view.start[0] * 8 + view.start[1]) / 1000).expand_as(x)
 
     torch.manual_seed(5)
     noise = torch.randn(4, 3, 8, 8)
@@ -103,8 +99,7 @@ def test_what_the_other_view_found_lies_at_its_place_and_elsewhere_is_pure_noise
     found = only(frame)(FirstPass(oracle), process, masks(), STEPS).x_t
     expected = process.q_sample((2 * place - 1).expand(4, 3, 8, 8), STEPS, noise)
     known = torch.ones(8, 8, dtype=torch.bool)
-    if any(frame.start):
-        known[:3], known[:, 6:] = False, False
+    known[:3], known[:, 6:] = False, False
     torch.testing.assert_close(found[..., known], expected[..., known], atol=1e-6, rtol=0)
     assert torch.equal(found[..., ~known], noise[..., ~known])
 
