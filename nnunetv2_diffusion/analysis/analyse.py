@@ -23,7 +23,7 @@ from nnunetv2_diffusion.evaluation import EvaluationError
 from nnunetv2_diffusion.evaluation.tables import to_markdown, to_text
 from nnunetv2_diffusion.inference.inputs import InputError
 from nnunetv2_diffusion.inference.loading import load_predictor
-from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
+from nnunetv2_diffusion.inference.options import SCALES, OptionError, PredictionOptions
 from nnunetv2_diffusion.inference.predict import EXPECTED, add_model_options, model_folder
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.views import TTA
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=3, metavar="N", help="chains that are drawn for each case; default 3")
     add("--seed", type=int)
     add("--tta", choices=TTA, default="none", help="of the studies of steps, samples and counts; default none")
+    add("--scales", type=int, choices=SCALES, help="of these studies; default: those the model was trained for")
     add("--counts", type=int, nargs="+", default=[], metavar="K", help="numbers of steps to compare")
     add(
         "--modes",
@@ -90,8 +91,9 @@ def analyse(arguments: argparse.Namespace) -> tuple[Findings, DiffusionPredictor
     if arguments.cases is not None and arguments.cases < 1:
         raise OptionError(f"--cases is {arguments.cases}, expected at least 1")
     options = PredictionOptions(
-        sampler=arguments.sampler, seed=arguments.seed, step_spacing=arguments.step_spacing, tta=arguments.tta
-    )
+        sampler=arguments.sampler, seed=arguments.seed, step_spacing=arguments.step_spacing, tta=arguments.tta,
+        scales=arguments.scales,
+    )  # fmt: skip
     predictor = load_predictor(
         model_folder(arguments), arguments.f, arguments.chk, arguments.device, options, progress=False
     )
@@ -134,7 +136,7 @@ def set_patch_size(predictor: DiffusionPredictor, size: list[int] | None) -> Non
 def describe(arguments: argparse.Namespace, predictor: DiffusionPredictor) -> dict[str, Any]:
     """Model, options, versions and hardware."""
     given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("run", "verb")}
-    chosen = {name: getattr(arguments, name) for name in ("steps", "sampler", "seed", "step_spacing")}
+    chosen = {name: getattr(arguments, name) for name in ("steps", "sampler", "seed", "step_spacing", "scales")}
     predictor.set_options(PredictionOptions(**chosen))
     return {
         "trainer": predictor.trainer_name,

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nnunetv2_diffusion.diffusion import SamplingConfig
 from nnunetv2_diffusion.grids import resize
 from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, JoinedNoise, Noise, make_chain
-from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
+from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling, resolve_scales
 from nnunetv2_diffusion.inference.sliding_window import (
     Blend,
     CoarseFirst,
@@ -29,11 +29,9 @@ from nnunetv2_diffusion.inference.sliding_window import (
     make_tiles,
     run_chain,
     same_labels,
-    shifted_tiles,
     tiles_at_once,
 )
 from nnunetv2_diffusion.inference.views import Schedule, all_first, count_passes, mirror_views, schedules
-from nnunetv2_diffusion.planning.settings import read_settings
 
 
 class Member(NamedTuple):
@@ -97,6 +95,7 @@ class DiffusionPredictor(nnUNetPredictor):
             super().__init__(*args, **kwargs)
         self.options = options
         self.sampling: SamplingConfig | None = None
+        self.scales = 1
         self.meter: OverlapMeter | None = None  # set to measure how tiles disagree where they overlap
         self.results_device = self.device if self.perform_everything_on_device else torch.device("cpu")
 
@@ -116,12 +115,23 @@ class DiffusionPredictor(nnUNetPredictor):
             OptionError: if it cannot do what is asked for.
         """
         self.sampling = resolve_sampling(self.network, self.options)
+        self.scales = resolve_scales(self.network, self.options)
         self.network = self.network.to(self.device).eval()
 
     @property
     def tiles_at_once(self) -> int:
         """How many tiles go through the network together."""
         return tiles_at_once(self.configuration_manager.batch_size)
+
+    @property
+    def aggregate(self) -> str:
+        """Of the options, or the default."""
+        return self.options.aggregate or ("volume" if self.scales == 2 else "window")
+
+    @property
+    def combine(self) -> str:
+        """Of ``run_chain``."""
+        return self.options.combine or ("first" if self.scales == 2 else "views")
 
     @property
     def samples(self) -> int:
@@ -135,8 +145,7 @@ class DiffusionPredictor(nnUNetPredictor):
     def schedules(self, steps: int) -> list[Schedule]:
         """The chains of a tile."""
         views = mirror_views(self.allowed_mirroring_axes if self.use_mirroring else None)
-        two_scales = self.options.grid == "coarse" and self.options.combine == "first"
-        if two_scales and self.options.tta == "interleaved":
+        if self.scales == 2 and self.options.tta == "interleaved":
             return [all_first(views, steps)]  # views of the coarse step are cheap, and all others rest on it
         return schedules(self.options.tta, views, steps)
 
@@ -164,8 +173,8 @@ class DiffusionPredictor(nnUNetPredictor):
         canvas, folds = self.canvas(image), len(self.list_of_parameters)
         plan = self.schedules(self.chain().steps)
         count.tiles, count.members = len(canvas.tiles), folds * self.samples
-        tiles = [len(grid) for grid in self._grids(canvas, self.chain().steps)]
-        if self.options.grid == "coarse":
+        tiles = [len(canvas.tiles)] * self.chain().steps
+        if self.scales == 2:
             tiles[0] = len(self.coarse_canvas(canvas).tiles)
         count.planned = count.members * count_passes(plan, tiles)
         with tqdm(total=count.planned, desc=name, unit="pass", disable=not self.allow_tqdm) as bar:
@@ -180,14 +189,9 @@ class DiffusionPredictor(nnUNetPredictor):
             bar.total = count.passes  # fewer than planned if chains ended early
             bar.refresh()
 
-    def _grids(self, canvas: Canvas, steps: int) -> list[list[Tile]]:
-        """The tiles of every step."""
-        shifted = self.options.grid == "shifted"
-        return [shifted_tiles(canvas.tiles, step) if shifted else canvas.tiles for step in range(steps)]
-
     def coarse_canvas(self, canvas: Canvas) -> Canvas:
-        """The padded case at the coarser scale of the plans' ``views.zoom``; slices of 2D networks stay apart."""
-        zoom = read_settings(self.configuration_manager.configuration, self.plans_manager.plans_name).views.zoom
+        """The padded case at the coarser scale of the network; slices of 2D networks stay apart."""
+        zoom = self.network.two_scales.zoom
         spatial = list(canvas.data.shape[1:])
         for axis in range(3 - len(self.configuration_manager.patch_size), 3):
             spatial[axis] = max(1, round(spatial[axis] / zoom))
@@ -200,7 +204,7 @@ class DiffusionPredictor(nnUNetPredictor):
         self, chain: Chain, plan: list[Schedule], canvas: Canvas, sample: int, count: PassCount
     ) -> list[torch.Tensor]:
         """One sample; if the device has no room for the results, they are kept on the CPU from here on."""
-        by_volume = self.options.aggregate == "volume"
+        by_volume = self.aggregate == "volume"
         passes = count.passes
         try:
             draw = self._draw_volume if by_volume else self._draw_tiles
@@ -253,7 +257,7 @@ class DiffusionPredictor(nnUNetPredictor):
         exit_if = partial(same_labels, sigmoid=self.label_manager.has_regions) if self.options.early_exit else None
         totals: list[torch.Tensor] = []
         for schedule in plan:
-            steps = run_chain(chain, estimator, schedule, noise, exit_if, self.options.combine)
+            steps = run_chain(chain, estimator, schedule, noise, exit_if, self.combine)
             found = list(_last(steps, kept, chain.steps))
             totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
         return [total / len(plan) for total in totals]
@@ -263,12 +267,11 @@ class DiffusionPredictor(nnUNetPredictor):
     ) -> list[torch.Tensor]:
         """One chain of the whole volume; masks of the kept steps."""
         kept = chain.steps if self.options.save_steps else 1
-        grids = self._grids(canvas, chain.steps)
         common = self.device, count.tick, self.tiles_at_once
-        estimator: Estimator = VolumeEstimator(chain, canvas.data, grids, canvas.blend, *common)
-        if self.options.grid == "coarse":
+        estimator: Estimator = VolumeEstimator(chain, canvas.data, canvas.tiles, canvas.blend, *common)
+        if self.scales == 2:
             coarse = self.coarse_canvas(canvas)
-            first = VolumeEstimator(chain, coarse.data, [coarse.tiles], coarse.blend, *common)
+            first = VolumeEstimator(chain, coarse.data, coarse.tiles, coarse.blend, *common)
             state = chain.start(None, self._volume_noise(chain, sample, coarse))
             estimator = CoarseFirst(estimator, first, coarse.crop, canvas.data.shape[1:], state)
         return self._tile_masks(chain, plan, estimator, self._volume_noise(chain, sample, canvas), kept)

@@ -1,6 +1,5 @@
 """Chains over the tiles of a case: one chain a tile, or one chain of the whole volume."""
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,10 +10,8 @@ from nnunetv2_diffusion.grids import mirror, resize
 from nnunetv2_diffusion.inference.chains import Chain, Noise, Window
 from nnunetv2_diffusion.inference.views import Schedule, View
 
-COMBINATIONS = ("views", "last", "mean", "first")
+COMBINATIONS = ("views", "last", "mean")  # that can be asked for; "first" belongs to two scales
 MOST_AT_ONCE = 32  # tiles; a case has hundreds of slices, and more at once are no faster
-# steps of a sequence whose points, modulo 1, fill a cube evenly: powers of 1/x with x^4 = x + 1 (Roberts 2018)
-EVEN = (0.8191725134, 0.6710436067, 0.5497004779)
 
 
 @dataclass(frozen=True)
@@ -50,34 +47,6 @@ def make_tiles(slicers: Sequence[tuple], padding: Sequence[int]) -> list[Tile]:
         start = tuple(a - p for (a, _), p in zip(spans, padding, strict=True))
         tiles.append(Tile(tuple(slicer), start, tuple(b - a for a, b in spans)))
     return sorted(tiles, key=lambda tile: tile.start)
-
-
-def shifted_tiles(tiles: list[Tile], step: int) -> list[Tile]:
-    """The tiles of another grid over the same case; every voxel is still covered.
-
-    Along each axis all tiles are moved by a share of their distance that is another one in every step. What leaves the
-    case is moved back to its end, and one tile stays at its beginning: one more tile along each axis than in step 0,
-    whose grid is the one given.
-
-    Args:
-        tiles: of the case, not empty.
-        step: 0, 1, ...
-    """
-    first, positions = tiles[0], []
-    for axis, index in enumerate(first.index[1:]):
-        if isinstance(index, int):  # slices of a 2D network: all of them, always
-            positions.append(sorted({(tile.index[1 + axis], tile.start[axis]) for tile in tiles}))
-            continue
-        starts = sorted({tile.index[1 + axis].start for tile in tiles})
-        distance = starts[1] - starts[0] if len(starts) > 1 else 0
-        move = int(step * EVEN[axis] % 1 * distance)
-        moved = {min(start + move, starts[-1]) for start in starts} | {starts[0]}
-        padding = index.start - first.start[axis]
-        positions.append([(slice(a, a + first.size[axis]), a - padding) for a in sorted(moved)])
-    return [
-        Tile((slice(None), *(index for index, _ in place)), tuple(start for _, start in place), first.size)
-        for place in itertools.product(*positions)
-    ]
 
 
 def tiles_at_once(batch_size: int) -> int:
@@ -234,7 +203,7 @@ class VolumeEstimator:
     Args:
         chain: of the network.
         data: padded case, (C, *spatial).
-        grids: the tiles of every step, see ``make_tiles``; the first ones also for priors.
+        tiles: see ``make_tiles``.
         blend: makes an empty ``Blend``.
         device: of the network.
         tick: called after every pass with the number of tiles.
@@ -245,13 +214,13 @@ class VolumeEstimator:
         self,
         chain: Chain,
         data: torch.Tensor,
-        grids: Sequence[list[Tile]],
+        tiles: Sequence[Tile],
         blend: Callable[[], Blend],
         device: torch.device,
         tick: Callable[[int], None],
         number: int = 1,
     ):
-        self.chain, self.data, self.grids = chain, data, grids
+        self.chain, self.data, self.tiles = chain, data, tiles
         self.blend, self.device, self.tick, self.number = blend, device, tick, number
 
     def _tiles(self, x: torch.Tensor | None, tiles: Sequence[Tile]) -> torch.Tensor | None:
@@ -262,7 +231,7 @@ class VolumeEstimator:
         if not self.chain.has_prior:
             return None
         blend = self.blend()
-        for tiles in at_once(self.grids[0], self.number):
+        for tiles in at_once(self.tiles, self.number):
             estimator = TileEstimator(self.chain, self._tiles(self.data[None], tiles), lambda passes: None)
             blend.add_all(tiles, estimator.prior(views))
         return blend.mean()
@@ -277,7 +246,7 @@ class VolumeEstimator:
     ) -> torch.Tensor:
         """See ``Estimator``."""
         blend = self.blend()
-        for tiles in at_once(self.grids[step], self.number):
+        for tiles in at_once(self.tiles, self.number):
             estimator = TileEstimator(self.chain, self._tiles(self.data[None], tiles), self.tick)
             blend.add_all(tiles, estimator(view, *(self._tiles(x, tiles) for x in (state, prior, previous)), step))
         return blend.mean()

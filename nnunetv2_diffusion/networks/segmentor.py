@@ -36,6 +36,18 @@ class ReverseStep(NamedTuple):
     heads: list[torch.Tensor]
 
 
+class TwoScales(NamedTuple):
+    """Masks of two scales: the first step sees a case at a coarser scale, the others are given its mask.
+
+    Attributes:
+        zoom: field of view of the coarse scale along each axis, in patches.
+        sampling: steps, the coarse one included, sampler, spacing, samples and seed.
+    """
+
+    zoom: float
+    sampling: SamplingConfig
+
+
 class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
     """A denoising U-Net together with its diffusion process.
 
@@ -52,6 +64,7 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
         **kwargs: see ``DenoisingUNet``.
 
     Attributes:
+        two_scales: how masks of two scales are drawn; None for a network that was not trained for them.
         mask_scale: b, by which masks in [-1, 1] are multiplied before they are noised (Chen et al. 2022).
 
     Raises:
@@ -77,6 +90,7 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
         self.sampling = sampling
         self.num_heads = num_heads
         self.mask_scale = 1.0
+        self.two_scales: TwoScales | None = None
         self._run = self.denoise
         if process is not None:
             process.respace(sampling.steps, sampling.step_spacing)  # raises now rather than at the first prediction

@@ -18,7 +18,7 @@ ENVIRONMENT_PREFIX = "nnUNet_diffusion_"
 ENVIRONMENT_KEYS = ("sampler", "steps", "samples", "seed")
 # as ``diffusion`` knows them, which is not imported here: torch takes seconds
 SAMPLERS = ("ddpm", "ddim", "renoise")
-SPACINGS = ("linspace", "trailing", "low")
+SPACINGS = ("linspace", "trailing", "low", "start")
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,13 @@ class ViewSettings(Settings):
     time_below: float = setting(0.5, "and below this one", low=0.01, high=1.0)
     steps: int = setting(6, "K of a prediction at two scales, by nnunetv2_diffusion predict", low=2)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.time_below <= self.time_from < 1:
+            raise SettingsError(
+                f"time_from is {self.time_from}, expected less than time_below = {self.time_below}, or 1: noise alone"
+            )
+
 
 @dataclass(frozen=True)
 class MixtureSettings(Settings):
@@ -134,7 +141,7 @@ class DiffusionSettings(Settings):
     step_spacing: str = setting(
         "trailing",
         "the K steps: linspace from T - 1 to 0, as in the paper; trailing from T - 1 to T / K, which is better; low: "
-        "one at T - 1, the others from T / 2 on",
+        "one at T - 1, the others from T / 2 on; start: the first K of T, a control",
         choices=SPACINGS,
     )
     eta: float = setting(0.0, "DDIM's noise, 0 deterministic to 1 as DDPM", low=0.0, high=1.0)

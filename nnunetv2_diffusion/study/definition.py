@@ -22,7 +22,7 @@ from nnunetv2_diffusion.study import StudyError
 NAME = r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*"  # no "__", at which nnU-Net splits the names of folders
 STUDY_KEYS = (
     "name", "summary", "dataset", "configuration", "split", "network", "settings", "device", "cells", "predictions",
-    "analyse", "reference", "questions",
+    "analyse", "reference", "questions", "removed",
 )  # fmt: skip
 STUDY_REQUIRED = ("name", "dataset", "configuration", "split", "cells", "predictions")
 CELL_KEYS = (
@@ -146,6 +146,7 @@ class Study:
         split: of the cases.
         device: as nnU-Net's -device.
         cells: in the order of the file.
+        removed: names of cells that can no longer be run, because what they tried was removed; results are kept.
     """
 
     file: Path
@@ -156,6 +157,7 @@ class Study:
     split: Split
     device: str
     cells: tuple[Cell, ...]
+    removed: tuple[str, ...] = ()
 
     def cell(self, name: str) -> Cell:
         """By name.
@@ -187,7 +189,8 @@ def read_study(file: Path) -> Study:
         raise StudyError(f"{file}: split is {content['split']!r}, expected the name of a file beside the study's")
     split = read_split(file.parent / content["split"])
     cells = _cells(content, file)
-    study = Study(file, content, name, content["dataset"], content["configuration"], split, device, cells)
+    removed = _removed(content.get("removed", []), cells, f"{file}: removed")
+    study = Study(file, content, name, content["dataset"], content["configuration"], split, device, cells, removed)
     _check_references(study)
     return study
 
@@ -290,6 +293,16 @@ def _cells(content: Mapping[str, Any], file: Path) -> tuple[Cell, ...]:
     return cells
 
 
+def _removed(entries: Any, cells: Sequence[Cell], where: str) -> tuple[str, ...]:
+    if not isinstance(entries, list):
+        raise StudyError(f"{where} is {entries!r}, expected a list of names of cells")
+    names = tuple(_name(entry, where) for entry in entries)
+    both = sorted({cell.name for cell in cells} & set(names))
+    if both:
+        raise StudyError(f"{where} has {', '.join(both)}, which is one of the cells")
+    return names
+
+
 def _cell(entry: Any, default: Cell, where: str) -> Cell:
     """A cell, with what the study says for all."""
     if not isinstance(entry, dict):
@@ -372,7 +385,8 @@ def _check_references(study: Study) -> None:
         if not isinstance(question["cells"], list) or len(question["cells"]) < 2:
             raise StudyError(f"{where}: cells is {question['cells']!r}, expected two names of cells at least")
         for name in question["cells"]:
-            study.cell(name)
+            if name not in study.removed:
+                study.cell(name)
 
 
 def _check_ensemble(study: Study, cell: Cell) -> None:

@@ -148,6 +148,11 @@ def _facts(study: StudyResults) -> list[str]:
     ]
     if study.unfinished:
         lines.append(f"- Without results so far: {', '.join(study.unfinished)}.")
+    removed = [name for name in study.content.get("removed", []) if study.cell(name) is not None]
+    if removed:
+        lines.append(
+            f"- What {', '.join(removed)} tried is no longer in the package; their JSONs hold settings and commit."
+        )
     again = sum(record["training"]["attempts"] > 1 for record in records)
     if again:
         lines.append(f"- {again} of {len(records)} trainings were interrupted and continued from nnU-Net's checkpoint.")

@@ -110,7 +110,8 @@ class StudyResults:
     @property
     def unfinished(self) -> list[str]:
         """Cells without results."""
-        return [name for name in self.content["cells"] if self.cell(name) is None]
+        open_cells = [name for name in self.content["cells"] if name not in self.content.get("removed", [])]
+        return [name for name in open_cells if self.cell(name) is None]
 
     def cell(self, name: str) -> CellResults | None:
         """By name; None if it has no results."""

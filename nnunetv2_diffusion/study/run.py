@@ -225,9 +225,9 @@ def _copy_study(study: Study, results: Path) -> None:
     """What the page needs of the study beside the results: order of cells, reference, questions."""
     folder = results / study.name
     folder.mkdir(parents=True, exist_ok=True)
-    keys = ("name", "summary", "reference", "questions")
+    keys = ("name", "summary", "reference", "questions", "removed")
     content = {key: study.content[key] for key in keys if key in study.content}
-    order = [cell.name for cell in study.cells]
+    order = [*[cell.name for cell in study.cells], *study.removed]
     record = {"schema": SCHEMA, "kind": STUDY, **content, "cells": order, "settings": study.content.get("settings", {})}
     write_whole(folder / "study.json", to_text(record) + "\n")
 

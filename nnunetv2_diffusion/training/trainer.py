@@ -122,12 +122,13 @@ class DiffusionTrainer(PlannedTrainer):
         if cls.uses_mask:
             settings = sampling_from_environment(settings)
         unet = plans_unet(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
+        sampling = SamplingConfig(
+            settings.steps, settings.sampler, settings.eta, settings.samples, settings.seed, settings.step_spacing
+        )
         network = DiffusionSegmentor(
             unet,
             build_process(settings) if cls.uses_mask else None,
-            SamplingConfig(
-                settings.steps, settings.sampler, settings.eta, settings.samples, settings.seed, settings.step_spacing
-            ),
+            sampling,
             num_output_channels,
             make_encoding(settings.mask_encoding, num_output_channels),
             self_conditioning=cls.uses_mask and cls.strategy.self_conditioning,
@@ -136,13 +137,12 @@ class DiffusionTrainer(PlannedTrainer):
             transformer_heads=settings.transformer_heads,
             transformer_width=settings.transformer_width,
         )
-        network.mask_scale = cls._mask_scale(settings)
+        cls._extend(network, settings)
         return network
 
     @classmethod
-    def _mask_scale(cls, settings: DiffusionSettings) -> float:
-        """b of the network's chains, which has to be that of training."""
-        return 1.0
+    def _extend(cls, network: DiffusionSegmentor, settings: DiffusionSettings) -> None:
+        """Tell a network what its chains have to know of the training."""
 
     def _compile(self) -> None:
         self.inner_network.compile_denoiser()

@@ -16,7 +16,6 @@ from nnunetv2_diffusion.inference.sliding_window import (
     VolumeEstimator,
     make_tiles,
     run_chain,
-    shifted_tiles,
 )
 from nnunetv2_diffusion.inference.views import mirror_views, schedules
 
@@ -118,8 +117,7 @@ def cover(shape, patch, order=1):
 
 def volume(chain, data, tiles, patch):
     weight = torch.rand(patch, generator=torch.Generator().manual_seed(1)) + 0.1
-    grids = tiles if isinstance(tiles[0], list) else [tiles] * chain.steps
-    return VolumeEstimator(chain, data, grids, lambda: Blend(2, data.shape[1:], weight, CPU), CPU, lambda passes: None)
+    return VolumeEstimator(chain, data, tiles, lambda: Blend(2, data.shape[1:], weight, CPU), CPU, lambda passes: None)
 
 
 def test_tiles_come_in_one_order():
@@ -175,78 +173,15 @@ def dense(shape, patch):
     return make_tiles(slicers, (0, 0, 0))
 
 
-@pytest.mark.parametrize("patch", [(4, 5, 8), (3, 3, 3), (6, 7, 8)])
-@pytest.mark.parametrize("place", [cover, dense])
-def test_moved_tiles_cover_what_the_tiles_covered_and_stay_within_the_case(patch, place):
-    shape = (6, 7, 8) if place is dense else tuple(min(n, 2 * p) for n, p in zip((6, 7, 8), patch, strict=True))
-    tiles = place(shape, patch)
-    for step in range(12):
-        moved = shifted_tiles(tiles, step)
-        seen = torch.zeros(shape)
-        for tile in moved:
-            assert tile.size == patch
-            assert tile.start == tuple(i.start for i in tile.index[1:])
-            seen[tile.index[1:]] += 1
-        assert all(i.start >= 0 and i.stop <= n for t in moved for i, n in zip(t.index[1:], shape, strict=True))
-        assert seen.min() >= 1
-        assert len(moved) == len({tile.start for tile in moved})
-
-
-def test_the_first_grid_is_the_one_given_and_the_others_differ():
-    tiles = dense((30, 30, 30), (10, 10, 10))
-    assert shifted_tiles(tiles, 0) == tiles
-    grids = [frozenset(tile.start for tile in shifted_tiles(tiles, step)) for step in range(8)]
-    assert len(set(grids)) == 8
-    assert all(len(tiles) <= len(grid) <= 4**3 for grid in grids)
-    starts = torch.tensor(sorted({start[0] % 10 for grid in grids for start in grid}))
-    assert starts.diff().max() <= 3, "borders of tiles come to lie everywhere"
-
-
-def test_a_case_of_one_tile_cannot_be_moved_and_padding_is_kept():
-    size = (4, 5, 6)
-    tiles = make_tiles([(slice(None), *(slice(0, n) for n in size))], (1, 0, 2))
-    assert shifted_tiles(tiles, 3) == tiles
-    assert tiles[0].start == (-1, 0, -2)
-
-
-def test_slices_of_a_2d_network_are_all_kept():
-    slicers = [(slice(None), z, slice(a, a + 4), slice(0, 6)) for z in range(3) for a in (0, 4, 8)]
-    moved = shifted_tiles(make_tiles(slicers, (0, 0, 0)), 1)
-    assert {tile.index[1] for tile in moved} == {0, 1, 2}
-    assert {tile.index[2].start for tile in moved} == {0, 2, 6, 8}
-    assert all(tile.planar and tile.size == (1, 4, 6) and tile.start[0] == tile.index[1] for tile in moved)
-
-
 @pytest.mark.parametrize("combine", ["views", "last", "mean"])
 def test_an_oracle_is_right_in_every_step_wherever_tiles_lie(combine):
     data, shape, patch = torch.randn(1, 9, 10, 8), (9, 10, 8), (4, 5, 8)
     chain = Counting(lambda x, state, step: classes(x))
     tiles = dense(shape, patch)
-    grids = [shifted_tiles(tiles, step) for step in range(4)]
     (schedule,) = schedules("interleaved", VIEWS, 4)
-    found = list(run_chain(chain, volume(chain, data, grids, patch), schedule, box(shape), combine=combine))
-    assert len({len(grid) for grid in grids}) > 1
+    found = list(run_chain(chain, volume(chain, data, tiles, patch), schedule, box(shape), combine=combine))
     for estimate in found:
         torch.testing.assert_close(estimate[0], classes(data[None])[0])
-
-
-def test_a_chain_carries_what_one_tile_saw_to_tiles_that_did_not_see_it():
-    """The estimate of a tile is the mean of image and state: with a fixed grid nothing crosses its borders."""
-    chain = Counting(lambda x, state, step: (x + state).mean((2, 3, 4), keepdim=True).expand(-1, 2, *x.shape[2:]))
-    chain.advance = lambda state, estimate, prior, step, noise: estimate
-    chain.start = lambda prior, noise: torch.zeros(1, 2, *noise.size)
-    tiles = dense((12, 2, 2), (4, 2, 2))
-    reached = {}
-    for name, grids in (("fixed", [tiles] * 4), ("moved", [shifted_tiles(tiles, step) for step in range(4)])):
-        results = []
-        for value in (0.0, 1.0):
-            data = torch.zeros(1, 12, 2, 2)
-            data[:, 0] = value
-            chain_grids = volume(chain, data, grids, (4, 2, 2))
-            results.append(list(run_chain(chain, chain_grids, [[()]] * 4, box((12, 2, 2)), combine="last"))[-1])
-        reached[name] = int((results[0] != results[1])[0, 0, :, 0, 0].sum())
-    assert reached["fixed"] == 4
-    assert reached["moved"] > 4
 
 
 # --- what a chain returns ---------------------------------------------------------------------------------------------

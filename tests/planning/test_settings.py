@@ -442,20 +442,22 @@ def test_the_table_of_hidiff_lists_every_setting():
 
 INNER_OTHER = {
     "views": {
-        "mirror": 0.0,
-        "shift": 2.0,
         "coarse": 1,
-        "intensity": 0.5,
-        "offset": 0.25,
         "zoom": 2.0,
-        "first_share": 0.5,
-        "time_below": 0.5,
         "truth_until": 0.5,
-        "first_loss": True,
+        "time_from": 0.25,
+        "time_below": 0.75,
+        "steps": 4,
     },
     "mixture": {"recycle_share": 0.25, "truth_above": 0.5, "truth_corruption": "drop", "mask_scale": 0.3},
 }
 INNER = [(section, name) for section in INNER_OTHER for name in INNER_OTHER[section]]
+
+
+def test_times_that_leave_none_are_refused():
+    with pytest.raises(SettingsError, match=r"time_from is 0.5, expected less than time_below = 0.5, or 1"):
+        parse_settings({"views": {"time_from": 0.5}})
+    assert parse_settings({"views": {"time_from": 1.0}}).views.time_from == 1.0
 
 
 def test_every_section_has_a_test():
@@ -476,8 +478,8 @@ def test_every_setting_of_a_section_can_be_set_alone_and_survives_json(section, 
 @pytest.mark.parametrize(
     ("section", "found", "message"),
     [
-        ("views", {"shifts": 1.0}, r"unknown setting 'shifts' in diffusion\.views; did you mean 'shift'\?"),
-        ("views", {"mirror": -1.0}, r"in diffusion\.views, mirror is -1\.0, expected at least 0"),
+        ("views", {"coarser": 1.0}, r"unknown setting 'coarser' in diffusion\.views; did you mean 'coarse'\?"),
+        ("views", {"coarse": -1.0}, r"in diffusion\.views, coarse is -1\.0, expected at least 0"),
         ("views", {"zoom": 0.5}, r"in diffusion\.views, zoom is 0\.5, expected a value in \[1"),
         ("mixture", {"recycle_share": 1.5}, r"in diffusion\.mixture, recycle_share is 1\.5, expected a value in \[0"),
         ("mixture", {"truth_corruption": "blur"}, r"'blur', expected one of none, dilate, drop, swap"),
