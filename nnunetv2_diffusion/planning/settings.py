@@ -92,7 +92,7 @@ class ViewSettings(Settings):
     time_from: float = setting(
         0.0, "the second pass sees masks with t from this share of T on; 1: noise alone, a control", low=0.0, high=1.0
     )
-    time_below: float = setting(0.5, "and below this one", low=0.01, high=1.0)
+    time_below: float = setting(0.5, "and below this share", low=0.01, high=1.0)
     steps: int = setting(6, "K of a prediction at two scales, by nnunetv2_diffusion predict", low=2)
 
     def __post_init__(self) -> None:
@@ -141,7 +141,7 @@ class DiffusionSettings(Settings):
     step_spacing: str = setting(
         "trailing",
         "the K steps: linspace from T - 1 to 0, as in the paper; trailing from T - 1 to T / K, which is better; low: "
-        "one at T - 1, the others from T / 2 on; start: the first K of T, a control",
+        "one at T - 1, the others from T / 2 on; start: the K noisiest, a control",
         choices=SPACINGS,
     )
     eta: float = setting(0.0, "DDIM's noise, 0 deterministic to 1 as DDPM", low=0.0, high=1.0)

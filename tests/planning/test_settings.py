@@ -479,7 +479,7 @@ def test_every_setting_of_a_section_can_be_set_alone_and_survives_json(section, 
     ("section", "found", "message"),
     [
         ("views", {"coarser": 1.0}, r"unknown setting 'coarser' in diffusion\.views; did you mean 'coarse'\?"),
-        ("views", {"coarse": -1.0}, r"in diffusion\.views, coarse is -1\.0, expected at least 0"),
+        ("views", {"coarse": -1.0}, r"in diffusion\.views, coarse is -1\.0, expected a value in \[0\.0, 1\.0\]"),
         ("views", {"zoom": 0.5}, r"in diffusion\.views, zoom is 0\.5, expected a value in \[1"),
         ("mixture", {"recycle_share": 1.5}, r"in diffusion\.mixture, recycle_share is 1\.5, expected a value in \[0"),
         ("mixture", {"truth_corruption": "blur"}, r"'blur', expected one of none, dilate, drop, swap"),
