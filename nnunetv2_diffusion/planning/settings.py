@@ -89,18 +89,14 @@ class ViewSettings(Settings):
         low=0.0,
         high=1.0,
     )
-    time_from: float = setting(
-        0.0, "the second pass sees masks with t from this share of T on; 1: noise alone, a control", low=0.0, high=1.0
+    noise_share: float = setting(
+        0.25,
+        "share of batches whose second pass is shown noise alone; 1: no mask is handed on, a control",
+        low=0.0,
+        high=1.0,
     )
-    time_below: float = setting(0.5, "and below this share", low=0.01, high=1.0)
+    time_below: float = setting(0.5, "others are shown masks with t below this share of T", low=0.01, high=1.0)
     steps: int = setting(6, "K of a prediction at two scales, by nnunetv2_diffusion predict", low=2)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.time_below <= self.time_from < 1:
-            raise SettingsError(
-                f"time_from is {self.time_from}, expected less than time_below = {self.time_below}, or 1: noise alone"
-            )
 
 
 @dataclass(frozen=True)

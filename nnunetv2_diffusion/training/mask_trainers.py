@@ -88,8 +88,9 @@ class ViewTrainer(DiffusionTrainer):
     @property
     def _time_range(self) -> tuple[int, int]:
         steps, views = self.process.num_timesteps, self.settings.views
-        first = min(round(views.time_from * steps), steps - 1)
-        return first, max(first + 1, min(super()._time_range[1], round(views.time_below * steps)))
+        if views.noise_share and float(torch.rand(())) < views.noise_share:
+            return steps - 1, steps  # where no mask can be seen
+        return 0, max(1, min(super()._time_range[1], round(views.time_below * steps)))
 
     def _origin(self, loaded: torch.Tensor) -> tuple[int, ...]:
         """First voxel of the patch in what was loaded, (B, C, *loaded)."""

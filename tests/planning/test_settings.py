@@ -445,19 +445,13 @@ INNER_OTHER = {
         "coarse": 1,
         "zoom": 2.0,
         "truth_until": 0.5,
-        "time_from": 0.25,
+        "noise_share": 0.5,
         "time_below": 0.75,
         "steps": 4,
     },
     "mixture": {"recycle_share": 0.25, "truth_above": 0.5, "truth_corruption": "drop", "mask_scale": 0.3},
 }
 INNER = [(section, name) for section in INNER_OTHER for name in INNER_OTHER[section]]
-
-
-def test_times_that_leave_none_are_refused():
-    with pytest.raises(SettingsError, match=r"time_from is 0.5, expected less than time_below = 0.5, or 1"):
-        parse_settings({"views": {"time_from": 0.5}})
-    assert parse_settings({"views": {"time_from": 1.0}}).views.time_from == 1.0
 
 
 def test_every_section_has_a_test():

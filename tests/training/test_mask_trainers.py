@@ -15,7 +15,7 @@ from tiny_model import CLASSES, make_plans
 
 from nnunetv2_diffusion.planning.schema import SettingsError
 from nnunetv2_diffusion.training import DiffusionTrainer, MixedTrainer, RecycleXT, Standard, ViewTrainer
-from nnunetv2_diffusion.training.views import Frame, Views, patch_frame
+from nnunetv2_diffusion.training.views import Frame, Views
 
 PATCHES = {"2d": (12, 8), "3d": (8, 12, 8)}
 DATASET = {"channel_names": {"0": "MR"}, "labels": CLASSES, "file_ending": ".nii.gz", "numTraining": 2}
@@ -240,13 +240,13 @@ def times_of_second_passes(trainer, number):
 
 
 def test_the_second_pass_is_shown_times_below_the_share_alone(make):
-    seen = times_of_second_passes(make(ViewTrainer, views={"coarse": 0.0, "time_below": 0.5}), 20)
+    seen = times_of_second_passes(make(ViewTrainer, views={"coarse": 0.0, "time_below": 0.5, "noise_share": 0.0}), 20)
     assert 250 < max(seen) < 501
     assert min(seen) < 250
 
 
 def test_a_second_pass_can_be_shown_noise_alone(make):
-    trainer = make(ViewTrainer, views={"coarse": 0.0, "time_from": 1.0})
+    trainer = make(ViewTrainer, views={"coarse": 0.0, "noise_share": 1.0})
     assert set(times_of_second_passes(trainer, 3)) == {1000}
 
 
@@ -265,11 +265,10 @@ def test_a_network_knows_whether_it_was_trained_for_two_scales(make):
     assert make(Recycling).network.two_scales is None
 
 
-def test_the_defaults_draw_both_views(make):
-    trainer, counts = make(ViewTrainer), {True: 0, False: 0}
-    for _ in range(400):
-        counts[trainer.strategy.views.draw((8, 12, 8)) == patch_frame((8, 12, 8))] += 1
-    assert 70 < counts[True] < 130
+def test_a_share_of_batches_is_shown_noise_alone(make):
+    trainer = make(ViewTrainer, views={"noise_share": 0.25})
+    noise = sum(trainer._time_range == (1000, 1001) for _ in range(1000))
+    assert 200 < noise < 300
 
 
 # --- mixtures --------------------------------------------------------------------------------------------------------
