@@ -70,8 +70,13 @@ def look_at_labels(target: torch.Tensor, frame: Frame, origin: Sequence[int]) ->
 
     Returns:
         (B, C, *frame.size), values and dtype of the target.
+
+    Raises:
+        ValueError: if the target does not cover the frame: there is no label to invent.
     """
     box = [slice(o + a, o + a + n) for o, a, n in zip(origin, frame.start, frame.extent, strict=True)]
+    if any(s.start < 0 or s.stop > n for s, n in zip(box, target.shape[2:], strict=True)):
+        raise ValueError(f"{frame} reaches beyond a target of {tuple(target.shape[2:])} voxels from {tuple(origin)} on")
     covered = target[(..., *box)]
     if frame.size != frame.extent:
         covered = F.interpolate(covered.float(), frame.size, mode="nearest-exact").to(target.dtype)

@@ -7,6 +7,7 @@ from nnunetv2_diffusion.training.views import (
     Frame,
     Views,
     look,
+    look_at_labels,
     map_to,
     patch_frame,
 )
@@ -102,6 +103,13 @@ def test_without_a_choice_no_random_number_is_drawn(source):
     frame = source.draw((10, 10))
     assert torch.equal(torch.get_rng_state(), before)
     assert frame == (Frame((-2, -2), (14, 14), (10, 10)) if source.coarse else patch_frame((10, 10)))
+
+
+def test_a_view_beyond_the_labels_is_refused():
+    target, frame = torch.zeros(1, 1, 4, 4), Frame((-1, 0), (4, 4), (4, 4))
+    with pytest.raises(ValueError, match=r"reaches beyond a target of \(4, 4\) voxels from \(0, 0\) on"):
+        look_at_labels(target, frame, (0, 0))
+    assert look_at_labels(torch.zeros(1, 1, 5, 4), frame, (1, 0)).shape == (1, 1, 4, 4)
 
 
 def test_a_view_beyond_the_image_is_zero_there():
