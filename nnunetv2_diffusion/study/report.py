@@ -151,7 +151,8 @@ def _facts(study: StudyResults) -> list[str]:
     removed = [name for name in study.content.get("removed", []) if study.cell(name) is not None]
     if removed:
         lines.append(
-            f"- What {', '.join(removed)} tried is no longer in the package; their JSONs hold settings and commit."
+            f"- Settings of {', '.join(removed)} are those of the code then, which their JSONs name; what they tried "
+            "is no longer in the package, or under another name."
         )
     again = sum(record["training"]["attempts"] > 1 for record in records)
     if again:

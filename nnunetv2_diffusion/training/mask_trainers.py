@@ -85,12 +85,11 @@ class ViewTrainer(DiffusionTrainer):
         self._loaded_target = target[0] if isinstance(target, list) else target
         return (super()._training_loss(image, self._patch_target(target)) + self._first_loss) / 2
 
-    @property
-    def _time_range(self) -> tuple[int, int]:
+    def _draw_time_range(self) -> tuple[int, int]:
         steps, views = self.process.num_timesteps, self.settings.views
         if views.noise_share and float(torch.rand(())) < views.noise_share:
             return steps - 1, steps  # where no mask can be seen
-        return 0, max(1, min(super()._time_range[1], round(views.time_below * steps)))
+        return 0, max(1, min(super()._draw_time_range()[1], round(views.time_below * steps)))
 
     def _origin(self, loaded: torch.Tensor) -> tuple[int, ...]:
         """First voxel of the patch in what was loaded, (B, C, *loaded)."""

@@ -210,7 +210,7 @@ class DiffusionTrainer(PlannedTrainer):
         return {"loss": loss.detach().cpu().numpy()}
 
     def _training_loss(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        t, weights = self.time_sampler.sample(len(image), self._time_range)
+        t, weights = self.time_sampler.sample(len(image), self._draw_time_range())
         x_start = self._x_start(target)
         last = self.strategy(self._first_pass(image), self.process, x_start, t)
         output = self.network(self._patch(image), last.x_t, self.process.timestep_map[t], last.estimate)
@@ -221,8 +221,7 @@ class DiffusionTrainer(PlannedTrainer):
             self._share_losses(t, losses)
         return (losses * weights.to(losses.device)).mean()
 
-    @property
-    def _time_range(self) -> tuple[int, int]:
+    def _draw_time_range(self) -> tuple[int, int]:
         """First t that is trained, and the one after the last."""
         return 0, self.process.num_timesteps - int(self.strategy.uses_next_step)
 

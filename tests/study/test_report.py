@@ -172,6 +172,16 @@ def test_the_page_is_the_same_again_and_says_where_it_comes_from(folder):
     }  # fmt: skip
 
 
+def test_cells_that_were_removed_keep_their_results_and_are_not_waited_for(folder):
+    file = next(folder.rglob("study.json"))
+    content = json.loads(file.read_text())
+    file.write_text(json.dumps({**content, "removed": ["Diff", "Later"]}))
+    page, _ = report.build(load_results(folder), "results")
+    assert "- Settings of Diff are those of the code then" in page
+    assert "Without results so far" not in page
+    assert "| Diff | K1" in page
+
+
 def test_code_that_cannot_be_traced_is_told(folder):
     file = folder / "made" / "Diff_run0.json"
     content = json.loads(file.read_text())

@@ -267,7 +267,7 @@ def test_a_network_knows_whether_it_was_trained_for_two_scales(make):
 
 def test_a_share_of_batches_is_shown_noise_alone(make):
     trainer = make(ViewTrainer, views={"noise_share": 0.25})
-    noise = sum(trainer._time_range == (1000, 1001) for _ in range(1000))
+    noise = sum(trainer._draw_time_range() == (1000, 1001) for _ in range(1000))
     assert 200 < noise < 300
 
 
