@@ -37,6 +37,22 @@ def predict(folder, data=None, edit=None, **options):
     return [m.steps[-1] for m in members], count
 
 
+def on_chain(change):
+    """An ``edit`` of a predictor that changes every chain it makes."""
+
+    def edit(predictor):
+        chain_of = predictor.chain
+
+        def chain():
+            made = chain_of()
+            change(made)
+            return made
+
+        predictor.chain = chain
+
+    return edit
+
+
 def test_probabilities_are_finite_and_sum_to_one(models):
     for tta in ("none", "full", "interleaved"):
         (p,), _ = predict(models(), tta=tta)
@@ -193,25 +209,18 @@ def load_steps(folder, edit, **options):
 def test_only_the_first_step_is_coarse_and_it_sees_all_of_a_case(models):
     seen = []
 
-    def watch(predictor):
-        chain_of = predictor.chain
+    def watch(made):
+        estimate = made.estimate
 
-        def chain():
-            made = chain_of()
-            estimate = made.estimate
+        def watched(window, state, prior, previous, step):
+            seen.extend((step, float(tile.max())) for tile in window.image)
+            return estimate(window, state, prior, previous, step)
 
-            def watched(window, state, prior, previous, step):
-                seen.extend((step, float(tile.max())) for tile in window.image)
-                return estimate(window, state, prior, previous, step)
-
-            made.estimate = watched
-            return made
-
-        predictor.chain = chain
+        made.estimate = watched
 
     data = torch.zeros(1, 8, 16, 8)
     data[:, :, 15:] = 1.0  # the far end of a case that is 1.3 tiles long
-    predict(models(VIEW), data, watch, steps=2, tta="none")
+    predict(models(VIEW), data, on_chain(watch), steps=2, tta="none")
     ((step, value), *others) = seen
     assert (step, value > 0) == (0, True), "one tile, which reaches the end"
     assert {entry for entry in others if entry[0] == 1} == {(1, 0.0), (1, 1.0)}, "tiles of the case do not all reach it"
@@ -220,20 +229,13 @@ def test_only_the_first_step_is_coarse_and_it_sees_all_of_a_case(models):
 
 @pytest.mark.parametrize("tta", ["none", "interleaved"])
 def test_of_two_scales_every_step_is_given_the_mask_of_the_first_one(models, tta):
-    given, answers = [], []
+    given = []
 
-    def watch(predictor):
-        chain_of = predictor.chain
+    def watch(made):
+        advance = made.advance
+        made.advance = lambda state, p, *rest: (given.append(p), advance(state, p, *rest))[1]
 
-        def chain():
-            made = chain_of()
-            advance = made.advance
-            made.advance = lambda state, p, *rest: (given.append(p), advance(state, p, *rest))[1]
-            return made
-
-        predictor.chain = chain
-
-    answers = load_steps(models(VIEW), watch, steps=5, tta=tta)
+    answers = load_steps(models(VIEW), on_chain(watch), steps=5, tta=tta)
     assert len(given) == 4
     assert all(torch.equal(x, given[0]) for x in given)
     torch.testing.assert_close(answers[0], given[0][0][..., : answers[0].shape[1], : answers[0].shape[2], :])
@@ -243,23 +245,16 @@ def test_two_scales_apart_hand_nothing_on(models):
     """With step_spacing start a step is given noise: another coarse mask changes its own half of the mean alone."""
 
     def coarse_is(value):
-        def edit(predictor):
-            chain_of = predictor.chain
+        def change(made):
+            estimate = made.estimate
 
-            def chain():
-                made = chain_of()
-                estimate = made.estimate
+            def changed(window, state, prior, previous, step):
+                p = estimate(window, state, prior, previous, step)
+                return torch.full_like(p, value) if step == 0 else p
 
-                def changed(window, state, prior, previous, step):
-                    p = estimate(window, state, prior, previous, step)
-                    return torch.full_like(p, value) if step == 0 else p
+            made.estimate = changed
 
-                made.estimate = changed
-                return made
-
-            predictor.chain = chain
-
-        return edit
+        return on_chain(change)
 
     halves = {}
     for spacing in ("start", "low"):
@@ -309,17 +304,11 @@ def test_scales_and_combinations_that_cannot_be_used_are_named(options, message)
 
 
 def test_early_exit_saves_passes_and_changes_no_label_if_labels_have_settled(models):
-    def settled(predictor):
-        chain_of = predictor.chain
-
-        def chain():
-            made = chain_of()
-            made.estimate = lambda window, *rest: (
-                torch.cat([window.image.sigmoid()] + [1 - window.image.sigmoid()] * 2, 1) / 2
-            )
-            return made
-
-        predictor.chain = chain
+    @on_chain
+    def settled(made):
+        made.estimate = lambda window, *rest: (
+            torch.cat([window.image.sigmoid()] + [1 - window.image.sigmoid()] * 2, 1) / 2
+        )
 
     (p,), count = predict(models(), edit=settled, steps=5, tta="none", early_exit=True)
     (q,), _ = predict(models(), edit=settled, steps=5, tta="none")
