@@ -6,6 +6,9 @@
 
 repository=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
+# nnU-Net takes a thread for each core on a CPU; where others share the cores, threads that wait actively stop each other
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+
 make_environment() { # $1: what to install, "." or ".[test]"
     if [ "${NNUNETV2_DIFFUSION_ENV:-}" = active ]; then
         return

@@ -241,7 +241,7 @@ def _network(configuration: Mapping[str, Any]) -> dict[str, Any]:
 
 def _environment(place: Workplace) -> dict[str, str]:
     """Variables that change speed, of the commands."""
-    kept = ("nnUNet_n_proc_DA", "nnUNet_def_n_proc", "nnUNet_compile", "OMP_NUM_THREADS")
+    kept = ("nnUNet_n_proc_DA", "nnUNet_def_n_proc", "nnUNet_compile", "OMP_NUM_THREADS", "OMP_WAIT_POLICY")
     environment = place.environment()
     return {name: environment[name] for name in kept if name in environment}
 

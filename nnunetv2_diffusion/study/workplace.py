@@ -86,12 +86,17 @@ class Workplace:
         return max(least, min(most, (os.cpu_count() or 1) // self.jobs - 1))
 
     def environment(self, results: Path | None = None) -> dict[str, str]:
-        """This process's variables with nnU-Net's folders, and without settings of the sampling."""
+        """This process's variables with nnU-Net's folders, and without settings of the sampling.
+
+        On a CPU nnU-Net takes a thread for each core, whatever else runs there. Threads that wait actively then take
+        the core from those that they wait for, and a step can cost ten times as much.
+        """
         prefix = ENVIRONMENT_PREFIX.lower()
         inherited = {k: v for k, v in os.environ.items() if not k.lower().startswith(prefix)}
-        workers = {"nnUNet_n_proc_DA": str(self.workers(12)), "nnUNet_def_n_proc": str(self.workers(8))}
+        defaults = {"nnUNet_n_proc_DA": str(self.workers(12)), "nnUNet_def_n_proc": str(self.workers(8))}
+        defaults["OMP_WAIT_POLICY"] = "PASSIVE"
         folders = {name: str(self.root / name) for name in ("nnUNet_raw", "nnUNet_preprocessed")}
-        return {**workers, **inherited, **folders, "nnUNet_results": str(results or self.root / "nnUNet_results")}
+        return {**defaults, **inherited, **folders, "nnUNet_results": str(results or self.root / "nnUNet_results")}
 
     def prepare(self, source: Path) -> None:
         """Link the cases, plan and preprocess, write fold 0; what is there already is kept.

@@ -169,6 +169,16 @@ def test_sampling_is_set_by_variables_and_not_inherited(fake, start, monkeypatch
     assert all(sampling(command) == {} for command in fake.named("nnUNetv2_predict", "fake-A"))
 
 
+@pytest.mark.parametrize(("given", "expected"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_wait_passively_unless_asked_otherwise(fake, start, results, monkeypatch, given, expected):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    start()
+    assert {command[2]["OMP_WAIT_POLICY"] for command in fake.named("nnUNetv2_train")} == {expected}
+    assert results()["A_run0"]["environment"]["OMP_WAIT_POLICY"] == expected
+
+
 def test_cells_share_the_data_and_have_results_of_their_own(fake, start):
     start()
     trainings = fake.named("nnUNetv2_train")
