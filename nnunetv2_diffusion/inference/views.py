@@ -25,14 +25,6 @@ def interleave(views: list[View], steps: int) -> Schedule:
     return [[view] for view in views[: steps - 1]] + [views[steps - 1 :]]
 
 
-def all_first(views: list[View], steps: int) -> Schedule:
-    """All views in the first step, then one after the other: len(views) + steps - 1 passes.
-
-    The later steps begin with the plain view, and take turns if there are more of them than views.
-    """
-    return [views, *[[views[step % len(views)]] for step in range(steps - 1)]]
-
-
 def schedules(tta: str, views: list[View], steps: int) -> list[Schedule]:
     """The chains of one tile; their results are averaged.
 
@@ -53,8 +45,6 @@ def schedules(tta: str, views: list[View], steps: int) -> list[Schedule]:
     raise ValueError(f"tta is {tta!r}, expected one of {', '.join(TTA)}")
 
 
-def count_passes(chains: list[Schedule], tiles: Sequence[int] | None = None) -> int:
-    """Network passes without early exit: of one tile, or of all if their number in every step is given."""
-    return sum(
-        len(views) * number for chain in chains for views, number in zip(chain, tiles or [1] * len(chain), strict=True)
-    )
+def count_passes(chains: list[Schedule]) -> int:
+    """Network passes of one tile without early exit."""
+    return sum(len(views) for chain in chains for views in chain)

@@ -10,9 +10,9 @@ import torch
 from batchgeneratorsv2.transforms.base.basic_transform import BasicTransform
 from batchgeneratorsv2.transforms.utils.deep_supervision_downsampling import DownsampleSegForDSTransform
 
-from nnunetv2_diffusion.diffusion import make_encoding, most_steps
-from nnunetv2_diffusion.networks import DiffusionSegmentor, TwoScales
-from nnunetv2_diffusion.planning.settings import DiffusionSettings, SettingsError, environment_overrides
+from nnunetv2_diffusion.diffusion import make_encoding
+from nnunetv2_diffusion.networks import DiffusionSegmentor
+from nnunetv2_diffusion.planning.settings import DiffusionSettings
 from nnunetv2_diffusion.training.corruption import make_corruption
 from nnunetv2_diffusion.training.strategies import RecycleMixed, RecycleView
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer
@@ -31,19 +31,6 @@ class ViewTrainer(DiffusionTrainer):
 
     def _configured(self, strategy: RecycleView) -> RecycleView:
         return replace(strategy, views=Views(self.settings.views.coarse, self.settings.views.zoom))
-
-    @classmethod
-    def _extend(cls, network: DiffusionSegmentor, settings: DiffusionSettings) -> None:
-        if settings.views.coarse:
-            steps = environment_overrides().get("steps", settings.views.steps)
-            most = most_steps(settings.chain_length, "low")
-            if steps > most:
-                raise SettingsError(
-                    f"views.steps is {steps}, expected 2 .. {most} on a trained schedule of "
-                    f"{settings.chain_length} steps"
-                )
-            sampling = replace(network.sampling, steps=steps, sampler="renoise", step_spacing="low")
-            network.two_scales = TwoScales(settings.views.zoom, sampling)
 
     @property
     def loaded_size(self) -> tuple[int, ...]:

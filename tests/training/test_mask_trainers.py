@@ -13,7 +13,6 @@ from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetNumpy
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 from tiny_model import CLASSES, make_plans
 
-from nnunetv2_diffusion.planning.schema import SettingsError
 from nnunetv2_diffusion.training import DiffusionTrainer, MixedTrainer, RecycleXT, Standard, ViewTrainer
 from nnunetv2_diffusion.training.views import Frame, Views
 
@@ -248,21 +247,6 @@ def test_the_second_pass_is_shown_times_below_the_share_alone(make):
 def test_a_second_pass_can_be_shown_noise_alone(make):
     trainer = make(ViewTrainer, views={"coarse": 0.0, "noise_share": 1.0})
     assert set(times_of_second_passes(trainer, 3)) == {1000}
-
-
-def test_steps_that_the_schedule_does_not_have_are_refused(make):
-    with pytest.raises(SettingsError, match=r"views.steps is 6, expected 2 \.\. 3 on a trained schedule of 5 steps"):
-        make(ViewTrainer, training_steps=5)
-    assert make(ViewTrainer, training_steps=5, views={"steps": 3}).network.two_scales.sampling.steps == 3
-
-
-def test_a_network_knows_whether_it_was_trained_for_two_scales(make):
-    network = make(ViewTrainer, views={"zoom": 1.5}).network
-    assert network.two_scales.zoom == 1.5
-    sampling = network.two_scales.sampling
-    assert (sampling.steps, sampling.sampler, sampling.step_spacing) == (6, "renoise", "low")
-    assert make(ViewTrainer, views={"coarse": 0.0}).network.two_scales is None
-    assert make(Recycling).network.two_scales is None
 
 
 def test_a_share_of_batches_is_shown_noise_alone(make):
