@@ -6,9 +6,8 @@ from typing import Protocol
 
 import torch
 
-from nnunetv2_diffusion.grids import mirror
 from nnunetv2_diffusion.inference.chains import Chain, Noise, Window
-from nnunetv2_diffusion.inference.views import Schedule, View
+from nnunetv2_diffusion.inference.views import Schedule, View, mirror
 
 COMBINATIONS = ("views", "last", "mean")
 MOST_AT_ONCE = 32  # tiles; a case has hundreds of slices, and more at once are no faster

@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Sequence
 
+import torch
+
 TTA = ("full", "interleaved", "none")
 View = tuple[int, ...]  # spatial axes that are mirrored; () is the tile as it is
 Schedule = list[list[View]]  # the views of every step of a chain
@@ -12,6 +14,11 @@ def mirror_views(axes: Sequence[int] | None) -> list[View]:
     """All views that mirroring along these spatial axes gives, the plain one first."""
     axes = tuple(axes or ())
     return [c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)]
+
+
+def mirror(x: torch.Tensor, view: View) -> torch.Tensor:
+    """x (B, C, *spatial) as seen in a view; applied twice, x itself."""
+    return torch.flip(x, [axis + 2 for axis in view]) if view else x
 
 
 def interleave(views: list[View], steps: int) -> Schedule:

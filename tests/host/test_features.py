@@ -19,8 +19,8 @@ def test_2d_trains_and_predicts(project):
     assert len(masks) == 2
 
 
-@pytest.mark.parametrize("trainer", ["nnUNetTrainerRecycleView", "nnUNetTrainerRecycleMixed"])
-def test_our_own_strategies_train_and_predict(project, trainer):
+def test_our_own_strategy_trains_and_predicts(project):
+    trainer = "nnUNetTrainerRecycleMixed"
     project.train(trainer)
     masks = project.predict(trainer, trainer, *SEQUENTIAL)
     assert len(masks) == 2
