@@ -18,7 +18,7 @@ ENVIRONMENT_PREFIX = "nnUNet_diffusion_"
 ENVIRONMENT_KEYS = ("sampler", "steps", "samples", "seed")
 # as ``diffusion`` knows them, which is not imported here: torch takes seconds
 SAMPLERS = ("ddpm", "ddim", "renoise")
-SPACINGS = ("linspace", "trailing", "low", "start")
+SPACINGS = ("linspace", "trailing", "low")
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class DiffusionSettings(Settings):
     step_spacing: str = setting(
         "trailing",
         "the K steps: linspace from T - 1 to 0, as in the paper; trailing from T - 1 to T / K, which is better; low: "
-        "one at T - 1, the others from T / 2 on; start: the K noisiest, a control",
+        "one at T - 1, the others from T / 2 on",
         choices=SPACINGS,
     )
     eta: float = setting(0.0, "DDIM's noise, 0 deterministic to 1 as DDPM", low=0.0, high=1.0)
