@@ -374,15 +374,6 @@ def test_all_trainers_get_the_same_cases():
     assert not torch.equal(first[0]["data"], first[1]["data"])
 
 
-def test_a_trainer_that_loads_more_than_a_patch_gets_it():
-    problem = synthetic_problem(patch=(16, 16, 16), batch=2, base_features=8)
-    with host.temporary_folders():
-        trainer = host.create_trainer("nnUNetTrainerRecycleView", problem, CPU)
-        (batch,) = host.make_batches(trainer, 1)
-        assert batch["data"].shape[2:] == batch["target"].shape[2:] == trainer.loaded_size == (22, 22, 22)
-        trainer.train_step(batch)
-
-
 def test_default_plans_are_nnunets_own_for_hippocampus():
     configuration = synthetic_problem().plans["configurations"]["3d_fullres"]
     kwargs = configuration["architecture"]["arch_kwargs"]

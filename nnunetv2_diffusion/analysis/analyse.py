@@ -4,7 +4,7 @@ import argparse
 import json
 import platform
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,14 @@ from nnunetv2_diffusion import __version__
 from nnunetv2_diffusion.analysis.cases import find_cases, read_cases
 from nnunetv2_diffusion.analysis.figures import all_figures, to_png
 from nnunetv2_diffusion.analysis.report import html_report
-from nnunetv2_diffusion.analysis.studies import MODES, Findings, Laboratory, usable_modes
+from nnunetv2_diffusion.analysis.studies import MODES, Findings, Laboratory
 from nnunetv2_diffusion.analysis.tables import all_tables, rows_to_csv
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.evaluation import EvaluationError
 from nnunetv2_diffusion.evaluation.tables import to_markdown, to_text
 from nnunetv2_diffusion.inference.inputs import InputError
 from nnunetv2_diffusion.inference.loading import load_predictor
-from nnunetv2_diffusion.inference.options import SCALES, OptionError, PredictionOptions
+from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
 from nnunetv2_diffusion.inference.predict import EXPECTED, add_model_options, model_folder
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.views import TTA
@@ -45,7 +45,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--samples", type=int, default=3, metavar="N", help="chains that are drawn for each case; default 3")
     add("--seed", type=int)
     add("--tta", choices=TTA, default="none", help="of the studies of steps, samples and counts; default none")
-    add("--scales", type=int, choices=SCALES, help="of these studies; default: those the model was trained for")
     add("--counts", type=int, nargs="+", default=[], metavar="K", help="numbers of steps to compare")
     add(
         "--modes",
@@ -53,7 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         choices=[*MODES, "all"],
         metavar="MODE",
-        help=f"all that the model can follow, or of: {', '.join(MODES)}",
+        help=f"all, or of: {', '.join(MODES)}",
     )
     add(
         "--mask_use",
@@ -91,16 +90,13 @@ def analyse(arguments: argparse.Namespace) -> tuple[Findings, DiffusionPredictor
     if arguments.cases is not None and arguments.cases < 1:
         raise OptionError(f"--cases is {arguments.cases}, expected at least 1")
     options = PredictionOptions(
-        sampler=arguments.sampler, seed=arguments.seed, step_spacing=arguments.step_spacing, tta=arguments.tta,
-        scales=arguments.scales,
-    )  # fmt: skip
+        sampler=arguments.sampler, seed=arguments.seed, step_spacing=arguments.step_spacing, tta=arguments.tta
+    )
     predictor = load_predictor(
         model_folder(arguments), arguments.f, arguments.chk, arguments.device, options, progress=False
     )
     set_patch_size(predictor, arguments.patch_size)
-    modes = arguments.modes
-    if "all" in modes:
-        modes = usable_modes(predictor, replace(options, steps=arguments.steps))
+    modes = list(MODES) if "all" in arguments.modes else arguments.modes
     laboratory = Laboratory(
         predictor, options, arguments.steps, arguments.samples, arguments.counts, modes, arguments.mask_use
     )  # fmt: skip
@@ -136,7 +132,7 @@ def set_patch_size(predictor: DiffusionPredictor, size: list[int] | None) -> Non
 def describe(arguments: argparse.Namespace, predictor: DiffusionPredictor) -> dict[str, Any]:
     """Model, options, versions and hardware."""
     given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("run", "verb")}
-    chosen = {name: getattr(arguments, name) for name in ("steps", "sampler", "seed", "step_spacing", "scales")}
+    chosen = {name: getattr(arguments, name) for name in ("steps", "sampler", "seed", "step_spacing")}
     predictor.set_options(PredictionOptions(**chosen))
     return {
         "trainer": predictor.trainer_name,

@@ -16,39 +16,23 @@ from nnunetv2_diffusion.analysis.quality import (
 )
 from nnunetv2_diffusion.inference.cases import CaseResult, draw_case, final_mask, uncertainty_maps
 from nnunetv2_diffusion.inference.maps import to_original_geometry
-from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
+from nnunetv2_diffusion.inference.options import PredictionOptions
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.sliding_window import OverlapMeter
 
 Row = dict[str, Any]
-TWO_SCALES = {"scales": 2, "tta": "interleaved", "steps": 6}
 MODES: dict[str, dict[str, Any]] = {
-    "one-step": {"scales": 1, "tta": "full", "steps": 1},
-    "full": {"scales": 1, "tta": "full"},
-    "interleaved": {"scales": 1, "tta": "interleaved"},
-    "interleaved-early-exit": {"scales": 1, "tta": "interleaved", "early_exit": True},
-    "none": {"scales": 1, "tta": "none"},
-    "none-early-exit": {"scales": 1, "tta": "none", "early_exit": True},
-    "none-volume": {"scales": 1, "tta": "none", "aggregate": "volume"},
-    "interleaved-volume": {"scales": 1, "tta": "interleaved", "aggregate": "volume"},
-    "interleaved-last": {"scales": 1, "tta": "interleaved", "combine": "last"},
-    "interleaved-mean": {"scales": 1, "tta": "interleaved", "combine": "mean"},
-    "two-scales": TWO_SCALES,
-    "two-scales-apart": {**TWO_SCALES, "step_spacing": "start"},  # no step is given the mask of another one
-    "two-scales-short": {**TWO_SCALES, "tta": "none", "steps": 2},
+    "one-step": {"tta": "full", "steps": 1},
+    "full": {"tta": "full"},
+    "interleaved": {"tta": "interleaved"},
+    "interleaved-early-exit": {"tta": "interleaved", "early_exit": True},
+    "none": {"tta": "none"},
+    "none-early-exit": {"tta": "none", "early_exit": True},
+    "none-volume": {"tta": "none", "aggregate": "volume"},
+    "interleaved-volume": {"tta": "interleaved", "aggregate": "volume"},
+    "interleaved-last": {"tta": "interleaved", "combine": "last"},
+    "interleaved-mean": {"tta": "interleaved", "combine": "mean"},
 }
-
-
-def usable_modes(predictor: DiffusionPredictor, options: PredictionOptions) -> list[str]:
-    """Names of ``MODES`` that a model can follow with these options."""
-    usable = []
-    for name, changes in MODES.items():
-        try:
-            predictor.set_options(replace(options, **changes))
-        except OptionError:
-            continue
-        usable.append(name)
-    return usable
 
 
 @dataclass

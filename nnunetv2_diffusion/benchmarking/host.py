@@ -129,15 +129,13 @@ def make_batches(trainer: nnUNetTrainer, count: int) -> list[dict]:
     """Batches as nnU-Net's loader hands them out: the same cases for every trainer, its own form of targets.
 
     Args:
-        trainer: an initialised trainer; its validation transforms make regions and coarser targets. One that loads
-            more than a patch gets that much, and makes them itself.
+        trainer: an initialised trainer; its validation transforms make regions and coarser targets.
         count: number of different batches.
     """
-    labels, patch = trainer.label_manager, tuple(trainer.configuration_manager.patch_size)
-    shape = getattr(trainer, "loaded_size", patch)
+    labels = trainer.label_manager
     cascaded = trainer.is_cascaded
     transforms = trainer.get_validation_transforms(
-        trainer._get_deep_supervision_scales() if shape == patch else None,
+        trainer._get_deep_supervision_scales(),
         is_cascaded=cascaded,
         foreground_labels=labels.foreground_labels,
         regions=labels.foreground_regions if labels.has_regions else None,
@@ -146,6 +144,7 @@ def make_batches(trainer: nnUNetTrainer, count: int) -> list[dict]:
     ignored = [] if labels.ignore_label is None else [labels.ignore_label]
     blobs = [*labels.all_labels[1:], *ignored]
     channels = trainer.num_input_channels - (len(labels.foreground_labels) if cascaded else 0)
+    shape = tuple(trainer.configuration_manager.patch_size)
     generator = torch.Generator().manual_seed(SEED)
     batches = []
     for _ in range(count):

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-SPACINGS = ("linspace", "trailing", "low", "start")
+SPACINGS = ("linspace", "trailing", "low")
 
 
 def _trailing(end: float, number: int) -> torch.Tensor:
@@ -63,8 +63,6 @@ class DiffusionProcess:
             return last
         if spacing == "linspace":
             return torch.linspace(0, int(last), num_timesteps, dtype=torch.float64).round().long()
-        if spacing == "start":
-            return torch.arange(self.num_timesteps - num_timesteps, self.num_timesteps)
         if spacing == "low":
             return torch.cat([_trailing(self.num_timesteps / 2, num_timesteps - 1), last])
         return _trailing(self.num_timesteps, num_timesteps)
@@ -82,8 +80,7 @@ class DiffusionProcess:
             spacing: "linspace" keeps the first and the last index, K = 1 the last, as in the papers. "trailing" keeps
                 round(T k / K) - 1 for k = 1 .. K (Lin et al. 2024, table 2): the chain ends at T / K and not at 0.
                 "low" keeps the last index and round(T / 2 k / (K - 1)) - 1 for k = 1 .. K - 1: after the first step a
-                state is never so noisy that the mask cannot be seen in it. "start" keeps the last K: all states are
-                noise, so with the sampler "renoise" no step knows of another one; a control.
+                state is never so noisy that the mask cannot be seen in it.
 
         Returns:
             process of the same class with K steps; its ``timestep_map`` holds the training indices.

@@ -81,7 +81,7 @@ def predict_image(
         spacing: of an array, mm along its spatial axes.
         keep_samples: return the mask of every sample.
         **options: of ``PredictionOptions``: steps, sampler, step_spacing, samples, seed, tta, early_exit,
-            aggregate, combine, scales.
+            aggregate, combine.
 
     Raises:
         InputError: the image does not fit the model.

@@ -141,7 +141,6 @@ def describe(
     spacing = network_grid(predictor, properties, shape)
     settings = {
         **{k: v for k, v in asdict(predictor.options).items() if not k.startswith("save_")},
-        **{k: getattr(predictor, k) for k in ("scales", "aggregate", "combine")},
         "sampling": asdict(predictor.sampling) if predictor.sampling else None,
         "folds": len(predictor.list_of_parameters),
         "trainer": predictor.trainer_name,

@@ -11,11 +11,9 @@ from nnunetv2_diffusion.inference.views import TTA
 from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
 
 AGGREGATION = ("window", "volume")
-SCALES = (1, 2)
 
 CHOICES = {
-    "sampler": SAMPLERS, "step_spacing": SPACINGS, "tta": TTA, "aggregate": AGGREGATION,
-    "combine": COMBINATIONS, "scales": SCALES,
+    "sampler": SAMPLERS, "step_spacing": SPACINGS, "tta": TTA, "aggregate": AGGREGATION, "combine": COMBINATIONS
 }  # fmt: skip
 
 
@@ -37,15 +35,11 @@ class PredictionOptions:
         tta: "full": a chain for each of nnU-Net's mirrored views. "interleaved": one chain whose steps see different
             views. "none".
         early_exit: end a tile's chain when a step leaves its label map unchanged.
-        aggregate: "window", the default: a chain for each tile, results are blended. "volume": estimates of all tiles
-            are blended after every step.
-        combine: "views", the default: a step's estimate is the mean of the latest of every mirrored view, and the last
-            one is the result. "last": a step's estimate is its own alone. "mean": the same, and the result is the mean
-            of all steps'; after each step (save_steps), of those so far.
-        scales: 1: all steps see the case as it is. 2: the first step sees it at a coarser scale, where a tile covers
-            more, and with tta "interleaved" in all mirrored views; every other step is given its mask, and the result
-            is the mean of it and of the mean of the others. Sets aggregate and combine. None: 2 for a model that was
-            trained for it (``nnUNetTrainerRecycleView``).
+        aggregate: "window": a chain for each tile, results are blended. "volume": estimates of all tiles are blended
+            after every step.
+        combine: "views": a step's estimate is the mean of the latest of every mirrored view, and the last one is the
+            result. "last": a step's estimate is its own alone. "mean": the same, and the result is the mean of all
+            steps'; after each step (save_steps), of those so far.
         save_uncertainty: maps and a JSON of statistics for each case.
         save_samples: the mask of every sample.
         save_steps: the mask after every step.
@@ -62,9 +56,8 @@ class PredictionOptions:
     step_spacing: str | None = None
     tta: str = "interleaved"
     early_exit: bool = False
-    aggregate: str | None = None
-    combine: str | None = None
-    scales: int | None = None
+    aggregate: str = "window"
+    combine: str = "views"
     save_uncertainty: bool = False
     save_samples: bool = False
     save_steps: bool = False
@@ -78,33 +71,9 @@ class PredictionOptions:
         for name, known in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in known:
-                raise OptionError(f"--{name} is {value!r}, expected one of {', '.join(map(str, known))}")
+                raise OptionError(f"--{name} is {value!r}, expected one of {', '.join(known)}")
         if self.early_exit and self.aggregate == "volume":
             raise OptionError("--early_exit ends the chain of a tile, --aggregate volume has one chain for all of them")
-        if self.scales == 2:
-            self.check_two_scales()
-
-    def check_two_scales(self) -> None:
-        """Raises OptionError for options that exclude masks of two scales."""
-        given = [f"--{k} {getattr(self, k)}" for k in ("aggregate", "combine") if getattr(self, k) is not None]
-        given += ["--early_exit"] if self.early_exit else []
-        if given:
-            raise OptionError(f"{given[0]} is for masks of one scale: expected --scales 1 with it, or none of it")
-
-
-def resolve_scales(network: nn.Module, options: PredictionOptions) -> int:
-    """How many scales a network's masks are made of with these options.
-
-    Raises:
-        OptionError: if it cannot do what is asked for.
-    """
-    able = getattr(network, "two_scales", None) is not None
-    scales = options.scales or (2 if able else 1)
-    if scales == 2 and not able:
-        raise OptionError("--scales 2: expected a model that was trained for it, with nnUNetTrainerRecycleView")
-    if scales == 2:
-        options.check_two_scales()
-    return scales
 
 
 def resolve_sampling(network: nn.Module, options: PredictionOptions) -> SamplingConfig | None:
@@ -117,7 +86,6 @@ def resolve_sampling(network: nn.Module, options: PredictionOptions) -> Sampling
     given = {k: v for k, v in given.items() if v is not None}
     hybrid = isinstance(network, HybridSegmentor)
     gaussian = isinstance(network, DiffusionSegmentor) and network.process is not None
-    two_scales = resolve_scales(network, options) == 2
     if not hybrid and not gaussian:
         return _without_chain(given, "the network of this model has no diffusion process")
     if given.get("steps", None if network.sampling else 0) == 0:
@@ -125,10 +93,6 @@ def resolve_sampling(network: nn.Module, options: PredictionOptions) -> Sampling
             raise OptionError("--steps is 0: this model needs at least one step; 0 is for HiDiff models")
         return _without_chain(given, "--steps 0 predicts with HiDiff's segmentor alone")
     start = network.sampling or SamplingConfig(steps=1, sampler="ddim")
-    if two_scales:
-        start = network.two_scales.sampling
-        if given.get("steps", start.steps) < 2:
-            raise OptionError("--steps is 1: masks of two scales need 2 at least; --scales 1 allows it")
     try:
         config = replace(start, **given)
         network.process.respace(config.steps, config.step_spacing)

@@ -21,7 +21,7 @@ from nnunetv2_diffusion.inference.export import SAMPLES, STEPS, UNCERTAINTY
 from nnunetv2_diffusion.inference.inputs import InputError, check_headers, is_finished, list_cases, prepare_output
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.maps import MapWriterError, check_map_writer
-from nnunetv2_diffusion.inference.options import AGGREGATION, SCALES, OptionError, PredictionOptions
+from nnunetv2_diffusion.inference.options import AGGREGATION, OptionError, PredictionOptions
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.sliding_window import COMBINATIONS
 from nnunetv2_diffusion.inference.views import TTA
@@ -97,17 +97,13 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--aggregate",
         choices=AGGREGATION,
+        default=defaults.aggregate,
         help="blend tiles at the end, or after every step",
-    )
-    add(
-        "--scales",
-        type=int,
-        choices=SCALES,
-        help="2: the first step sees the case at a coarser scale; the default of models trained for it (RecycleView)",
     )
     add(
         "--combine",
         choices=COMBINATIONS,
+        default=defaults.combine,
         help="what a chain goes on from and returns: the mean of its views, its last step, or the mean of its steps",
     )
     add("--save_uncertainty", action="store_true", help=f"maps and a JSON for each case in {UNCERTAINTY}/")

@@ -14,12 +14,10 @@ from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from tqdm import tqdm
 
 from nnunetv2_diffusion.diffusion import SamplingConfig
-from nnunetv2_diffusion.grids import resize
 from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, JoinedNoise, Noise, make_chain
-from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling, resolve_scales
+from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
 from nnunetv2_diffusion.inference.sliding_window import (
     Blend,
-    CoarseFirst,
     Estimator,
     OverlapMeter,
     Tile,
@@ -31,7 +29,7 @@ from nnunetv2_diffusion.inference.sliding_window import (
     same_labels,
     tiles_at_once,
 )
-from nnunetv2_diffusion.inference.views import Schedule, all_first, count_passes, mirror_views, schedules
+from nnunetv2_diffusion.inference.views import Schedule, count_passes, mirror_views, schedules
 
 
 class Member(NamedTuple):
@@ -95,7 +93,6 @@ class DiffusionPredictor(nnUNetPredictor):
             super().__init__(*args, **kwargs)
         self.options = options
         self.sampling: SamplingConfig | None = None
-        self.scales = 1
         self.meter: OverlapMeter | None = None  # set to measure how tiles disagree where they overlap
         self.results_device = self.device if self.perform_everything_on_device else torch.device("cpu")
 
@@ -115,23 +112,12 @@ class DiffusionPredictor(nnUNetPredictor):
             OptionError: if it cannot do what is asked for.
         """
         self.sampling = resolve_sampling(self.network, self.options)
-        self.scales = resolve_scales(self.network, self.options)
         self.network = self.network.to(self.device).eval()
 
     @property
     def tiles_at_once(self) -> int:
         """How many tiles go through the network together."""
         return tiles_at_once(self.configuration_manager.batch_size)
-
-    @property
-    def aggregate(self) -> str:
-        """Of the options, or the default."""
-        return self.options.aggregate or ("volume" if self.scales == 2 else "window")
-
-    @property
-    def combine(self) -> str:
-        """Of ``run_chain``."""
-        return self.options.combine or ("first" if self.scales == 2 else "views")
 
     @property
     def samples(self) -> int:
@@ -144,10 +130,8 @@ class DiffusionPredictor(nnUNetPredictor):
 
     def schedules(self, steps: int) -> list[Schedule]:
         """The chains of a tile."""
-        views = mirror_views(self.allowed_mirroring_axes if self.use_mirroring else None)
-        if self.scales == 2 and self.options.tta == "interleaved":
-            return [all_first(views, steps)]  # views of the coarse step are cheap, and all others rest on it
-        return schedules(self.options.tta, views, steps)
+        axes = self.allowed_mirroring_axes if self.use_mirroring else None
+        return schedules(self.options.tta, mirror_views(axes), steps)
 
     def canvas(self, image: torch.Tensor) -> Canvas:
         """Pad a case to the patch size at least and find the window positions, as nnU-Net does."""
@@ -173,10 +157,7 @@ class DiffusionPredictor(nnUNetPredictor):
         canvas, folds = self.canvas(image), len(self.list_of_parameters)
         plan = self.schedules(self.chain().steps)
         count.tiles, count.members = len(canvas.tiles), folds * self.samples
-        tiles = [len(canvas.tiles)] * self.chain().steps
-        if self.scales == 2:
-            tiles[0] = len(self.coarse_canvas(canvas).tiles)
-        count.planned = count.members * count_passes(plan, tiles)
+        count.planned = count.tiles * count.members * count_passes(plan)
         with tqdm(total=count.planned, desc=name, unit="pass", disable=not self.allow_tqdm) as bar:
             count.report = bar.update
             for fold, weights in enumerate(self.list_of_parameters):
@@ -189,14 +170,6 @@ class DiffusionPredictor(nnUNetPredictor):
             bar.total = count.passes  # fewer than planned if chains ended early
             bar.refresh()
 
-    def coarse_canvas(self, canvas: Canvas) -> Canvas:
-        """The padded case at the coarser scale of the network; slices of 2D networks stay apart."""
-        zoom = self.network.two_scales.zoom
-        spatial = list(canvas.data.shape[1:])
-        for axis in range(3 - len(self.configuration_manager.patch_size), 3):
-            spatial[axis] = max(1, round(spatial[axis] / zoom))
-        return self.canvas(resize(canvas.data[None].float(), spatial)[0])
-
     def _autocast(self) -> torch.autocast | nullcontext:
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
@@ -204,7 +177,7 @@ class DiffusionPredictor(nnUNetPredictor):
         self, chain: Chain, plan: list[Schedule], canvas: Canvas, sample: int, count: PassCount
     ) -> list[torch.Tensor]:
         """One sample; if the device has no room for the results, they are kept on the CPU from here on."""
-        by_volume = self.aggregate == "volume"
+        by_volume = self.options.aggregate == "volume"
         passes = count.passes
         try:
             draw = self._draw_volume if by_volume else self._draw_tiles
@@ -257,7 +230,7 @@ class DiffusionPredictor(nnUNetPredictor):
         exit_if = partial(same_labels, sigmoid=self.label_manager.has_regions) if self.options.early_exit else None
         totals: list[torch.Tensor] = []
         for schedule in plan:
-            steps = run_chain(chain, estimator, schedule, noise, exit_if, self.combine)
+            steps = run_chain(chain, estimator, schedule, noise, exit_if, self.options.combine)
             found = list(_last(steps, kept, chain.steps))
             totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
         return [total / len(plan) for total in totals]
@@ -267,19 +240,12 @@ class DiffusionPredictor(nnUNetPredictor):
     ) -> list[torch.Tensor]:
         """One chain of the whole volume; masks of the kept steps."""
         kept = chain.steps if self.options.save_steps else 1
-        common = self.device, count.tick, self.tiles_at_once
-        estimator: Estimator = VolumeEstimator(chain, canvas.data, canvas.tiles, canvas.blend, *common)
-        if self.scales == 2:
-            coarse = self.coarse_canvas(canvas)
-            first = VolumeEstimator(chain, coarse.data, coarse.tiles, coarse.blend, *common)
-            state = chain.start(None, self._volume_noise(chain, sample, coarse))
-            estimator = CoarseFirst(estimator, first, coarse.crop, canvas.data.shape[1:], state)
-        return self._tile_masks(chain, plan, estimator, self._volume_noise(chain, sample, canvas), kept)
-
-    def _volume_noise(self, chain: Chain, sample: int, canvas: Canvas) -> BoxNoise:
-        """Of a padded case."""
+        estimator = VolumeEstimator(
+            chain, canvas.data, canvas.tiles, canvas.blend, self.device, count.tick, self.tiles_at_once
+        )
         start = [-p for p in canvas.padding]
-        return self._noise(chain, sample, start, canvas.data.shape[1:], self.results_device)
+        noise = self._noise(chain, sample, start, canvas.data.shape[1:], self.results_device)
+        return self._tile_masks(chain, plan, estimator, noise, kept)
 
 
 def _last(estimates: Iterator[torch.Tensor], kept: int, steps: int) -> list[torch.Tensor]:

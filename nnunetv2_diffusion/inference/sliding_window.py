@@ -6,11 +6,10 @@ from typing import Protocol
 
 import torch
 
-from nnunetv2_diffusion.grids import mirror, resize
 from nnunetv2_diffusion.inference.chains import Chain, Noise, Window
-from nnunetv2_diffusion.inference.views import Schedule, View
+from nnunetv2_diffusion.inference.views import Schedule, View, mirror
 
-COMBINATIONS = ("views", "last", "mean")  # that can be asked for; "first" belongs to two scales
+COMBINATIONS = ("views", "last", "mean")
 MOST_AT_ONCE = 32  # tiles; a case has hundreds of slices, and more at once are no faster
 
 
@@ -252,49 +251,6 @@ class VolumeEstimator:
         return blend.mean()
 
 
-class CoarseFirst:
-    """An ``Estimator`` whose first step sees the case at a coarser scale, so that a tile covers more of it.
-
-    What that step finds is rescaled; from then on the chain runs on the case itself. It is the view ``coarse`` of
-    ``nnUNetTrainerRecycleView``, for a whole case. For chains without a prior.
-
-    Args:
-        fine: of the case.
-        coarse: of the case at the coarser scale.
-        crop: of the padded coarse case, (channels, *spatial), what it is without padding.
-        spatial: of the padded case.
-        state: first state of the coarse case, (1, C_mask, *padded coarse).
-    """
-
-    def __init__(
-        self,
-        fine: VolumeEstimator,
-        coarse: VolumeEstimator,
-        crop: tuple,
-        spatial: Sequence[int],
-        state: torch.Tensor,
-    ):
-        self.fine, self.coarse, self.crop, self.spatial, self.state = fine, coarse, crop, tuple(spatial), state
-
-    def prior(self, views: Sequence[View]) -> None:
-        """See ``Estimator``."""
-        return None
-
-    def __call__(
-        self,
-        view: View,
-        state: torch.Tensor | None,
-        prior: torch.Tensor | None,
-        previous: torch.Tensor | None,
-        step: int,
-    ) -> torch.Tensor:
-        """See ``Estimator``."""
-        if step:
-            return self.fine(view, state, prior, previous, step)
-        p = self.coarse(view, self.state, None, None, 0)
-        return resize(p[(slice(None), slice(None), *self.crop[1:])], self.spatial)
-
-
 def hard_labels(p: torch.Tensor, sigmoid: bool) -> torch.Tensor:
     """Label map (1, *spatial), int16, of probabilities (1, K, *spatial); for regions a number for each combination."""
     if not sigmoid:
@@ -328,8 +284,7 @@ def run_chain(
         exit_if: called with the last two estimates; the chain ends if it returns True.
         combine: "views": the estimate of a step, from which the chain goes on, is the mean of each view's latest
             estimate, so every view counts once; it is the answer. "last": it is the mean of the step's own views
-            alone. "mean": so it is, but the answer is the mean over all passes so far. "first": the chain goes on from
-            the first step's estimate alone, and the answer is the mean of that and the mean of all other steps'.
+            alone. "mean": so it is, but the answer is the mean over all passes so far.
     """
     views = list(dict.fromkeys(view for step in schedule for view in step))
     prior = estimator.prior(views)
@@ -342,14 +297,11 @@ def run_chain(
         for view in seen:
             latest[view] = estimator(view, state, prior, previous, step)
         answer = estimate = sum(latest.values()) / len(latest)
-        if combine == "mean" or (combine == "first" and step):
+        if combine == "mean":
             total, passes = total + estimate * len(seen), passes + len(seen)
             answer = total / passes
-            if combine == "first":
-                answer = (previous + answer) / 2
         yield answer
         if step + 1 == len(schedule) or (exit_if and previous is not None and exit_if(previous, estimate)):
             return
-        if combine != "first" or step == 0:
-            previous = estimate
-        state = chain.advance(state, previous, prior, step, noise)
+        state = chain.advance(state, estimate, prior, step, noise)
+        previous = estimate

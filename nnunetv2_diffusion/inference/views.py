@@ -3,6 +3,8 @@
 import itertools
 from collections.abc import Sequence
 
+import torch
+
 TTA = ("full", "interleaved", "none")
 View = tuple[int, ...]  # spatial axes that are mirrored; () is the tile as it is
 Schedule = list[list[View]]  # the views of every step of a chain
@@ -14,6 +16,11 @@ def mirror_views(axes: Sequence[int] | None) -> list[View]:
     return [c for n in range(len(axes) + 1) for c in itertools.combinations(axes, n)]
 
 
+def mirror(x: torch.Tensor, view: View) -> torch.Tensor:
+    """x (B, C, *spatial) as seen in a view; applied twice, x itself."""
+    return torch.flip(x, [axis + 2 for axis in view]) if view else x
+
+
 def interleave(views: list[View], steps: int) -> Schedule:
     """Spread the views over the steps of one chain: max(len(views), steps) passes.
 
@@ -23,14 +30,6 @@ def interleave(views: list[View], steps: int) -> Schedule:
     if steps >= len(views):
         return [[views[step % len(views)]] for step in range(steps)]
     return [[view] for view in views[: steps - 1]] + [views[steps - 1 :]]
-
-
-def all_first(views: list[View], steps: int) -> Schedule:
-    """All views in the first step, then one after the other: len(views) + steps - 1 passes.
-
-    The later steps begin with the plain view, and take turns if there are more of them than views.
-    """
-    return [views, *[[views[step % len(views)]] for step in range(steps - 1)]]
 
 
 def schedules(tta: str, views: list[View], steps: int) -> list[Schedule]:
@@ -53,8 +52,6 @@ def schedules(tta: str, views: list[View], steps: int) -> list[Schedule]:
     raise ValueError(f"tta is {tta!r}, expected one of {', '.join(TTA)}")
 
 
-def count_passes(chains: list[Schedule], tiles: Sequence[int] | None = None) -> int:
-    """Network passes without early exit: of one tile, or of all if their number in every step is given."""
-    return sum(
-        len(views) * number for chain in chains for views, number in zip(chain, tiles or [1] * len(chain), strict=True)
-    )
+def count_passes(chains: list[Schedule]) -> int:
+    """Network passes of one tile without early exit."""
+    return sum(len(views) for chain in chains for views in chain)

@@ -3,14 +3,13 @@
 from nnunetv2_diffusion.networks.denoiser import DenoisingUNet, UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.hybrid import HybridSegmentor
 from nnunetv2_diffusion.networks.refiner import Refiner
-from nnunetv2_diffusion.networks.segmentor import DiffusionSegmentor, TwoScales, to_mask, to_x_start
+from nnunetv2_diffusion.networks.segmentor import DiffusionSegmentor, to_mask, to_x_start
 
 __all__ = [
     "DenoisingUNet",
     "DiffusionSegmentor",
     "HybridSegmentor",
     "Refiner",
-    "TwoScales",
     "UnsupportedArchitectureError",
     "to_mask",
     "to_x_start",

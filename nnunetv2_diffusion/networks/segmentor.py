@@ -36,18 +36,6 @@ class ReverseStep(NamedTuple):
     heads: list[torch.Tensor]
 
 
-class TwoScales(NamedTuple):
-    """Masks of two scales: the first step sees a case at a coarser scale, the others are given its mask.
-
-    Attributes:
-        zoom: field of view of the coarse scale along each axis, in patches.
-        sampling: steps, the coarse one included, sampler, spacing, samples and seed.
-    """
-
-    zoom: float
-    sampling: SamplingConfig
-
-
 class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
     """A denoising U-Net together with its diffusion process.
 
@@ -64,7 +52,6 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
         **kwargs: see ``DenoisingUNet``.
 
     Attributes:
-        two_scales: how masks of two scales are drawn; None for a network that was not trained for them.
         mask_scale: b, by which masks in [-1, 1] are multiplied before they are noised (Chen et al. 2022).
 
     Raises:
@@ -90,8 +77,6 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
         self.sampling = sampling
         self.num_heads = num_heads
         self.mask_scale = 1.0
-        self.two_scales: TwoScales | None = None
-        self._told = False
         self._run = self.denoise
         if process is not None:
             process.respace(sampling.steps, sampling.step_spacing)  # raises now rather than at the first prediction
@@ -155,7 +140,6 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
             fresh float32 logits (B, K, *spatial), |logit| < 14; a list under deep supervision.
         """
         config = self.sampling
-        self._tell_of_scales()
         hashes = content_hash(image)
 
         def draw(sample: int) -> list[torch.Tensor]:
@@ -166,15 +150,6 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
 
         logits = [self.bounded_logits(p) for p in average_samples(draw, config.samples)]
         return logits if self.decoder.deep_supervision else logits[0]
-
-    def _tell_of_scales(self) -> None:
-        """Once: nnU-Net's commands hand over tiles, which a coarser scale would have to reach beyond."""
-        if self.two_scales is not None and not self._told:
-            self._told = True
-            print(
-                "nnunetv2_diffusion: masks of one scale, as in all of nnU-Net's commands and validations; this model "
-                "is better at two, with nnunetv2_diffusion predict"
-            )
 
     def chain(self, image: torch.Tensor, noise: ContentNoise, config: SamplingConfig) -> Iterator[ReverseStep]:
         """Run one reverse chain from pure noise and yield every step.

@@ -18,7 +18,7 @@ ENVIRONMENT_PREFIX = "nnUNet_diffusion_"
 ENVIRONMENT_KEYS = ("sampler", "steps", "samples", "seed")
 # as ``diffusion`` knows them, which is not imported here: torch takes seconds
 SAMPLERS = ("ddpm", "ddim", "renoise")
-SPACINGS = ("linspace", "trailing", "low", "start")
+SPACINGS = ("linspace", "trailing", "low")
 
 
 @dataclass(frozen=True)
@@ -73,33 +73,6 @@ class HiDiffSettings(Settings):
 
 
 @dataclass(frozen=True)
-class ViewSettings(Settings):
-    """Settings of nnUNetTrainerRecycleView: section ``views`` within ``diffusion``."""
-
-    coarse: float = setting(
-        0.75,
-        "share of batches whose first pass sees a coarse view, others the patch; 0: no second scale",
-        low=0.0,
-        high=1.0,
-    )
-    zoom: float = setting(1.4, "field of view of the coarse view along each axis, in patches", low=1.0, high=4.0)
-    truth_until: float = setting(
-        0.6,
-        "share of the training after which all masks are recycled; from its start on, fewer and fewer are true",
-        low=0.0,
-        high=1.0,
-    )
-    noise_share: float = setting(
-        0.25,
-        "share of batches whose second pass is shown noise alone; 1: no mask is handed on, a control",
-        low=0.0,
-        high=1.0,
-    )
-    time_below: float = setting(0.5, "others are shown masks with t below this share of T", low=0.01, high=1.0)
-    steps: int = setting(6, "K of a prediction at two scales, by nnunetv2_diffusion predict", low=2)
-
-
-@dataclass(frozen=True)
 class MixtureSettings(Settings):
     """Settings of nnUNetTrainerRecycleMixed: section ``mixture`` within ``diffusion``."""
 
@@ -137,7 +110,7 @@ class DiffusionSettings(Settings):
     step_spacing: str = setting(
         "trailing",
         "the K steps: linspace from T - 1 to 0, as in the paper; trailing from T - 1 to T / K, which is better; low: "
-        "one at T - 1, the others from T / 2 on; start: the K noisiest, a control",
+        "one at T - 1, the others from T / 2 on",
         choices=SPACINGS,
     )
     eta: float = setting(0.0, "DDIM's noise, 0 deterministic to 1 as DDPM", low=0.0, high=1.0)
@@ -169,7 +142,6 @@ class DiffusionSettings(Settings):
     num_val_iterations_per_epoch: int | None = setting(None, "null: nnU-Net's 50", low=1)
 
     hidiff: HiDiffSettings = field(default_factory=HiDiffSettings, metadata={"doc": "settings of the HiDiff trainers"})
-    views: ViewSettings = field(default_factory=ViewSettings, metadata={"doc": "settings of nnUNetTrainerRecycleView"})
     mixture: MixtureSettings = field(
         default_factory=MixtureSettings, metadata={"doc": "settings of nnUNetTrainerRecycleMixed"}
     )
@@ -200,7 +172,7 @@ class DiffusionSettings(Settings):
 
 
 # sections within the section: name -> its settings
-SUBSECTIONS: dict[str, type[Settings]] = {HIDIFF: HiDiffSettings, "views": ViewSettings, "mixture": MixtureSettings}
+SUBSECTIONS: dict[str, type[Settings]] = {HIDIFF: HiDiffSettings, "mixture": MixtureSettings}
 
 
 def settings_table(cls: type[Settings] = DiffusionSettings) -> str:

@@ -56,7 +56,7 @@ class Analysis(Settings):
     sampler: str = setting("ddpm", "reverse step", choices=SAMPLERS)
     samples: int = setting(3, "chains with other noise for each case", low=1)
     cases: int | None = setting(None, "only the first so many test cases; null: all", low=1)
-    modes: str = setting("", "kinds of mirroring, blending and moving tiles that are compared, with spaces between")
+    modes: str = setting("", "kinds of mirroring and blending that are compared, with spaces between")
     mask_use: bool = setting(False, "give the network true and wrong masks: does it copy or ignore them")
     step_spacing: str | None = setting(None, "of the steps; null: the model's", choices=(*SPACINGS, None))
 

@@ -14,7 +14,7 @@ from nnunetv2_diffusion.study.tables_common import LEVEL, NONE, as_float, mean_s
 
 Rows = list[dict[str, Any]]
 METRICS = {"HD95": 2, "ECE": 4}  # digits
-SIMILAR = 1.3  # passes a tile that count as equal: moved tiles are a few more than nnU-Net's
+SIMILAR = 1.3  # passes a tile that count as equal: those of removed trials are a few more or less than nnU-Net's
 
 
 def of_mean(tables: Iterable[dict[str, list]]) -> list[Rows]:
@@ -91,7 +91,7 @@ def by_run(runs: list[Rows]) -> str:
 
 
 def mode_table(study: StudyResults) -> Table:
-    """Mirroring, blending and moving tiles in the chain."""
+    """Mirroring and tiles in the chain."""
     reference, rows = study.reference, []
     for cell in study.cells:
         start = first_step(cell)

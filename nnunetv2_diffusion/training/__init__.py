@@ -6,11 +6,9 @@ check_versions()
 
 from nnunetv2_diffusion.training.mask_trainers import (  # noqa: E402  versions first: a clear error beats a traceback
     MixedTrainer,
-    ViewTrainer,
 )
 from nnunetv2_diffusion.training.strategies import (  # noqa: E402
     RecycleMixed,
-    RecycleView,
     RecycleXT,
     RecycleXtPlus1,
     SelfConditionXt,
@@ -28,12 +26,10 @@ __all__ = [
     "DiffusionTrainer",
     "MixedTrainer",
     "RecycleMixed",
-    "RecycleView",
     "RecycleXT",
     "RecycleXtPlus1",
     "SelfConditionXt",
     "SelfConditionXtPlus1",
     "Standard",
     "UnconditionalTrainer",
-    "ViewTrainer",
 ]

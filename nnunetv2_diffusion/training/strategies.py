@@ -1,19 +1,18 @@
 """Training strategies: what the network is given in the pass that is trained.
 
-Those of Fu et al. 2024 (eq. 4 to 8), and two of our own that make the mask of a later step tell more: ``RecycleView``
-and ``RecycleMixed``.
+Those of Fu et al. 2024 (eq. 4 to 8), and one of our own that makes the mask of a later step tell more:
+``RecycleMixed``.
 
 Every strategy turns (predict, process, x_start, t) into the input of that last pass. ``predict(x, t, samples)`` is
 one pass without gradient (the paper's StopGradient) on the image that returns probabilities, encoded, in [0, 1];
-``samples`` are the batch indices that x stands for, None for all; ``view`` asks for another view of the place than the
-patch that is trained. Masks are in [-1, 1], t is 0-based, all tensors are
+``samples`` are the batch indices that x stands for, None for all. Masks are in [-1, 1], t is 0-based, all tensors are
 (B, C_mask, *spatial) with the channels of the mask's encoding (classes, if it is one-hot), all noise is fresh.
 
 Steps are indexed in the process's own chain; the network is told ``process.timestep_map[t]``.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,7 +20,6 @@ import torch
 from nnunetv2_diffusion.diffusion import GaussianDiffusion
 from nnunetv2_diffusion.networks import to_x_start
 from nnunetv2_diffusion.training.corruption import Corruption
-from nnunetv2_diffusion.training.views import Views, map_to, patch_frame
 
 Predict = Callable[..., torch.Tensor]
 
@@ -151,42 +149,6 @@ class SelfConditionXtPlus1:
         estimate = _gated_estimate(predict, x_next, t + 1, self.probability)
         x_t = process.ddpm_step(x_start, x_next, t + 1, torch.randn_like(x_start))
         return LastPass(x_t, estimate)
-
-
-@dataclass(frozen=True)
-class RecycleView:
-    """Recycling across views: as ``RecycleXT``, but the first pass sees another view of the place.
-
-    What it finds there is carried into the trained patch, so the mask may tell what the patch does not show. Where the
-    view does not reach, x_t is pure noise, the state that a chain starts from.
-
-    Attributes:
-        views: that are drawn from, one for each batch; without any, this is ``RecycleXT`` bit for bit.
-        truth_share: chance of a batch to be given the true mask, as the view would show it.
-    """
-
-    views: Views = field(default_factory=Views)
-    truth_share: float = 0.0
-    self_conditioning = False
-    uses_next_step = True
-
-    def __call__(
-        self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
-    ) -> LastPass:
-        """x_T in the view's frame; p = f(view, x_T, T); x_t ~ q(x_t | 2 p - 1) in the patch's frame.
-
-        The little that x_T tells of x_start (5a) is carried into the view's frame as well; 0 where it is unknown.
-        """
-        here = patch_frame(x_start.shape[2:])
-        view = self.views.draw(here.size)
-        last = torch.full_like(t, process.num_timesteps - 1)
-        truth = map_to(x_start, here, view)[0]
-        seen = to_x_start(predict(_noised(process, truth, last), last, view=view))
-        if self.truth_share and float(torch.rand(())) < self.truth_share:
-            seen = truth
-        found, known = map_to(seen, view, here)
-        noise = torch.randn_like(found)
-        return LastPass(torch.where(known, process.q_sample(found, t, noise), noise))
 
 
 @dataclass(frozen=True)

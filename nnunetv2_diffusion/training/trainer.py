@@ -210,24 +210,17 @@ class DiffusionTrainer(PlannedTrainer):
         return {"loss": loss.detach().cpu().numpy()}
 
     def _training_loss(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        t, weights = self.time_sampler.sample(len(image), self._draw_time_range())
+        t_range = (0, self.process.num_timesteps - int(self.strategy.uses_next_step))
+        t, weights = self.time_sampler.sample(len(image), t_range)
         x_start = self._x_start(target)
         last = self.strategy(self._first_pass(image), self.process, x_start, t)
-        output = self.network(self._patch(image), last.x_t, self.process.timestep_map[t], last.estimate)
+        output = self.network(image, last.x_t, self.process.timestep_map[t], last.estimate)
         if not hasattr(self.loss, "per_sample"):
             return self.loss(output, target)
         losses = self.loss.per_sample(output, target)
         if self.settings.time_sampling != "uniform":
             self._share_losses(t, losses)
         return (losses * weights.to(losses.device)).mean()
-
-    def _draw_time_range(self) -> tuple[int, int]:
-        """First t that is trained, and the one after the last."""
-        return 0, self.process.num_timesteps - int(self.strategy.uses_next_step)
-
-    def _patch(self, image: torch.Tensor) -> torch.Tensor:
-        """What the trained pass sees of the image that was loaded."""
-        return image
 
     def _x_start(self, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         """Ground truth at full resolution, encoded, in [-1, 1], float32; 0 where it is to be ignored."""

@@ -63,8 +63,7 @@ def test_there_are_rows_for_everything_that_was_studied(results):
     steps = rows(results / "steps.csv")
     assert len(steps) == 2 * 2 * 3 * 3, "cases, samples, steps, labels and their mean"
     assert {r["label"] for r in steps} == {"left part", "right part", "mean"}
-    one_scale = {mode for mode in MODES if not mode.startswith("two-scales")}
-    assert {r["mode"] for r in rows(results / "modes.csv")} == one_scale
+    assert {r["mode"] for r in rows(results / "modes.csv")} == set(MODES)
     assert {r["K"] for r in rows(results / "counts.csv")} == {"1", "2"}
     for table in ("modes", "counts"):
         of_mean = [r for r in rows(results / f"{table}.csv") if r["label"] == "mean"]
@@ -83,21 +82,6 @@ def test_passes_are_those_of_each_mode(results):
     assert passes["interleaved"] == passes["interleaved-volume"] == 8
     assert passes["none-early-exit"] <= 3
     assert passes["interleaved-last"] == passes["interleaved-mean"] == 8
-
-
-def test_a_model_of_two_scales_is_studied_in_both_ways(setting, tmp_path):
-    model = make_model(tmp_path / "model", "nnUNetTrainerRecycleView")
-    options = ("--samples", 1, "--cases", 1, "--steps", 3, "--modes", "all")
-    assert analyse((model, *setting[1:]), tmp_path / "out", *options) == 0
-    passes = {r["mode"]: float(r["passes_per_tile"]) for r in rows(tmp_path / "out" / "modes.csv")}
-    assert set(passes) == set(MODES)
-    assert passes["two-scales"] == passes["two-scales-apart"] > 5
-    assert 1 < passes["two-scales-short"] < passes["two-scales"]
-    assert passes["interleaved"] == 8
-    assert json.loads((tmp_path / "out" / "settings.json").read_text())["sampling"]["step_spacing"] == "low"
-    one = (*options[:4], "--scales", 1)
-    assert analyse((model, *setting[1:]), tmp_path / "one", *one) == 0
-    assert json.loads((tmp_path / "one" / "settings.json").read_text())["sampling"]["step_spacing"] == "trailing"
 
 
 def test_tiles_overlap_and_their_disagreement_is_measured(results):
@@ -132,7 +116,7 @@ def test_a_model_without_a_chain_has_one_step(setting, tmp_path):
     assert analyse((model, *setting[1:]), tmp_path / "other", "--mask_use") == 1
     assert analyse((model, *setting[1:]), tmp_path / "all", "--samples", 1, "--cases", 1, "--modes", "all") == 0
     found = {r["mode"] for r in rows(tmp_path / "all" / "modes.csv")}
-    assert found == {mode for mode in MODES if not mode.startswith("two-scales")}, "what a single pass can follow"
+    assert found == set(MODES), "what a single pass can follow"
     assert not (tmp_path / "other").exists()
 
 

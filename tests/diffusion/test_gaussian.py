@@ -469,12 +469,6 @@ def test_trailing_indices(trained, steps_kept, expected):
     assert trained.respace(steps_kept, "trailing").timestep_map.tolist() == expected
 
 
-def test_start_keeps_the_noisiest_steps(trained):
-    assert trained.respace(3, "start").timestep_map.tolist() == [998, 999, 1000]
-    assert trained.respace(1, "start").timestep_map.tolist() == [1000]
-    assert trained.alphas_cumprod[998].sqrt() < 0.01, "no mask can be seen there"
-
-
 @pytest.mark.parametrize(
     ("steps_kept", "expected"),
     [(1, [1000]), (2, [499, 1000]), (3, [249, 499, 1000]), (6, [99, 199, 299, 399, 499, 1000])],

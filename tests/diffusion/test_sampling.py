@@ -209,7 +209,7 @@ def test_defaults_are_one_ddpm_sample():
     ("field", "value", "expected"),
     [
         ("sampler", "euler", "one of ddpm, ddim, renoise"),
-        ("step_spacing", "leading", "one of linspace, trailing, low, start"),
+        ("step_spacing", "leading", "one of linspace, trailing, low"),
         ("sampler", "DDPM", "one of ddpm, ddim, renoise"),
         ("steps", 0, "an integer of at least 1"),
         ("steps", -5, "an integer of at least 1"),

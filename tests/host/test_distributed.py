@@ -57,7 +57,6 @@ def _worker(rank, environment, plans_file, dataset_file, name, settings, out):
     [
         ("nnUNetTrainerRecycleXT", {"time_sampling": "importance"}),
         ("nnUNetTrainerSelfCondXt", {"recipe": "paper"}),
-        ("nnUNetTrainerRecycleView", {"views": {"coarse": 0.0}}),  # both passes learn; batches are of the plain patch
         ("nnUNetTrainerHiDiff", {"hidiff": {"refiner_width": 4, "pretraining_epochs": 0, "learning_rate": 1e-2}}),
     ],
 )

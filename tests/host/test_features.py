@@ -19,26 +19,12 @@ def test_2d_trains_and_predicts(project):
     assert len(masks) == 2
 
 
-@pytest.mark.parametrize("trainer", ["nnUNetTrainerRecycleView", "nnUNetTrainerRecycleMixed"])
-def test_our_own_strategies_train_and_predict(project, trainer):
+def test_our_own_strategy_trains_and_predicts(project):
+    trainer = "nnUNetTrainerRecycleMixed"
     project.train(trainer)
     masks = project.predict(trainer, trainer, *SEQUENTIAL)
     assert len(masks) == 2
     assert all(set(np.unique(mask)) <= {0, 1, 2} for mask in masks.values())
-
-
-def test_a_model_of_two_scales_is_predicted_so_by_our_own_command(project):
-    trainer = "nnUNetTrainerRecycleView"
-    if not (project.model(trainer) / "fold_0" / "checkpoint_final.pth").exists():
-        project.train(trainer)
-    model = ("-d", project.number, "-c", "3d_fullres", "-f", "0", "-tr", trainer, "-p", "tiny", "-device", "cpu")
-    command = ("nnunetv2_diffusion", "predict", *model, "-i", str(project.raw / "imagesTs"), *SEQUENTIAL)
-    for name, more in (("two", ()), ("one", ("--scales", "1"))):
-        folder = project.root / f"{name}_scales"
-        project.run(*command, "-o", str(folder), "--save_uncertainty", "--disable_progress_bar", *more)
-        record = json.loads(next((folder / "uncertainty").glob("*.json")).read_text())
-        assert record["settings"]["scales"] == {"two": 2, "one": 1}[name]
-        assert len(list(folder.glob("*.nii.gz"))) == 2
 
 
 def test_continuing_goes_on_where_it_ended(project):

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from nnunetv2_diffusion.diffusion import AnalogBits, GaussianDiffusion, SamplingConfig, linear_beta_schedule
-from nnunetv2_diffusion.grids import mirror
 from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, SinglePass, Window, make_chain
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.sliding_window import (
@@ -17,7 +16,7 @@ from nnunetv2_diffusion.inference.sliding_window import (
     make_tiles,
     run_chain,
 )
-from nnunetv2_diffusion.inference.views import mirror_views, schedules
+from nnunetv2_diffusion.inference.views import mirror, mirror_views, schedules
 
 CPU = torch.device("cpu")
 VIEWS = mirror_views((0, 1, 2))

@@ -16,9 +16,6 @@ from nnunetv2_diffusion.inference.predictor import PassCount
 FAMILIES = ["nnUNetTrainerRecycleXT", "nnUNetTrainerSelfCondXt", "nnUNetTrainerHiDiff", "nnUNetTrainerNoDiff"]
 
 
-VIEW = "nnUNetTrainerRecycleView"
-
-
 def load(folder, progress=False, **options):
     return load_predictor(folder, options=PredictionOptions(**options), progress=progress)
 
@@ -156,126 +153,6 @@ def test_passes_of_a_tile_are_those_announced(models, options, passes):
     assert count.passes == count.planned == passes * count.tiles
 
 
-@pytest.mark.parametrize("patch", [(8, 12, 8), (12, 8)])
-def test_two_scales_are_the_default_of_a_model_that_was_trained_for_them(models, patch):
-    folder = models(VIEW, patch=patch, spacing=(1.0,) * len(patch))
-    (p,), count = predict(folder, tta="none")
-    (again,), _ = predict(folder, tta="none", scales=2, steps=6)
-    (one,), fixed = predict(folder, tta="none", scales=1, steps=6)
-    assert p.shape == (3, 10, 15, 9)
-    assert count.passes == count.planned < fixed.passes, "fewer tiles at the coarser scale"
-    assert torch.equal(p, again)
-    assert not torch.equal(p, one)
-    torch.testing.assert_close(p.sum(0), torch.ones_like(p[0]))
-
-
-def test_masks_of_one_scale_are_those_of_any_recycled_network(models):
-    """With the same weights: but for the scales, nothing in a prediction depends on how a network was trained."""
-    weights = load(models(VIEW)).network.state_dict()
-
-    def same_weights(predictor):
-        predictor.list_of_parameters = [weights]
-        predictor.network.load_state_dict(weights)
-
-    for options in ({}, {"aggregate": "volume"}, {"combine": "mean", "steps": 8}):
-        (p,), count = predict(models(VIEW), scales=1, **options)
-        (q,), other = predict(models(), edit=same_weights, **options)
-        assert torch.equal(p, q)
-        assert count.passes == other.passes
-
-
-def test_a_first_step_at_the_same_scale_is_a_step_as_any_other(models):
-    def watched(predictor):
-        predictor.network.two_scales = predictor.network.two_scales._replace(zoom=1.0)
-
-    options = {"steps": 3, "tta": "none", "sampler": "renoise", "step_spacing": "low"}
-    (p,), count = predict(models(VIEW), edit=watched, save_steps=True, **options)
-    predictor = load(models(VIEW), scales=1, save_steps=True, aggregate="volume", **options)
-    (member,) = predictor.members(case())
-    first, second = load_steps(models(VIEW), watched, **options)[:2]
-    torch.testing.assert_close(first, member.steps[0])
-    torch.testing.assert_close(second, (member.steps[0] + member.steps[1]) / 2)
-    assert count.passes == count.planned == 3 * count.tiles
-    assert p.shape == first.shape
-
-
-def load_steps(folder, edit, **options):
-    predictor = load(folder, save_steps=True, **options)
-    edit(predictor)
-    (member,) = predictor.members(case())
-    return member.steps
-
-
-def test_only_the_first_step_is_coarse_and_it_sees_all_of_a_case(models):
-    seen = []
-
-    def watch(made):
-        estimate = made.estimate
-
-        def watched(window, state, prior, previous, step):
-            seen.extend((step, float(tile.max())) for tile in window.image)
-            return estimate(window, state, prior, previous, step)
-
-        made.estimate = watched
-
-    data = torch.zeros(1, 8, 16, 8)
-    data[:, :, 15:] = 1.0  # the far end of a case that is 1.3 tiles long
-    predict(models(VIEW), data, on_chain(watch), steps=2, tta="none")
-    ((step, value), *others) = seen
-    assert (step, value > 0) == (0, True), "one tile, which reaches the end"
-    assert {entry for entry in others if entry[0] == 1} == {(1, 0.0), (1, 1.0)}, "tiles of the case do not all reach it"
-    assert len(others) == sum(step for step, _ in others)
-
-
-@pytest.mark.parametrize("tta", ["none", "interleaved"])
-def test_of_two_scales_every_step_is_given_the_mask_of_the_first_one(models, tta):
-    given = []
-
-    def watch(made):
-        advance = made.advance
-        made.advance = lambda state, p, *rest: (given.append(p), advance(state, p, *rest))[1]
-
-    answers = load_steps(models(VIEW), on_chain(watch), steps=5, tta=tta)
-    assert len(given) == 4
-    assert all(torch.equal(x, given[0]) for x in given)
-    torch.testing.assert_close(answers[0], given[0][0][..., : answers[0].shape[1], : answers[0].shape[2], :])
-
-
-def test_two_scales_apart_hand_nothing_on(models):
-    """With step_spacing start a step is given noise: another coarse mask changes its own half of the mean alone."""
-
-    def coarse_is(value):
-        def change(made):
-            estimate = made.estimate
-
-            def changed(window, state, prior, previous, step):
-                p = estimate(window, state, prior, previous, step)
-                return torch.full_like(p, value) if step == 0 else p
-
-            made.estimate = changed
-
-        return on_chain(change)
-
-    halves = {}
-    for spacing in ("start", "low"):
-        a, b = (
-            load_steps(models(VIEW), coarse_is(v), steps=4, tta="none", step_spacing=spacing)[-1] for v in (0.0, 1.0)
-        )
-        halves[spacing] = float((b - a - 0.5).abs().max())
-    assert halves["start"] < 0.01 < halves["low"]
-
-
-def test_of_two_scales_the_coarse_one_sees_all_mirrored_views(models):
-    data = case((24, 36, 24))
-    (p,), count = predict(models(VIEW), data, steps=4)
-    predictor = load(models(VIEW), steps=4)
-    canvas = predictor.canvas(data)
-    coarse = len(predictor.coarse_canvas(canvas).tiles)
-    assert coarse < len(canvas.tiles)
-    assert count.passes == count.planned == 8 * coarse + 3 * len(canvas.tiles)
-    torch.testing.assert_close(p.sum(0), torch.ones_like(p[0]))
-
-
 @pytest.mark.parametrize("tta", ["none", "interleaved"])
 def test_the_mean_of_a_chain_is_that_of_its_steps(models, tta):
     data = case((8, 12, 8))  # one tile
@@ -285,22 +162,6 @@ def test_the_mean_of_a_chain_is_that_of_its_steps(models, tta):
     (mean,) = own.members(data)
     for number in range(8):
         torch.testing.assert_close(mean.steps[number], sum(last.steps[: number + 1]) / (number + 1))
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"scales": 3}, "--scales is 3, expected one of 1, 2"),
-        ({"combine": "all"}, "--combine is 'all', expected one of views, last, mean"),
-        ({"combine": "first"}, "--combine is 'first', expected one of views, last, mean"),
-        ({"scales": 2, "combine": "mean"}, "--combine mean is for masks of one scale: expected --scales 1"),
-        ({"scales": 2, "aggregate": "window"}, "--aggregate window is for masks of one scale"),
-        ({"scales": 2, "early_exit": True}, "--early_exit is for masks of one scale"),
-    ],
-)
-def test_scales_and_combinations_that_cannot_be_used_are_named(options, message):
-    with pytest.raises(OptionError, match=message):
-        PredictionOptions(**options)
 
 
 def test_early_exit_saves_passes_and_changes_no_label_if_labels_have_settled(models):
@@ -390,12 +251,6 @@ def test_statistics_of_a_case_are_those_of_its_members(models, tmp_path):
         ("nnUNetTrainerRecycleXT", {"steps": 5000}, "5000"),
         ("nnUNetTrainerHiDiff", {"steps": 11}, "11"),
         ("nnUNetTrainerHiDiff", {"steps": 0, "samples": 4}, "samples 4.*segmentor alone"),
-        (VIEW, {"steps": 1}, "--steps is 1: masks of two scales need 2 at least; --scales 1 allows it"),
-        (VIEW, {"combine": "mean"}, "--combine mean is for masks of one scale"),
-        (VIEW, {"early_exit": True}, "--early_exit is for masks of one scale"),
-        ("nnUNetTrainerRecycleXT", {"scales": 2}, "--scales 2: expected a model that was trained for it"),
-        ("nnUNetTrainerHiDiff", {"scales": 2}, "--scales 2: expected a model that was trained for it"),
-        ("nnUNetTrainer", {"scales": 2}, "--scales 2: expected a model"),
     ],
 )
 def test_options_that_a_model_cannot_follow_are_refused(models, trainer, options, words):
@@ -411,6 +266,8 @@ def test_options_that_a_model_cannot_follow_are_refused(models, trainer, options
         ({"tta": "half"}, "--tta is 'half', expected one of"),
         ({"sampler": "euler"}, "--sampler is 'euler'"),
         ({"step_spacing": "leading"}, "--step_spacing is 'leading', expected one of linspace, trailing"),
+        ({"combine": "all"}, "--combine is 'all', expected one of views, last, mean"),
+        ({"combine": "first"}, "--combine is 'first', expected one of views, last, mean"),
         ({"early_exit": True, "aggregate": "volume"}, "--early_exit"),
     ],
 )
@@ -421,12 +278,8 @@ def test_values_out_of_range_are_refused(options, words):
 
 def test_settings_come_from_option_environment_and_plans_in_this_order(models, monkeypatch):
     assert load(models(steps=3)).sampling.steps == 3
-    assert load(models(VIEW, steps=3)).sampling.steps == 6
-    assert load(models(VIEW, steps=3, views={"steps": 5})).sampling.steps == 5
-    assert load(models(VIEW, steps=3), scales=1).sampling.steps == 3
     monkeypatch.setenv("nnUNet_diffusion_steps", "4")
     assert load(models(steps=3)).sampling.steps == 4
-    assert load(models(VIEW, steps=3)).sampling.steps == 4
     assert load(models(steps=3), steps=6).sampling.steps == 6
 
 

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from nnunetv2_diffusion.grids import mirror
-from nnunetv2_diffusion.inference.views import all_first, count_passes, interleave, mirror_views, schedules
+from nnunetv2_diffusion.inference.views import count_passes, interleave, mirror, mirror_views, schedules
 
 EIGHT = mirror_views((0, 1, 2))
 
@@ -30,14 +29,6 @@ def test_interleaving_sees_every_view_in_as_few_passes_as_possible(steps):
     assert all(schedule)
     assert {view for views in schedule for view in views} == set(EIGHT)
     assert count_passes([schedule]) == max(8, steps)
-
-
-@pytest.mark.parametrize("steps", [1, 2, 5, 9, 12])
-def test_the_first_step_may_see_all_views_and_the_others_one_each(steps):
-    first, *others = all_first(EIGHT, steps)
-    assert first == EIGHT
-    assert others == ([[view] for view in EIGHT] * 2)[: steps - 1]
-    assert count_passes([[first, *others]]) == 8 + steps - 1
 
 
 @pytest.mark.parametrize(("tta", "passes"), [("none", 5), ("full", 40), ("interleaved", 8)])

@@ -13,7 +13,7 @@ from nnunetv2_diffusion.diffusion import (
     linear_beta_schedule,
 )
 from nnunetv2_diffusion.diffusion.noise import content_hash
-from nnunetv2_diffusion.networks import DiffusionSegmentor, TwoScales, to_mask, to_x_start
+from nnunetv2_diffusion.networks import DiffusionSegmentor, to_mask, to_x_start
 
 K = 3
 PATCH = (16, 20)
@@ -143,19 +143,6 @@ def test_prediction_of_a_plain_network_is_one_pass(make_unet, image, sampling):
 
 
 # --- what it depends on ----------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def test_a_network_of_two_scales_says_once_that_nnunets_call_sees_one(make_awake, image, capsys):
-    network = make_awake()
-    network(image)
-    assert capsys.readouterr().out == ""
-    network.two_scales = TwoScales(1.4, network.sampling)
-    network(image, torch.randn(2, K, *PATCH), torch.zeros(2, dtype=torch.long))
-    assert capsys.readouterr().out == "", "passes of our own"
-    network(image)
-    network(image)
-    assert capsys.readouterr().out.count("masks of one scale") == 1
 
 
 @samplers

@@ -438,17 +438,9 @@ def test_the_table_of_hidiff_lists_every_setting():
     assert all(f"| `{name}` | {json.dumps(f.default)} |" in table for name, f in HIDIFF_FIELDS.items())
 
 
-# --- sections views and mixture --------------------------------------------------------------------------------------
+# --- section mixture -------------------------------------------------------------------------------------------------
 
 INNER_OTHER = {
-    "views": {
-        "coarse": 1,
-        "zoom": 2.0,
-        "truth_until": 0.5,
-        "noise_share": 0.5,
-        "time_below": 0.75,
-        "steps": 4,
-    },
     "mixture": {"recycle_share": 0.25, "truth_above": 0.5, "truth_corruption": "drop", "mask_scale": 0.3},
 }
 INNER = [(section, name) for section in INNER_OTHER for name in INNER_OTHER[section]]
@@ -472,9 +464,7 @@ def test_every_setting_of_a_section_can_be_set_alone_and_survives_json(section, 
 @pytest.mark.parametrize(
     ("section", "found", "message"),
     [
-        ("views", {"coarser": 1.0}, r"unknown setting 'coarser' in diffusion\.views; did you mean 'coarse'\?"),
-        ("views", {"coarse": -1.0}, r"in diffusion\.views, coarse is -1\.0, expected a value in \[0\.0, 1\.0\]"),
-        ("views", {"zoom": 0.5}, r"in diffusion\.views, zoom is 0\.5, expected a value in \[1"),
+        ("mixture", {"mask_scales": 0.5}, r"unknown setting 'mask_scales' in diffusion\.mixture; did you mean 'mask_"),
         ("mixture", {"recycle_share": 1.5}, r"in diffusion\.mixture, recycle_share is 1\.5, expected a value in \[0"),
         ("mixture", {"truth_corruption": "blur"}, r"'blur', expected one of none, dilate, drop, swap"),
         ("mixture", 3, r"diffusion\.mixture is 3, expected a mapping"),

@@ -1,15 +1,12 @@
-"""Laws of recycling across views and of mixing recycled masks with the ground truth."""
-
-import dataclasses
+"""Laws of mixing recycled masks with the ground truth."""
 
 import pytest
 import torch
 from torch import nn
 
 from nnunetv2_diffusion.diffusion import GaussianDiffusion, MaskEncoding, linear_beta_schedule
-from nnunetv2_diffusion.training import RecycleMixed, RecycleView, RecycleXT, Standard
+from nnunetv2_diffusion.training import RecycleMixed, RecycleXT, Standard
 from nnunetv2_diffusion.training.corruption import Corruption
-from nnunetv2_diffusion.training.views import Frame, Views
 
 T = 1001
 STEPS = torch.tensor([0, 250, 700, 999])
@@ -28,91 +25,17 @@ def masks(batch=4, size=8, heads=3):
 class FirstPass:
     """A first pass whose answer depends on all that it is given; notes what it was asked."""
 
-    def __init__(self, answer=lambda x, view: x.softmax(1)):
+    def __init__(self, answer=lambda x: x.softmax(1)):
         self.answer, self.asked = answer, []
 
-    def __call__(self, x, t, samples=None, view=None):
-        self.asked.append((x, t, samples, view))
-        return self.answer(x, view)
+    def __call__(self, x, t, samples=None):
+        self.asked.append((x, t, samples))
+        return self.answer(x)
 
 
 def run(strategy, process, x_start, t=STEPS, predict=None, seed=3):
     torch.manual_seed(seed)
     return strategy(predict or FirstPass(), process, x_start, t).x_t
-
-
-# --- across views ----------------------------------------------------------------------------------------------------
-
-
-def only(frame):
-    """Views of which every draw is the one given."""
-
-    class One(Views):
-        def draw(self, size):
-            return frame
-
-    return RecycleView(One())
-
-
-def test_without_views_it_is_recycling_bit_for_bit(process):
-    x_start = masks()
-    assert torch.equal(run(RecycleView(), process, x_start), run(RecycleXT(), process, x_start))
-
-
-def test_the_first_pass_is_asked_at_the_last_step_with_noise_alone(process):
-    predict, strategy = FirstPass(), RecycleView(Views(1.0))
-    x_start = masks(size=64)
-    for _ in range(10):
-        strategy(predict, process, x_start, STEPS)
-    for x, t, _, view in predict.asked:
-        assert t.tolist() == [T - 1] * 4
-        assert abs(x.std() - 1) < 0.02
-        assert view.extent > view.size
-
-
-@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-def test_a_share_of_batches_is_given_the_truth_as_the_view_shows_it(process, share):
-    coarse, x_start = Frame((-4, -4), (16, 16), (8, 8)), masks()
-    strategy = dataclasses.replace(only(coarse), truth_share=share)
-    truth = nn.functional.avg_pool2d(x_start, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
-    predict = FirstPass(lambda x, view: torch.zeros_like(x))  # recycled masks are -1
-    start, true = torch.zeros(4, dtype=torch.long), []
-    for _ in range(200):
-        x_t = strategy(predict, process, x_start, start).x_t  # nearly without noise
-        inside = x_t[:, :, 2:6, 2:6] - truth[:, :, 2:6, 2:6]
-        true.append(bool(inside.abs().mean() < (x_t + 1).abs().mean()))
-    assert len(predict.asked) == 200, "the first pass is made all the same: it may learn"
-    assert abs(sum(true) / 200 - share) < 0.1
-    assert share not in (0.0, 1.0) or sum(true) == 200 * share
-
-
-def test_what_the_other_view_found_lies_at_its_place_and_elsewhere_is_pure_noise(process, monkeypatch):
-    rows, columns = torch.meshgrid(torch.arange(8.0), torch.arange(8.0), indexing="ij")
-    place, frame = (rows * 8 + columns)[None, None] / 1000, Frame((3, -2), (8, 8), (8, 8))
-
-    def oracle(x, view):
-        return (place + (view.start[0] * 8 + view.start[1]) / 1000).expand_as(x)
-
-    torch.manual_seed(5)
-    noise = torch.randn(4, 3, 8, 8)
-    monkeypatch.setattr(torch, "randn_like", lambda x: noise)
-    found = only(frame)(FirstPass(oracle), process, masks(), STEPS).x_t
-    expected = process.q_sample((2 * place - 1).expand(4, 3, 8, 8), STEPS, noise)
-    known = torch.ones(8, 8, dtype=torch.bool)
-    known[:3], known[:, 6:] = False, False
-    torch.testing.assert_close(found[..., known], expected[..., known], atol=1e-6, rtol=0)
-    assert torch.equal(found[..., ~known], noise[..., ~known])
-
-
-def test_ground_truth_reaches_the_mask_through_the_other_view_alone(process):
-    """With a first pass that ignores its input, x_t is the same for any ground truth."""
-    strategy = only(Frame((2, 0), (8, 8), (8, 8)))
-    blind = [run(strategy, process, x, predict=FirstPass(lambda x, view: torch.full_like(x, 0.3))) for x in
-             (masks(), -masks())]  # fmt: skip
-    assert torch.equal(*blind)
-
-
-# --- mixtures --------------------------------------------------------------------------------------------------------
 
 
 def test_share_1_is_recycling_and_share_0_standard_bit_for_bit(process):
@@ -127,9 +50,9 @@ def test_share_is_the_chance_to_be_recycled_and_the_others_have_no_first_pass(pr
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     batch = 2000
     x_start, t = masks(batch, size=2), torch.full((batch,), 300)
-    predict = FirstPass(lambda x, view: torch.full_like(x, 0.75))
+    predict = FirstPass(lambda x: torch.full_like(x, 0.75))
     found = RecycleMixed(0.3)(predict, process, x_start, t).x_t / process.alphas_cumprod[300].sqrt().float()
-    ((x, steps, samples, _),) = predict.asked
+    ((x, steps, samples),) = predict.asked
     assert len(samples) / batch == pytest.approx(0.3, abs=0.04)
     assert len(x) == len(steps) == len(samples)
     assert (steps == T - 1).all()
@@ -144,7 +67,7 @@ def test_below_the_noise_level_all_are_recycled(process, share):
     for _ in range(200):
         predict = FirstPass()
         RecycleMixed(share, truth_above=0.5)(predict, process, masks(5, 2), t)
-        (_, _, samples, _), *_ = predict.asked
+        (_, _, samples), *_ = predict.asked
         counts[slice(None) if samples is None else samples] += 1
     assert counts[:3].tolist() == [200] * 3, "0.5 T = 500.5"
     assert counts[3:].tolist() == [0, 0] if share == 0 else all(50 < n < 110 for n in counts[3:])
@@ -154,11 +77,11 @@ def test_only_given_ground_truth_is_corrupted(process, monkeypatch):
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     x_start = masks(40, size=12)
     corruption = Corruption("drop", MaskEncoding(3))
-    predict = FirstPass(lambda x, view: torch.full_like(x, 0.75))
+    predict = FirstPass(lambda x: torch.full_like(x, 0.75))
     t = torch.full((40,), 300)
     found = RecycleMixed(0.5, corruption=corruption)(predict, process, x_start, t).x_t
     found = found / process.alphas_cumprod[300].sqrt().float()
-    ((x, _, samples, _),) = predict.asked
+    ((x, _, samples),) = predict.asked
     given = [i for i in range(40) if i not in samples]
     torch.testing.assert_close(found[samples], torch.full_like(found[samples], 0.5))
     torch.testing.assert_close(found[given].abs(), torch.ones_like(found[given]))
@@ -170,7 +93,7 @@ def test_only_given_ground_truth_is_corrupted(process, monkeypatch):
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_mask_scale_scales_the_mean_of_x_t_and_not_its_noise(process, share):
     x_start, b = masks(), 0.3
-    predict = FirstPass(lambda x, view: (x_start + 1) / 2)
+    predict = FirstPass(lambda x: (x_start + 1) / 2)
     found = run(RecycleMixed(share, mask_scale=b), process, x_start, predict=predict)
     plain = run(RecycleMixed(share), process, x_start, predict=predict)
     signal = process.alphas_cumprod[STEPS].sqrt().float().view(-1, 1, 1, 1) * x_start
