@@ -85,6 +85,14 @@ def difference(values: dict[str, float], others: dict[str, float]) -> str:
     return f"{number(100 * test.difference, 2, sign=True)} (p {p_value(test.p_t)})"
 
 
+def passes_apart(modes: dict[str, list[Rows]], mode: str) -> list[Rows] | None:
+    """The same model's passes of about the same number that are told nothing of each other; None if not measured."""
+    own = passes(modes[mode])
+    names = [name for name in (f"{mode}-apart", "one-step") if name in modes and name != mode]
+    alike = [modes[name] for name in names if 1 / SIMILAR <= passes(modes[name]) / own <= SIMILAR]
+    return alike[0] if alike and not mode.endswith("-apart") else None
+
+
 def by_run(runs: list[Rows]) -> str:
     """Mean Dice of each training, if there are several."""
     return " / ".join(number(mean, 3) for mean in run_means(runs)) if len(runs) > 1 else NONE
@@ -94,24 +102,28 @@ def mode_table(study: StudyResults) -> Table:
     """Mirroring and tiles in the chain."""
     reference, rows = study.reference, []
     for cell in study.cells:
-        start = first_step(cell)
-        for mode, runs in mode_runs(cell).items():
+        start, modes = first_step(cell), mode_runs(cell)
+        for mode, runs in modes.items():
             dice, needed = by_case(runs), passes(runs)
             other = equal_passes(reference, needed) if reference is not None and cell is not reference else None
+            apart = passes_apart(modes, mode)
             values = np.array([as_float(row["Dice"]) for run in runs for row in run])
             further = [number(nanmean(list(by_case(runs, metric).values())), n) for metric, n in METRICS.items()]
             rows.append([
                 cell.name, mode, mean_sd(values, 4), by_run(runs), *further, number(mode_aurc(runs), 4),
-                number(needed, 2), difference(dice, start), NONE if other is None else difference(dice, by_case(other)),
+                number(needed, 2), difference(dice, start), NONE if apart is None else difference(dice, by_case(apart)),
+                NONE if other is None else difference(dice, by_case(other)),
                 NONE if other is None else p_value(welch(runs, other)),
             ])  # fmt: skip
     name = reference.name if reference is not None else "the reference"
-    compared = ["minus one pass", f"minus {name}", "p of trainings"]
+    compared = ["minus one pass", "minus passes apart", f"minus {name}", "p of trainings"]
     columns = ["cell", "mode", "Dice", "trainings", *METRICS, "AURC", "passes a tile", *compared]
     notes = [
         "One chain of as many steps as in the tables above; mean ± standard deviation over cases and runs. AURC: risk "
         "1 - Dice, confidence the soft Dice of the probabilities with their mask. Trainings: mean Dice of each.",
         "Minus one pass: Dice points over the first step of the same model, without mirroring. "
+        "Minus passes apart: over as many passes of the same model that are told nothing of each other (one from noise "
+        "for every mirrored view, or the mode of that name), so what is left is what the chain brings. "
         f"Minus {name}: over its best mode of about as many passes (within a factor of {SIMILAR:g}). p: paired t-test "
         "over cases, without correction; it says nothing about other trainings. P of trainings: Welch's t-test between "
         f"the means of trainings, with those of {name} in that mode.",
