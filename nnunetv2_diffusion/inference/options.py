@@ -8,7 +8,7 @@ from torch import nn
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS, SamplingConfig
 from nnunetv2_diffusion.inference.sliding_window import COMBINATIONS
 from nnunetv2_diffusion.inference.views import TTA
-from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
+from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, LatentSegmentor
 
 AGGREGATION = ("window", "volume")
 
@@ -84,6 +84,8 @@ def resolve_sampling(network: nn.Module, options: PredictionOptions) -> Sampling
     """
     given = {k: getattr(options, k) for k in ("steps", "sampler", "samples", "seed", "step_spacing")}
     given = {k: v for k, v in given.items() if v is not None}
+    if isinstance(network, LatentSegmentor):
+        return _of_draws(network, options, given)
     hybrid = isinstance(network, HybridSegmentor)
     gaussian = isinstance(network, DiffusionSegmentor) and network.process is not None
     if not hybrid and not gaussian:
@@ -99,6 +101,16 @@ def resolve_sampling(network: nn.Module, options: PredictionOptions) -> Sampling
     except ValueError as error:
         raise OptionError(f"--steps, --sampler, --step_spacing, --samples or --seed cannot be used: {error}") from error
     return config
+
+
+def _of_draws(network: LatentSegmentor, options: PredictionOptions, given: dict[str, Any]) -> SamplingConfig:
+    """For a network whose steps are draws of their own; raises OptionError for options that need a chain."""
+    for name, value in {"early_exit": options.early_exit, "aggregate volume": options.aggregate == "volume"}.items():
+        if value:
+            raise OptionError(f"--{name}: steps of this model are draws that know nothing of each other, expected none")
+    if given.get("steps") == 0:
+        raise OptionError("--steps is 0: this model needs at least one step; 0 is for HiDiff models")
+    return replace(network.sampling, **given)
 
 
 def _without_chain(given: dict[str, Any], reason: str) -> None:

@@ -91,6 +91,22 @@ class MixtureSettings(Settings):
 
 
 @dataclass(frozen=True)
+class ScoreSettings(Settings):
+    """Settings of nnUNetTrainerRecycleScore: section ``score`` within ``diffusion``."""
+
+    weight: float = setting(
+        4.0,
+        "of the score that makes masks draws, beside the recipe's loss; 0: all masks of an image are alike",
+        low=0.0,
+        high=1000.0,
+    )
+    latent_channels: int = setting(8, "random numbers that a mask is drawn with", low=1, high=256)
+    steps: int = setting(
+        8, "draws that nnunetv2_diffusion predict makes a mask of, each of another mirrored view", low=1
+    )
+
+
+@dataclass(frozen=True)
 class DiffusionSettings(Settings):
     """All settings with their defaults. Units and meaning are in each field's ``doc``."""
 
@@ -146,6 +162,10 @@ class DiffusionSettings(Settings):
         default_factory=MixtureSettings, metadata={"doc": "settings of nnUNetTrainerRecycleMixed"}
     )
 
+    score: ScoreSettings = field(
+        default_factory=ScoreSettings, metadata={"doc": "settings of nnUNetTrainerRecycleScore"}
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.beta_end < self.beta_start:
@@ -172,7 +192,7 @@ class DiffusionSettings(Settings):
 
 
 # sections within the section: name -> its settings
-SUBSECTIONS: dict[str, type[Settings]] = {HIDIFF: HiDiffSettings, "mixture": MixtureSettings}
+SUBSECTIONS: dict[str, type[Settings]] = {HIDIFF: HiDiffSettings, "mixture": MixtureSettings, "score": ScoreSettings}
 
 
 def settings_table(cls: type[Settings] = DiffusionSettings) -> str:

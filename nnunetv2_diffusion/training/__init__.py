@@ -7,6 +7,7 @@ check_versions()
 from nnunetv2_diffusion.training.mask_trainers import (  # noqa: E402  versions first: a clear error beats a traceback
     MixedTrainer,
 )
+from nnunetv2_diffusion.training.score_trainer import ScoreTrainer  # noqa: E402
 from nnunetv2_diffusion.training.strategies import (  # noqa: E402
     RecycleMixed,
     RecycleXT,
@@ -28,6 +29,7 @@ __all__ = [
     "RecycleMixed",
     "RecycleXT",
     "RecycleXtPlus1",
+    "ScoreTrainer",
     "SelfConditionXt",
     "SelfConditionXtPlus1",
     "Standard",
