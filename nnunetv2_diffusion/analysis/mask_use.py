@@ -7,13 +7,13 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 
 from nnunetv2_diffusion.analysis.cases import LabelledCase, dice_scores, label_set
+from nnunetv2_diffusion.analysis.corruption import CORRUPTIONS, Corruption
 from nnunetv2_diffusion.inference.cases import final_mask
 from nnunetv2_diffusion.inference.chains import BoxNoise
 from nnunetv2_diffusion.inference.options import OptionError
 from nnunetv2_diffusion.inference.predictor import Canvas, DiffusionPredictor
 from nnunetv2_diffusion.inference.sliding_window import at_once
 from nnunetv2_diffusion.networks import DiffusionSegmentor
-from nnunetv2_diffusion.training.corruption import CORRUPTIONS, Corruption
 from nnunetv2_diffusion.training.losses import encoded_target
 
 LEVELS = (0.0, 0.5)  # low and high noise: t as a share of the last one

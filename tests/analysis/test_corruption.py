@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from nnunetv2_diffusion.analysis.corruption import CORRUPTIONS, Corruption, grow
 from nnunetv2_diffusion.diffusion import AnalogBits, MaskEncoding
-from nnunetv2_diffusion.training.corruption import CORRUPTIONS, Corruption, grow
 
 kinds = pytest.mark.parametrize("kind", CORRUPTIONS)
 encodings = pytest.mark.parametrize("encoding", [MaskEncoding(4), AnalogBits(4)], ids=["one-hot", "bits"])
