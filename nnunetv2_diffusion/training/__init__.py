@@ -4,11 +4,7 @@ from nnunetv2_diffusion.compat import check_versions
 
 check_versions()
 
-from nnunetv2_diffusion.training.mask_trainers import (  # noqa: E402  versions first: a clear error beats a traceback
-    MixedTrainer,
-)
-from nnunetv2_diffusion.training.strategies import (  # noqa: E402
-    RecycleMixed,
+from nnunetv2_diffusion.training.strategies import (  # noqa: E402  versions first: a clear error beats a traceback
     RecycleXT,
     RecycleXtPlus1,
     SelfConditionXt,
@@ -24,8 +20,6 @@ from nnunetv2_diffusion.training.trainer import (  # noqa: E402
 __all__ = [
     "BaselineTrainer",
     "DiffusionTrainer",
-    "MixedTrainer",
-    "RecycleMixed",
     "RecycleXT",
     "RecycleXtPlus1",
     "SelfConditionXt",
