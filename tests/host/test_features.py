@@ -19,14 +19,6 @@ def test_2d_trains_and_predicts(project):
     assert len(masks) == 2
 
 
-def test_our_own_strategy_trains_and_predicts(project):
-    trainer = "nnUNetTrainerRecycleMixed"
-    project.train(trainer)
-    masks = project.predict(trainer, trainer, *SEQUENTIAL)
-    assert len(masks) == 2
-    assert all(set(np.unique(mask)) <= {0, 1, 2} for mask in masks.values())
-
-
 def test_continuing_goes_on_where_it_ended(project):
     plans = tiny_plans(project, "longer", time_sampling="importance")
     project.train(TRAINER, plans="longer")
