@@ -53,9 +53,10 @@ class BoxNoise:
         return self._draw("uniform", step)
 
     def code(self, step: int) -> torch.Tensor:
-        """Standard normal numbers of a sample and step, the same in every box: (1, channels, 1, ..., 1)."""
-        noise = PositionNoise(self.seed, (self.sample, step), self.device)
-        return noise.normal(self.channels, (), ()).reshape(1, -1, *[1] * (2 if self.planar else 3))
+        """Standard normal numbers of a sample and step, the same in every box and voxel: (1, channels, *spatial)."""
+        numbers = PositionNoise(self.seed, (self.sample, step), self.device).normal(self.channels, (), ())
+        size = self.size[1:] if self.planar else self.size
+        return numbers.reshape(1, -1, *[1] * len(size)).expand(1, -1, *size)
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,8 @@ class LatentChain(Chain):
         step: int,
     ) -> torch.Tensor:
         """See ``Chain``."""
-        heads = self.network(window.image, state.flatten(1), full_resolution_only=True)
+        code = state.flatten(2)[..., 0]  # the same at all voxels: tiles and mirrors of a state are as for all chains
+        heads = self.network(window.image, code, full_resolution_only=True)
         return self.network.probabilities(heads)
 
     def advance(

@@ -84,11 +84,10 @@ def resolve_sampling(network: nn.Module, options: PredictionOptions) -> Sampling
     """
     given = {k: getattr(options, k) for k in ("steps", "sampler", "samples", "seed", "step_spacing")}
     given = {k: v for k, v in given.items() if v is not None}
-    if isinstance(network, LatentSegmentor):
-        return _of_draws(network, options, given)
     hybrid = isinstance(network, HybridSegmentor)
     gaussian = isinstance(network, DiffusionSegmentor) and network.process is not None
-    if not hybrid and not gaussian:
+    draws = isinstance(network, LatentSegmentor)
+    if not hybrid and not gaussian and not draws:
         return _without_chain(given, "the network of this model has no diffusion process")
     if given.get("steps", None if network.sampling else 0) == 0:
         if not hybrid:
@@ -97,20 +96,11 @@ def resolve_sampling(network: nn.Module, options: PredictionOptions) -> Sampling
     start = network.sampling or SamplingConfig(steps=1, sampler="ddim")
     try:
         config = replace(start, **given)
-        network.process.respace(config.steps, config.step_spacing)
+        if not draws:
+            network.process.respace(config.steps, config.step_spacing)
     except ValueError as error:
         raise OptionError(f"--steps, --sampler, --step_spacing, --samples or --seed cannot be used: {error}") from error
     return config
-
-
-def _of_draws(network: LatentSegmentor, options: PredictionOptions, given: dict[str, Any]) -> SamplingConfig:
-    """For a network whose steps are draws of their own; raises OptionError for options that need a chain."""
-    for name, value in {"early_exit": options.early_exit, "aggregate volume": options.aggregate == "volume"}.items():
-        if value:
-            raise OptionError(f"--{name}: steps of this model are draws that know nothing of each other, expected none")
-    if given.get("steps") == 0:
-        raise OptionError("--steps is 0: this model needs at least one step; 0 is for HiDiff models")
-    return replace(network.sampling, **given)
 
 
 def _without_chain(given: dict[str, Any], reason: str) -> None:

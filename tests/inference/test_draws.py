@@ -23,7 +23,10 @@ def predict(folder, **options):
 
 def test_a_code_is_the_same_everywhere_and_another_for_each_seed_sample_and_step():
     def code(seed=0, sample=0, step=0, start=(0, 0, 0), size=(4, 5, 6), planar=False):
-        return BoxNoise(seed, sample, 8, start, size, planar, CPU).code(step).flatten()
+        field = BoxNoise(seed, sample, 8, start, size, planar, CPU).code(step)
+        assert field.shape == (1, 8, *(size[1:] if planar else size))
+        assert torch.equal(field, field.flatten(2)[..., :1].reshape(1, 8, *[1] * (field.ndim - 2)).expand_as(field))
+        return field.flatten(2)[0, :, -1]
 
     assert torch.equal(code(), code(start=(3, -2, 7), size=(1, 9, 2), planar=True))
     others = [code(), code(seed=1), code(sample=1), code(step=1)]
@@ -36,7 +39,7 @@ def test_a_code_is_the_same_everywhere_and_another_for_each_seed_sample_and_step
 def test_tiles_that_are_computed_at_once_have_the_code_of_their_case():
     parts = [BoxNoise(0, 2, 8, (n, 0, 0), (4, 5, 6), False, CPU) for n in (0, 4)]
     joined = JoinedNoise(parts).code(1)
-    assert joined.shape == (2, 8, 1, 1, 1)
+    assert joined.shape == (2, 8, 4, 5, 6)
     assert torch.equal(joined[0], joined[1])
 
 
@@ -74,14 +77,13 @@ def test_samples_differ_and_come_again(models):
         assert float((a[-1] - b[-1]).abs().max()) > 1e-3
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"aggregate": "volume"}, "--aggregate volume"),
-        ({"early_exit": True}, "--early_exit"),
-        ({"steps": 0}, "--steps is 0"),
-    ],
-)
-def test_what_needs_a_chain_is_refused(models, options, named):
-    with pytest.raises(OptionError, match=named):
-        predict(models(TRAINER), **options)
+def test_blending_after_every_step_changes_nothing(models):
+    """Draws know nothing of each other, and of each other's tiles."""
+    ((*_, window),), _ = predict(models(TRAINER))
+    ((*_, volume),), _ = predict(models(TRAINER), aggregate="volume")
+    torch.testing.assert_close(window, volume)
+
+
+def test_no_step_at_all_is_refused(models):
+    with pytest.raises(OptionError, match="--steps is 0"):
+        predict(models(TRAINER), steps=0)
