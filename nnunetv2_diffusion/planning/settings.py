@@ -73,6 +73,24 @@ class HiDiffSettings(Settings):
 
 
 @dataclass(frozen=True)
+class MixtureSettings(Settings):
+    """Settings of nnUNetTrainerRecycleMixed: section ``mixture`` within ``diffusion``."""
+
+    recycle_share: float = setting(
+        0.5, "share of samples whose mask is recycled; the others see the noised ground truth", low=0.0, high=1.0
+    )
+    truth_above: float = setting(0.0, "ground truth is given only from this share of T on", low=0.0, high=1.0)
+    truth_corruption: str = setting(
+        "none",
+        "change of a random class in ground truth that is given: grown or shrunk, partly dropped, or exchanged",
+        choices=("none", "dilate", "drop", "swap"),
+    )
+    mask_scale: float = setting(
+        1.0, "b: masks are multiplied by it before noising, in training and prediction", low=0.01, high=1.0
+    )
+
+
+@dataclass(frozen=True)
 class ScoreSettings(Settings):
     """Settings of nnUNetTrainerRecycleScore: section ``score`` within ``diffusion``."""
 
@@ -140,6 +158,9 @@ class DiffusionSettings(Settings):
     num_val_iterations_per_epoch: int | None = setting(None, "null: nnU-Net's 50", low=1)
 
     hidiff: HiDiffSettings = field(default_factory=HiDiffSettings, metadata={"doc": "settings of the HiDiff trainers"})
+    mixture: MixtureSettings = field(
+        default_factory=MixtureSettings, metadata={"doc": "settings of nnUNetTrainerRecycleMixed"}
+    )
     score: ScoreSettings = field(
         default_factory=ScoreSettings, metadata={"doc": "settings of nnUNetTrainerRecycleScore"}
     )
@@ -170,7 +191,7 @@ class DiffusionSettings(Settings):
 
 
 # sections within the section: name -> its settings
-SUBSECTIONS: dict[str, type[Settings]] = {HIDIFF: HiDiffSettings, "score": ScoreSettings}
+SUBSECTIONS: dict[str, type[Settings]] = {HIDIFF: HiDiffSettings, "mixture": MixtureSettings, "score": ScoreSettings}
 
 
 def settings_table(cls: type[Settings] = DiffusionSettings) -> str:

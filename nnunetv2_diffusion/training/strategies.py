@@ -1,4 +1,7 @@
-"""Training strategies of Fu et al. 2024 (eq. 4 to 8): what the network is given in the pass that is trained.
+"""Training strategies: what the network is given in the pass that is trained.
+
+Those of Fu et al. 2024 (eq. 4 to 8), and one of our own that makes the mask of a later step tell more:
+``RecycleMixed``.
 
 Every strategy turns (predict, process, x_start, t) into the input of that last pass. ``predict(x, t, samples)`` is
 one pass without gradient (the paper's StopGradient) on the image that returns probabilities, encoded, in [0, 1];
@@ -16,6 +19,7 @@ import torch
 
 from nnunetv2_diffusion.diffusion import GaussianDiffusion
 from nnunetv2_diffusion.networks import to_x_start
+from nnunetv2_diffusion.training.corruption import Corruption
 
 Predict = Callable[..., torch.Tensor]
 
@@ -145,3 +149,54 @@ class SelfConditionXtPlus1:
         estimate = _gated_estimate(predict, x_next, t + 1, self.probability)
         x_t = process.ddpm_step(x_start, x_next, t + 1, torch.randn_like(x_start))
         return LastPass(x_t, estimate)
+
+
+@dataclass(frozen=True)
+class RecycleMixed:
+    """Recycling for some samples, the noised ground truth for the others.
+
+    Attributes:
+        share: chance of a sample to be recycled; with 1 this is ``RecycleXT``, with 0 ``Standard``, bit for bit.
+        truth_above: samples with t below this share of T are always recycled.
+        corruption: of the ground truth that is given; None for none.
+        mask_scale: b, x_start is multiplied by it before noising (Chen et al. 2022); the sampler must do the same.
+    """
+
+    share: float = 0.5
+    truth_above: float = 0.0
+    corruption: Corruption | None = None
+    mask_scale: float = 1.0
+    self_conditioning = False
+
+    @property
+    def uses_next_step(self) -> bool:
+        """As ``RecycleXT`` if any sample is recycled, else as ``Standard``."""
+        return self.share > 0 or self.truth_above > 0
+
+    def __call__(
+        self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
+    ) -> LastPass:
+        """x_t ~ q(x_t | b x0^) with x0^ of the first pass (eq. 5), or the ground truth, corrupted."""
+        recycled = t.cpu() < self.truth_above * process.num_timesteps
+        if self.share > 0:
+            recycled |= torch.rand(len(t)) < self.share if self.share < 1 else torch.tensor(True)
+        if recycled.all():
+            return LastPass(_noised(process, self.mask_scale * self._recycled(predict, process, x_start), t))
+        kept = torch.nonzero(recycled).flatten()
+        given = x_start if self.corruption is None else self.corruption(x_start)
+        if len(kept):
+            found = self._recycled(predict, process, x_start, kept.to(x_start.device))
+            given = given.index_copy(0, kept.to(x_start.device), found.to(given.dtype))
+        return LastPass(_noised(process, self.mask_scale * given, t))
+
+    def _recycled(
+        self,
+        predict: Predict,
+        process: GaussianDiffusion,
+        x_start: torch.Tensor,
+        samples: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The first pass's mask in [-1, 1] of some samples, None for all: eq. 5a and 5b."""
+        seen = x_start if samples is None else x_start[samples]
+        last = torch.full((len(seen),), process.num_timesteps - 1)
+        return to_x_start(predict(_noised(process, self.mask_scale * seen, last), last, samples))
