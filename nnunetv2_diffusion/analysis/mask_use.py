@@ -81,7 +81,7 @@ def estimate_from(
     t = torch.tensor([round(level * (network.process.num_timesteps - 1))])
     start, size = tuple(-p for p in canvas.padding), tuple(canvas.data.shape[1:])
     noise = BoxNoise(seed, 0, network.encoding.channels, start, size, False, torch.device("cpu")).normal(0)
-    state = network.process.q_sample(network.mask_scale * x_start, t, noise)[0]
+    state = network.process.q_sample(x_start, t, noise)[0]
     blend = canvas.blend()
     for tiles in at_once(canvas.tiles, predictor.tiles_at_once):
         image, seen = (torch.stack([v[tile.index] for tile in tiles]).to(device) for v in (canvas.data, state))

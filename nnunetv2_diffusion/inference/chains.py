@@ -14,7 +14,7 @@ from nnunetv2_diffusion.diffusion import (
     bernoulli_reverse_step,
     gaussian_reverse_step,
 )
-from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, LatentSegmentor
+from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, LatentSegmentor, to_x_start
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class GaussianChain(Chain):
         self, state: torch.Tensor, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: Noise
     ) -> torch.Tensor:
         """See ``Chain``."""
-        x_start = self.network.x_start(self.network.encoding.encode(estimate))
+        x_start = to_x_start(self.network.encoding.encode(estimate))
         return gaussian_reverse_step(
             self.process, x_start, state, self._index(step), lambda: noise.normal(step + 1),
             self.config.sampler, self.config.eta,

@@ -51,9 +51,6 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
         encoding: of the mask; x_t and estimate have its channels (C_mask), K for one-hot, the default.
         **kwargs: see ``DenoisingUNet``.
 
-    Attributes:
-        mask_scale: b, by which masks in [-1, 1] are multiplied before they are noised (Chen et al. 2022).
-
     Raises:
         ValueError: if sampling wants more steps than the process has.
     """
@@ -76,7 +73,6 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
         self.process = process
         self.sampling = sampling
         self.num_heads = num_heads
-        self.mask_scale = 1.0
         self._run = self.denoise
         if process is not None:
             process.respace(sampling.steps, sampling.step_spacing)  # raises now rather than at the first prediction
@@ -84,10 +80,6 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
     def compile_denoiser(self, **kwargs: Any) -> None:
         """torch.compile one pass; the loop stays outside and names in the state dict do not change."""
         self._run = torch.compile(self.denoise, **kwargs)
-
-    def x_start(self, code: torch.Tensor) -> torch.Tensor:
-        """What a chain goes on from: encoded probabilities -> b (2 p - 1)."""
-        return self.mask_scale * to_x_start(code)
 
     def forward(
         self,
@@ -176,7 +168,7 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
             code = self.encoding.encode(self.probabilities(current.heads[0]))
             if self.self_conditioning:
                 estimate = code
-            return self.x_start(code)
+            return to_x_start(code)
 
         for _ in reverse_process(
             process, predict_x_start, noise(shape), lambda: noise(shape), config.sampler, config.eta

@@ -79,14 +79,10 @@ class MixtureSettings(Settings):
     recycle_share: float = setting(
         0.5, "share of samples whose mask is recycled; the others see the noised ground truth", low=0.0, high=1.0
     )
-    truth_above: float = setting(0.0, "ground truth is given only from this share of T on", low=0.0, high=1.0)
     truth_corruption: str = setting(
-        "none",
+        "drop",
         "change of a random class in ground truth that is given: grown or shrunk, partly dropped, or exchanged",
         choices=("none", "dilate", "drop", "swap"),
-    )
-    mask_scale: float = setting(
-        1.0, "b: masks are multiplied by it before noising, in training and prediction", low=0.01, high=1.0
     )
 
 

@@ -3,8 +3,6 @@
 from dataclasses import replace
 
 from nnunetv2_diffusion.diffusion import make_encoding
-from nnunetv2_diffusion.networks import DiffusionSegmentor
-from nnunetv2_diffusion.planning.settings import DiffusionSettings
 from nnunetv2_diffusion.training.corruption import make_corruption
 from nnunetv2_diffusion.training.strategies import RecycleMixed
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer
@@ -18,14 +16,5 @@ class MixedTrainer(DiffusionTrainer):
     def _configured(self, strategy: RecycleMixed) -> RecycleMixed:
         own = self.settings.mixture
         encoding = make_encoding(self.settings.mask_encoding, self.label_manager.num_segmentation_heads)
-        return replace(
-            strategy,
-            share=own.recycle_share,
-            truth_above=own.truth_above,
-            corruption=make_corruption(own.truth_corruption, encoding, self.label_manager.has_regions),
-            mask_scale=own.mask_scale,
-        )
-
-    @classmethod
-    def _extend(cls, network: DiffusionSegmentor, settings: DiffusionSettings) -> None:
-        network.mask_scale = settings.mixture.mask_scale
+        corruption = make_corruption(own.truth_corruption, encoding, self.label_manager.has_regions)
+        return replace(strategy, share=own.recycle_share, corruption=corruption)

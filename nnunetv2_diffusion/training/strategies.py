@@ -157,46 +157,31 @@ class RecycleMixed:
 
     Attributes:
         share: chance of a sample to be recycled; with 1 this is ``RecycleXT``, with 0 ``Standard``, bit for bit.
-        truth_above: samples with t below this share of T are always recycled.
         corruption: of the ground truth that is given; None for none.
-        mask_scale: b, x_start is multiplied by it before noising (Chen et al. 2022); the sampler must do the same.
     """
 
     share: float = 0.5
-    truth_above: float = 0.0
     corruption: Corruption | None = None
-    mask_scale: float = 1.0
     self_conditioning = False
 
     @property
     def uses_next_step(self) -> bool:
         """As ``RecycleXT`` if any sample is recycled, else as ``Standard``."""
-        return self.share > 0 or self.truth_above > 0
+        return self.share > 0
 
     def __call__(
         self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
     ) -> LastPass:
-        """x_t ~ q(x_t | b x0^) with x0^ of the first pass (eq. 5), or the ground truth, corrupted."""
-        recycled = t.cpu() < self.truth_above * process.num_timesteps
-        if self.share > 0:
-            recycled |= torch.rand(len(t)) < self.share if self.share < 1 else torch.tensor(True)
-        if recycled.all():
-            return LastPass(_noised(process, self.mask_scale * self._recycled(predict, process, x_start), t))
-        kept = torch.nonzero(recycled).flatten()
-        given = x_start if self.corruption is None else self.corruption(x_start)
+        """x_t ~ q(x_t | x0^) with x0^ of the first pass (eq. 5), or the ground truth, corrupted."""
+        if self.share >= 1:
+            return RecycleXT()(predict, process, x_start, t)
+        recycled = torch.rand(len(t)) < self.share if self.share else torch.zeros(len(t), dtype=torch.bool)
+        kept, others = (torch.nonzero(chosen).flatten().to(x_start.device) for chosen in (recycled, ~recycled))
+        given = x_start.clone()
+        if self.corruption is not None and len(others):
+            given[others] = self.corruption(x_start[others])
         if len(kept):
-            found = self._recycled(predict, process, x_start, kept.to(x_start.device))
-            given = given.index_copy(0, kept.to(x_start.device), found.to(given.dtype))
-        return LastPass(_noised(process, self.mask_scale * given, t))
-
-    def _recycled(
-        self,
-        predict: Predict,
-        process: GaussianDiffusion,
-        x_start: torch.Tensor,
-        samples: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The first pass's mask in [-1, 1] of some samples, None for all: eq. 5a and 5b."""
-        seen = x_start if samples is None else x_start[samples]
-        last = torch.full((len(seen),), process.num_timesteps - 1)
-        return to_x_start(predict(_noised(process, self.mask_scale * seen, last), last, samples))
+            last = torch.full((len(kept),), process.num_timesteps - 1)
+            p = predict(_noised(process, x_start[kept], last), last, kept)
+            given[kept] = to_x_start(p).to(given.dtype)
+        return LastPass(_noised(process, given, t))

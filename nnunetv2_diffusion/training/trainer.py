@@ -125,7 +125,7 @@ class DiffusionTrainer(PlannedTrainer):
         sampling = SamplingConfig(
             settings.steps, settings.sampler, settings.eta, settings.samples, settings.seed, settings.step_spacing
         )
-        network = DiffusionSegmentor(
+        return DiffusionSegmentor(
             unet,
             build_process(settings) if cls.uses_mask else None,
             sampling,
@@ -137,12 +137,6 @@ class DiffusionTrainer(PlannedTrainer):
             transformer_heads=settings.transformer_heads,
             transformer_width=settings.transformer_width,
         )
-        cls._extend(network, settings)
-        return network
-
-    @classmethod
-    def _extend(cls, network: DiffusionSegmentor, settings: DiffusionSettings) -> None:
-        """Tell a network what its chains have to know of the training."""
 
     def _compile(self) -> None:
         self.inner_network.compile_denoiser()

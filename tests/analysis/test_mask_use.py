@@ -87,15 +87,14 @@ def test_a_network_that_copies_the_mask_has_the_masks_dice(predictor, case):
     assert means(rows, "true", 0.5) < 1, "drowned in noise"
 
 
-def test_what_is_given_is_the_scaled_mask_noised(predictor, case):
-    predictor.network.mask_scale = 0.5
+def test_what_is_given_is_the_mask_noised(predictor, case):
     seen = []
     replace_pass(predictor, lambda image, x_t: seen.append(x_t) or x_t)
     canvas = predictor.canvas(case.data)
     x_start = true_x_start(predictor, case.truth)
     estimate_from(predictor, canvas, x_start, 0.0)
     tile = canvas.tiles[0]
-    noise = seen[0][0] - 0.5 * x_start[0][tile.index]
+    noise = seen[0][0] - x_start[0][tile.index]
     assert float(noise.abs().max()) < 0.06, "t = 0: a standard deviation of 0.01"
 
 

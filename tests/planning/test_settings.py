@@ -441,7 +441,8 @@ def test_the_table_of_hidiff_lists_every_setting():
 # --- section mixture -------------------------------------------------------------------------------------------------
 
 INNER_OTHER = {
-    "mixture": {"recycle_share": 0.25, "truth_above": 0.5, "truth_corruption": "drop", "mask_scale": 0.3},
+    "mixture": {"recycle_share": 0.25, "truth_corruption": "swap"},
+    "score": {"weight": 2.0, "latent_channels": 3, "steps": 5},
 }
 INNER = [(section, name) for section in INNER_OTHER for name in INNER_OTHER[section]]
 
@@ -464,7 +465,8 @@ def test_every_setting_of_a_section_can_be_set_alone_and_survives_json(section, 
 @pytest.mark.parametrize(
     ("section", "found", "message"),
     [
-        ("mixture", {"mask_scales": 0.5}, r"unknown setting 'mask_scales' in diffusion\.mixture; did you mean 'mask_"),
+        ("mixture", {"recycle": 0.5}, r"unknown setting 'recycle' in diffusion\.mixture; did you mean 'recycle_share'"),
+        ("score", {"weight": -1.0}, r"in diffusion\.score, weight is -1\.0, expected a value in \[0"),
         ("mixture", {"recycle_share": 1.5}, r"in diffusion\.mixture, recycle_share is 1\.5, expected a value in \[0"),
         ("mixture", {"truth_corruption": "blur"}, r"'blur', expected one of none, dilate, drop, swap"),
         ("mixture", 3, r"diffusion\.mixture is 3, expected a mapping"),

@@ -67,17 +67,14 @@ def loss(trainer, image, target):
 
 @pytest.mark.parametrize(("share", "other"), [(1.0, Recycling), (0.0, Denoising)])
 def test_a_mixture_of_one_kind_trains_as_that_kind_bit_for_bit(make, share, other):
-    mixed, pure = make(MixedTrainer, mixture={"recycle_share": share}), make(other)
+    mixed, pure = make(MixedTrainer, mixture={"recycle_share": share, "truth_corruption": "none"}), make(other)
     image, target = batch()
     assert torch.equal(loss(mixed, image, target), loss(pure, image, target))
 
 
-def test_settings_reach_the_strategy_and_the_sampler(make):
-    given = {"recycle_share": 0.2, "truth_above": 0.4, "truth_corruption": "swap", "mask_scale": 0.5}
-    trainer = make(MixedTrainer, mixture=given)
+def test_settings_reach_the_strategy(make):
+    trainer = make(MixedTrainer, mixture={"recycle_share": 0.2, "truth_corruption": "swap"})
     strategy = trainer.strategy
-    assert (strategy.share, strategy.truth_above, strategy.mask_scale) == (0.2, 0.4, 0.5)
-    assert (strategy.corruption.kind, strategy.corruption.regions) == ("swap", False)
-    assert trainer.network.mask_scale == 0.5
-    assert make(Recycling, mixture=given).network.mask_scale == 1, "other trainers are left alone"
+    assert (strategy.share, strategy.corruption.kind, strategy.corruption.regions) == (0.2, "swap", False)
+    assert make(MixedTrainer).strategy.corruption.kind == "drop"
     assert torch.isfinite(loss(trainer, *batch()))
