@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from nnunetv2_diffusion import __version__
-from nnunetv2_diffusion.planning.settings import HiDiffSettings, settings_table
+from nnunetv2_diffusion.planning.settings import SUBSECTIONS, settings_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -12,7 +12,8 @@ README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 
 def test_settings_tables_are_the_generated_ones():
     assert settings_table() in README
-    assert settings_table(HiDiffSettings) in README
+    for section in SUBSECTIONS.values():
+        assert settings_table(section) in README
 
 
 def test_every_trainer_and_planner_is_described():

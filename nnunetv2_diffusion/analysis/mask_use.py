@@ -7,18 +7,18 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 
 from nnunetv2_diffusion.analysis.cases import LabelledCase, dice_scores, label_set
-from nnunetv2_diffusion.analysis.corruption import CORRUPTIONS, Corruption
 from nnunetv2_diffusion.inference.cases import final_mask
 from nnunetv2_diffusion.inference.chains import BoxNoise
 from nnunetv2_diffusion.inference.options import OptionError
 from nnunetv2_diffusion.inference.predictor import Canvas, DiffusionPredictor
 from nnunetv2_diffusion.inference.sliding_window import at_once
 from nnunetv2_diffusion.networks import DiffusionSegmentor
+from nnunetv2_diffusion.training.corruption import CORRUPTIONS, make_corruption
 from nnunetv2_diffusion.training.losses import encoded_target
 
 LEVELS = (0.0, 0.5)  # low and high noise: t as a share of the last one
 SHIFT = 6  # voxels along every axis, of a shifted mask
-GIVEN = ("true", "shifted", *CORRUPTIONS)
+GIVEN = ("true", "shifted", *CORRUPTIONS[1:])
 
 
 def check_mask_use(predictor: DiffusionPredictor) -> None:
@@ -55,8 +55,8 @@ def given_masks(predictor: DiffusionPredictor, x_start: torch.Tensor, seed: int 
     masks = {"true": x_start, "shifted": torch.roll(x_start, moves, list(range(2, x_start.ndim)))}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for kind in CORRUPTIONS:
-            corrupt = Corruption(kind, predictor.network.encoding, predictor.label_manager.has_regions)
+        for kind in CORRUPTIONS[1:]:
+            corrupt = make_corruption(kind, predictor.network.encoding, predictor.label_manager.has_regions)
             masks[kind] = corrupt(x_start)
     return masks
 
@@ -65,7 +65,7 @@ def given_masks(predictor: DiffusionPredictor, x_start: torch.Tensor, seed: int 
 def estimate_from(
     predictor: DiffusionPredictor, canvas: Canvas, x_start: torch.Tensor, level: float, seed: int = 0
 ) -> torch.Tensor:
-    """One pass on every tile, given x_t ~ q(x_t | x_start); no mirroring.
+    """One pass on every tile, given x_t ~ q(x_t | b x_start); no mirroring.
 
     Args:
         predictor: of the model.

@@ -92,12 +92,18 @@ class Laboratory:
         one = replace(self.options, steps=self.chain_steps, samples=1)
         if self.mask_use:
             check_mask_use(self.predictor)
-        planned = [replace(one, samples=self.samples, save_steps=True)]
+        planned = [self._samples_plan(one)]
         planned += [replace(one, steps=k) for k in self.counts]
         planned += [replace(one, **MODES[mode]) for mode in self.modes]
         for options in planned:
             self.predictor.set_options(options)
         return planned
+
+    def _samples_plan(self, one: PredictionOptions) -> PredictionOptions:
+        """Samples with all of their steps; where every step is a draw of its own, a sample is one of them."""
+        options = replace(one, samples=self.samples, save_steps=True)
+        self.predictor.set_options(options)
+        return replace(options, steps=1) if self.predictor.chain().independent else options
 
     def study(self, case: LabelledCase) -> None:
         """All studies on one case."""

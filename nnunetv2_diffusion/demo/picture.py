@@ -52,7 +52,7 @@ def _chain(
     network: torch.nn.Module, patch: torch.Tensor, steps: int
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Training time, noisy mask of the last class in [-1, 1] and probabilities of every step; none without a chain."""
-    if not isinstance(network, HybridSegmentor | DiffusionSegmentor) or network.sampling is None:
+    if not isinstance(network, HybridSegmentor | DiffusionSegmentor) or None in (network.sampling, network.process):
         return
     noise = ContentNoise(content_hash(patch), 0, 0, patch.device)
     config = replace(network.sampling, steps=steps)  # sampler and spacing as the model predicts

@@ -14,7 +14,7 @@ from nnunetv2_diffusion.diffusion import (
     bernoulli_reverse_step,
     gaussian_reverse_step,
 )
-from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, to_x_start
+from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, LatentSegmentor, to_x_start
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,12 @@ class BoxNoise:
         """Uniform noise in (0, 1) before a step, (1, C_mask, *spatial)."""
         return self._draw("uniform", step)
 
+    def code(self, step: int) -> torch.Tensor:
+        """Standard normal numbers of a sample and step, the same in every box and voxel: (1, channels, *spatial)."""
+        numbers = PositionNoise(self.seed, (self.sample, step), self.device).normal(self.channels, (), ())
+        size = self.size[1:] if self.planar else self.size
+        return numbers.reshape(1, -1, *[1] * len(size)).expand(1, -1, *size)
+
 
 @dataclass(frozen=True)
 class JoinedNoise:
@@ -66,6 +72,10 @@ class JoinedNoise:
     def uniform(self, step: int) -> torch.Tensor:
         """See ``BoxNoise``."""
         return torch.cat([part.uniform(step) for part in self.parts])
+
+    def code(self, step: int) -> torch.Tensor:
+        """See ``BoxNoise``."""
+        return torch.cat([part.code(step) for part in self.parts])
 
 
 Noise = BoxNoise | JoinedNoise
@@ -86,6 +96,7 @@ class Chain(ABC):
         steps: K.
         has_prior: states are drawn from a prior; else ``prior`` is None everywhere.
         stochastic: samples differ.
+        independent: steps are draws that know nothing of each other, so the answer is their mean.
         channels: of a state, C_mask; 0 without states.
     """
 
@@ -93,6 +104,7 @@ class Chain(ABC):
     channels: int = 0
     has_prior = False
     stochastic = True
+    independent = False
 
     @abstractmethod
     def look(self, image: torch.Tensor) -> Window:
@@ -210,6 +222,42 @@ class BernoulliChain(Chain):
         )
 
 
+class LatentChain(Chain):
+    """Draws of a network that takes a code; every step is one, with a code of its own for the whole case."""
+
+    independent = True
+
+    def __init__(self, network: LatentSegmentor, config: SamplingConfig):
+        self.network, self.steps, self.channels = network, config.steps, network.latent_channels
+
+    def look(self, image: torch.Tensor) -> Window:
+        """See ``Chain``."""
+        return Window(image)
+
+    def start(self, prior: torch.Tensor | None, noise: Noise) -> torch.Tensor:
+        """See ``Chain``."""
+        return noise.code(0)
+
+    def estimate(
+        self,
+        window: Window,
+        state: torch.Tensor,
+        prior: torch.Tensor | None,
+        previous: torch.Tensor | None,
+        step: int,
+    ) -> torch.Tensor:
+        """See ``Chain``."""
+        code = state.flatten(2)[..., 0]  # the same at all voxels: tiles and mirrors of a state are as for all chains
+        heads = self.network(window.image, code, full_resolution_only=True)
+        return self.network.probabilities(heads)
+
+    def advance(
+        self, state: torch.Tensor, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: Noise
+    ) -> torch.Tensor:
+        """See ``Chain``."""
+        return noise.code(step + 1)
+
+
 class SinglePass(Chain):
     """A network without a chain: stock models, NoDiff, and HiDiff's segmentor alone (K = 0)."""
 
@@ -260,6 +308,8 @@ def make_chain(network: nn.Module, config: SamplingConfig | None, sigmoid: bool)
     """
     if isinstance(network, HybridSegmentor):
         return BernoulliChain(network, config) if config is not None else SinglePass(_PriorOnly(network), sigmoid)
+    if isinstance(network, LatentSegmentor):
+        return LatentChain(network, config)
     if isinstance(network, DiffusionSegmentor) and network.process is not None:
         return GaussianChain(network, config)
     return SinglePass(network, sigmoid)

@@ -8,7 +8,7 @@ from torch import nn
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS, SamplingConfig
 from nnunetv2_diffusion.inference.sliding_window import COMBINATIONS
 from nnunetv2_diffusion.inference.views import TTA
-from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
+from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, LatentSegmentor
 
 AGGREGATION = ("window", "volume")
 
@@ -86,7 +86,8 @@ def resolve_sampling(network: nn.Module, options: PredictionOptions) -> Sampling
     given = {k: v for k, v in given.items() if v is not None}
     hybrid = isinstance(network, HybridSegmentor)
     gaussian = isinstance(network, DiffusionSegmentor) and network.process is not None
-    if not hybrid and not gaussian:
+    draws = isinstance(network, LatentSegmentor)
+    if not hybrid and not gaussian and not draws:
         return _without_chain(given, "the network of this model has no diffusion process")
     if given.get("steps", None if network.sampling else 0) == 0:
         if not hybrid:
@@ -95,7 +96,8 @@ def resolve_sampling(network: nn.Module, options: PredictionOptions) -> Sampling
     start = network.sampling or SamplingConfig(steps=1, sampler="ddim")
     try:
         config = replace(start, **given)
-        network.process.respace(config.steps, config.step_spacing)
+        if not draws:
+            network.process.respace(config.steps, config.step_spacing)
     except ValueError as error:
         raise OptionError(f"--steps, --sampler, --step_spacing, --samples or --seed cannot be used: {error}") from error
     return config

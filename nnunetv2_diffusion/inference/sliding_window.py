@@ -284,8 +284,11 @@ def run_chain(
         exit_if: called with the last two estimates; the chain ends if it returns True.
         combine: "views": the estimate of a step, from which the chain goes on, is the mean of each view's latest
             estimate, so every view counts once; it is the answer. "last": it is the mean of the step's own views
-            alone. "mean": so it is, but the answer is the mean over all passes so far.
+            alone. "mean": so it is, but the answer is the mean over all passes so far; of independent draws
+            "views" is that as well.
     """
+    if chain.independent and combine == "views":
+        combine = "mean"
     views = list(dict.fromkeys(view for step in schedule for view in step))
     prior = estimator.prior(views)
     state = chain.start(prior, noise)

@@ -2,6 +2,7 @@
 
 from nnunetv2_diffusion.networks.denoiser import DenoisingUNet, UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.hybrid import HybridSegmentor
+from nnunetv2_diffusion.networks.latent import LatentSegmentor
 from nnunetv2_diffusion.networks.refiner import Refiner
 from nnunetv2_diffusion.networks.segmentor import DiffusionSegmentor, to_mask, to_x_start
 
@@ -9,6 +10,7 @@ __all__ = [
     "DenoisingUNet",
     "DiffusionSegmentor",
     "HybridSegmentor",
+    "LatentSegmentor",
     "Refiner",
     "UnsupportedArchitectureError",
     "to_mask",

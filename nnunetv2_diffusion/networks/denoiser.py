@@ -4,7 +4,7 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
-from nnunetv2_diffusion.networks.time_conditioning import ModulatedInstanceNorm, TimeConditioning
+from nnunetv2_diffusion.networks.time_conditioning import ModulatedInstanceNorm, NormConditioning, TimeConditioning
 from nnunetv2_diffusion.networks.transformer import BottleneckTransformer
 
 SUPPORTED = (PlainConvUNet, ResidualEncoderUNet)
@@ -72,12 +72,14 @@ class DenoisingUNet(nn.Module):
         mask_channels: C_mask, channels of the noisy mask, K for one-hot; 0 for a network without mask.
         self_conditioning: C_mask further channels for the estimate of the pass before.
         time_conditioning: modulate every norm with the time step.
+        latent_channels: modulate every norm with a code of so many numbers instead; 0 for none.
         transformer_layers: layers at the bottleneck; 0 for none.
         transformer_heads: attention heads.
         transformer_width: share of the bottleneck's channels that attention works in.
 
     Raises:
         UnsupportedArchitectureError: for another architecture or normalisation.
+        ValueError: for time and code together.
     """
 
     def __init__(
@@ -89,8 +91,11 @@ class DenoisingUNet(nn.Module):
         transformer_layers: int = 1,
         transformer_heads: int = 8,
         transformer_width: float = 0.25,
+        latent_channels: int = 0,
     ):
         super().__init__()
+        if time_conditioning and latent_channels:
+            raise ValueError(f"latent_channels is {latent_channels} with time_conditioning, expected one of them")
         _check_architecture(unet)
         self.mask_channels = mask_channels
         self.self_conditioning = self_conditioning
@@ -99,13 +104,15 @@ class DenoisingUNet(nn.Module):
         extra_channels = mask_channels * (2 if self_conditioning else 1)
         if extra_channels:
             _widen_first_conv(self.encoder, extra_channels)
-        self.time = None
+        self.time = self.latent = None
+        # norms of the encoder are reached through the decoder as well, which holds a reference to it
+        self._norms = tuple(_modulate_norms(self.decoder)) if time_conditioning or latent_channels else ()
+        # as wide as the first stage: enough for functions of few numbers, and small in small networks too
+        dim = max(16, self.encoder.output_channels[0])
         if time_conditioning:
-            # norms of the encoder are reached through the decoder as well, which holds a reference to it
-            self._norms = tuple(_modulate_norms(self.decoder))
-            # as wide as the first stage: enough for functions of one number, and small in small networks too
-            dim = max(16, self.encoder.output_channels[0])
             self.time = TimeConditioning(list(self._norms), dim + dim % 2)
+        if latent_channels:
+            self.latent = NormConditioning(list(self._norms), latent_channels, max(32, dim))
         channels = self.encoder.output_channels[-1]
         self.transformer = (
             BottleneckTransformer(channels, transformer_layers, transformer_heads, transformer_width)
@@ -120,6 +127,7 @@ class DenoisingUNet(nn.Module):
         t: torch.Tensor | None = None,
         estimate: torch.Tensor | None = None,
         full_resolution_only: bool = False,
+        latent: torch.Tensor | None = None,
     ) -> torch.Tensor | list[torch.Tensor]:
         """One pass through the network.
 
@@ -129,6 +137,7 @@ class DenoisingUNet(nn.Module):
             t: training time index (B,); None if the network has no time conditioning.
             estimate: encoded probabilities (B, C_mask, *spatial) of the pass before; None stands for zeros.
             full_resolution_only: leave out the deep-supervision heads even if they are enabled.
+            latent: code (B, latent_channels); None if the network takes none.
 
         Returns:
             logits (B, K, *spatial), or a list of them from fine to coarse under deep supervision.
@@ -137,18 +146,23 @@ class DenoisingUNet(nn.Module):
         supervised = self.decoder.deep_supervision
         if full_resolution_only:
             self.decoder.deep_supervision = False
-        if self.time is not None:
-            for norm, modulation in zip(self._norms, self.time(t), strict=True):
-                norm.modulation = modulation
+        modulations = self._modulations(t, latent)
+        for norm, modulation in zip(self._norms, modulations, strict=True):
+            norm.modulation = modulation
         skips = self.encoder(x)
         if self.transformer is not None:
             skips[-1] = self.transformer(skips[-1])
         logits = self.decoder(skips)
-        if self.time is not None:
-            for norm in self._norms:
-                norm.modulation = None
+        for norm in self._norms:
+            norm.modulation = None
         self.decoder.deep_supervision = supervised
         return logits
+
+    def _modulations(self, t: torch.Tensor | None, latent: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        """Of every norm; none for a network that takes neither time nor code."""
+        if self.time is not None:
+            return self.time(t)
+        return () if self.latent is None else self.latent(latent)
 
     def _stack_inputs(
         self, image: torch.Tensor, mask: torch.Tensor | None, estimate: torch.Tensor | None

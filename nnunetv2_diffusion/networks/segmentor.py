@@ -56,7 +56,7 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
     """
 
     min_probability = 1e-6  # |log p| < 14
-    parts = ("time", "transformer")
+    parts = ("time", "latent", "transformer")
 
     def __init__(
         self,

@@ -54,8 +54,32 @@ class ModulatedInstanceNorm(nn.Module):
         return f"{self.num_features}, eps={self.eps}"
 
 
-class TimeConditioning(nn.Module):
-    """Maps a time index to the scale and shift of every modulated norm; zero, hence the identity, at the start.
+class NormConditioning(nn.Module):
+    """Maps numbers of a sample to the scale and shift of every modulated norm; zero, hence the identity, at the start.
+
+    Args:
+        norms: the norms to modulate, in any fixed order.
+        inputs: how many numbers.
+        dim: width of the layers.
+    """
+
+    def __init__(self, norms: list[ModulatedInstanceNorm], inputs: int, dim: int):
+        super().__init__()
+        self.sizes = [2 * norm.num_features for norm in norms]
+        self.mlp = nn.Sequential(nn.Linear(inputs, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
+        self.project = nn.Linear(dim, sum(self.sizes))
+        nn.init.zeros_(self.project.weight)
+        nn.init.zeros_(self.project.bias)
+
+    def forward(self, numbers: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """numbers: (B, inputs). Returns one (B, 2 * features) for each norm, float32."""
+        # fp32: time indices up to 1000 lose their last digits in half precision
+        with torch.autocast(numbers.device.type, enabled=False):
+            return self.project(self.mlp(numbers.float())).split(self.sizes, dim=1)
+
+
+class TimeConditioning(NormConditioning):
+    """``NormConditioning`` on a time index.
 
     Args:
         norms: the norms to modulate, in any fixed order.
@@ -63,16 +87,9 @@ class TimeConditioning(nn.Module):
     """
 
     def __init__(self, norms: list[ModulatedInstanceNorm], dim: int):
-        super().__init__()
+        super().__init__(norms, dim, dim)
         self.dim = dim
-        self.sizes = [2 * norm.num_features for norm in norms]
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim), nn.SiLU())
-        self.project = nn.Linear(dim, sum(self.sizes))
-        nn.init.zeros_(self.project.weight)
-        nn.init.zeros_(self.project.bias)
 
     def forward(self, t: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """t: training index (B,), float or integer. Returns one (B, 2 * features) for each norm, float32."""
-        # fp32: time indices up to 1000 lose their last digits in half precision
-        with torch.autocast(t.device.type, enabled=False):
-            return self.project(self.mlp(sinusoidal_embedding(t, self.dim))).split(self.sizes, dim=1)
+        return super().forward(sinusoidal_embedding(t, self.dim))

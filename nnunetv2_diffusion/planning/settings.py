@@ -73,6 +73,36 @@ class HiDiffSettings(Settings):
 
 
 @dataclass(frozen=True)
+class MixtureSettings(Settings):
+    """Settings of nnUNetTrainerRecycleMixed: section ``mixture`` within ``diffusion``."""
+
+    recycle_share: float = setting(
+        0.5, "share of samples whose mask is recycled; the others see the noised ground truth", low=0.0, high=1.0
+    )
+    truth_corruption: str = setting(
+        "drop",
+        "change of a random class in ground truth that is given: grown or shrunk, partly dropped, or exchanged",
+        choices=("none", "dilate", "drop", "swap"),
+    )
+
+
+@dataclass(frozen=True)
+class ScoreSettings(Settings):
+    """Settings of nnUNetTrainerRecycleScore: section ``score`` within ``diffusion``."""
+
+    weight: float = setting(
+        4.0,
+        "of the score that makes masks draws, beside the recipe's loss; 0: all masks of an image are alike",
+        low=0.0,
+        high=1000.0,
+    )
+    latent_channels: int = setting(8, "random numbers that a mask is drawn with", low=1, high=256)
+    steps: int = setting(
+        8, "draws that nnunetv2_diffusion predict makes a mask of, each of another mirrored view", low=1
+    )
+
+
+@dataclass(frozen=True)
 class DiffusionSettings(Settings):
     """All settings with their defaults. Units and meaning are in each field's ``doc``."""
 
@@ -124,6 +154,12 @@ class DiffusionSettings(Settings):
     num_val_iterations_per_epoch: int | None = setting(None, "null: nnU-Net's 50", low=1)
 
     hidiff: HiDiffSettings = field(default_factory=HiDiffSettings, metadata={"doc": "settings of the HiDiff trainers"})
+    mixture: MixtureSettings = field(
+        default_factory=MixtureSettings, metadata={"doc": "settings of nnUNetTrainerRecycleMixed"}
+    )
+    score: ScoreSettings = field(
+        default_factory=ScoreSettings, metadata={"doc": "settings of nnUNetTrainerRecycleScore"}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,7 +187,7 @@ class DiffusionSettings(Settings):
 
 
 # sections within the section: name -> its settings
-SUBSECTIONS: dict[str, type[Settings]] = {HIDIFF: HiDiffSettings}
+SUBSECTIONS: dict[str, type[Settings]] = {HIDIFF: HiDiffSettings, "mixture": MixtureSettings, "score": ScoreSettings}
 
 
 def settings_table(cls: type[Settings] = DiffusionSettings) -> str:

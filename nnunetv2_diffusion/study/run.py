@@ -152,17 +152,19 @@ def _check_analysis(cell: Cell, kind: str | None) -> None:
 
 
 def chain_of(trainer: str) -> str | None:
-    """Kind of a trainer's chain: "gaussian", "hybrid" (HiDiff), or None.
+    """Kind of a trainer's chain: "gaussian", "hybrid" (HiDiff), "draws" (its steps are draws), or None.
 
     Raises:
         CheckpointError: if nnU-Net does not find the trainer.
     """
-    from nnunetv2_diffusion.training import DiffusionTrainer
+    from nnunetv2_diffusion.training import DiffusionTrainer, ScoreTrainer
     from nnunetv2_diffusion.training.hybrid_trainer import HybridTrainer
 
     found = find_trainer(trainer)
     if issubclass(found, HybridTrainer):
         return "hybrid"
+    if issubclass(found, ScoreTrainer):
+        return "draws"
     return "gaussian" if issubclass(found, DiffusionTrainer) and found.uses_mask else None
 
 

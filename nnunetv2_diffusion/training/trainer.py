@@ -83,8 +83,7 @@ class DiffusionTrainer(PlannedTrainer):
         device: torch.device = torch.device("cuda"),
     ):
         super().__init__(plans, configuration, fold, dataset_json, device)
-        if self.strategy.self_conditioning:
-            self.strategy = replace(self.strategy, probability=self.settings.self_conditioning_probability)
+        self.strategy = self._configured(self.strategy)
         if self.strategy.uses_next_step and self.uses_mask and self.settings.chain_length < 2:
             raise SettingsError(
                 f"{type(self).__name__} needs a schedule of at least 2 steps, "
@@ -95,6 +94,12 @@ class DiffusionTrainer(PlannedTrainer):
         self.process = build_process(self.settings)
         self.time_sampler = make_time_sampler(self.settings.time_sampling, self.process.num_timesteps)
         self._iteration = 0
+
+    def _configured(self, strategy: Strategy) -> Strategy:
+        """The strategy with what the settings say of it."""
+        if strategy.self_conditioning:
+            return replace(strategy, probability=self.settings.self_conditioning_probability)
+        return strategy
 
     @classmethod
     def build_network_architecture(

@@ -84,6 +84,18 @@ def test_passes_are_those_of_each_mode(results):
     assert passes["interleaved-last"] == passes["interleaved-mean"] == 8
 
 
+def test_samples_of_a_model_of_draws_are_single_draws(setting, tmp_path):
+    model = make_model(tmp_path / "model", "nnUNetTrainerRecycleScore")
+    options = ("--samples", 3, "--cases", 1, "--steps", 4, "--modes", "all")
+    assert analyse((model, *setting[1:]), tmp_path / "out", *options) == 0
+    steps = [r for r in rows(tmp_path / "out" / "steps.csv") if r["label"] == "mean"]
+    assert [(r["sample"], r["step"]) for r in steps] == [("0", "1"), ("1", "1"), ("2", "1")]
+    passes = {r["mode"]: float(r["passes_per_tile"]) for r in rows(tmp_path / "out" / "modes.csv")}
+    assert set(passes) == set(MODES)
+    assert (passes["none"], passes["interleaved-mean"], passes["one-step"]) == (4, 8, 8)
+    assert analyse((model, *setting[1:]), tmp_path / "use", "--mask_use") == 1, "it is given no mask"
+
+
 def test_tiles_overlap_and_their_disagreement_is_measured(results):
     disagreement = [float(r["disagreement"]) for r in rows(results / "modes.csv")]
     assert all(0 <= d <= 1 for d in disagreement)

@@ -57,6 +57,7 @@ def _worker(rank, environment, plans_file, dataset_file, name, settings, out):
     [
         ("nnUNetTrainerRecycleXT", {"time_sampling": "importance"}),
         ("nnUNetTrainerSelfCondXt", {"recipe": "paper"}),
+        ("nnUNetTrainerRecycleScore", {"recipe": "nnunet"}),
         ("nnUNetTrainerHiDiff", {"hidiff": {"refiner_width": 4, "pretraining_epochs": 0, "learning_rate": 1e-2}}),
     ],
 )

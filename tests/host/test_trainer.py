@@ -13,7 +13,11 @@ STRATEGIES = ["DiffSeg", "SelfCondXt", "SelfCondXtPlus1", "RecycleXtPlus1", "Rec
 @pytest.mark.parametrize(
     ("name", "recipe", "encoding"),
     [
-        *[(name, recipe, "one-hot") for name in (*STRATEGIES, "NoDiff") for recipe in ("nnunet", "paper")],
+        *[
+            (name, recipe, "one-hot")
+            for name in (*STRATEGIES, "NoDiff", "RecycleScore")
+            for recipe in ("nnunet", "paper")
+        ],
         *[(name, "paper", "analog-bits") for name in STRATEGIES],
     ],
 )

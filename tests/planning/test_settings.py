@@ -438,6 +438,52 @@ def test_the_table_of_hidiff_lists_every_setting():
     assert all(f"| `{name}` | {json.dumps(f.default)} |" in table for name, f in HIDIFF_FIELDS.items())
 
 
+# --- section mixture -------------------------------------------------------------------------------------------------
+
+INNER_OTHER = {
+    "mixture": {"recycle_share": 0.25, "truth_corruption": "swap"},
+    "score": {"weight": 2.0, "latent_channels": 3, "steps": 5},
+}
+INNER = [(section, name) for section in INNER_OTHER for name in INNER_OTHER[section]]
+
+
+def test_every_section_has_a_test():
+    assert {HIDIFF, *INNER_OTHER} == set(SUBSECTIONS)
+    for section, values in INNER_OTHER.items():
+        assert set(values) == {f.name for f in fields(SUBSECTIONS[section])}
+
+
+@pytest.mark.parametrize(("section", "name"), INNER)
+def test_every_setting_of_a_section_can_be_set_alone_and_survives_json(section, name):
+    value = INNER_OTHER[section][name]
+    settings = parse_settings({section: {name: value}})
+    assert value != getattr(getattr(DiffusionSettings(), section), name)
+    assert settings == DiffusionSettings(**{section: SUBSECTIONS[section](**{name: value})})
+    assert parse_settings(json.loads(json.dumps(settings.to_dict()))) == settings
+
+
+@pytest.mark.parametrize(
+    ("section", "found", "message"),
+    [
+        ("mixture", {"recycle": 0.5}, r"unknown setting 'recycle' in diffusion\.mixture; did you mean 'recycle_share'"),
+        ("score", {"weight": -1.0}, r"in diffusion\.score, weight is -1\.0, expected a value in \[0"),
+        ("mixture", {"recycle_share": 1.5}, r"in diffusion\.mixture, recycle_share is 1\.5, expected a value in \[0"),
+        ("mixture", {"truth_corruption": "blur"}, r"'blur', expected one of none, dilate, drop, swap"),
+        ("mixture", 3, r"diffusion\.mixture is 3, expected a mapping"),
+    ],
+)
+def test_what_a_section_cannot_hold_is_named(section, found, message):
+    with pytest.raises(SettingsError, match=message):
+        parse_settings({section: found}, "plans")
+
+
+@pytest.mark.parametrize(("section", "name"), INNER)
+def test_changes_to_a_section_keep_its_other_settings(section, name):
+    present = {k: v for k, v in INNER_OTHER[section].items() if k != name}
+    merged = merge_settings({section: present}, {section: {name: INNER_OTHER[section][name]}})
+    assert merged == {section: INNER_OTHER[section]}
+
+
 def test_assignments_become_a_section():
     section = read_assignments(
         ["steps=5", "sampler=ddim", "hidiff.refiner_norm=batch", "hidiff.steps=1", "num_epochs=null"]

@@ -13,7 +13,7 @@ from nnunetv2_diffusion.checkpoints import build_network, load_checkpoint_file
 from nnunetv2_diffusion.cli import main
 
 LABELS = {"background": 0, "outer": 1, "inner": 2}
-RECYCLING = ("DiffSeg", "NoDiff", "RecycleXT", "RecycleXtPlus1", "SelfCondXt", "SelfCondXtPlus1")
+RECYCLING = ("DiffSeg", "NoDiff", "RecycleScore", "RecycleXT", "RecycleXtPlus1", "SelfCondXt", "SelfCondXtPlus1")
 DATASET = "Dataset777_Warm"
 
 
@@ -128,12 +128,18 @@ def site(tmp_path, monkeypatch):
 
 
 def assert_same_logits(network, source, dims=3):
-    """With any noisy mask at any time, and of the prediction."""
+    """With any noisy mask at any time, or any code, and of the prediction."""
     image = torch.randn(2, 2, *[8] * dims)
     with torch.inference_mode():
         expected = source(image)
-        if network.process is None:
+        if network.latent is not None:
+            found = network(image, 3 * torch.randn(2, network.latent_channels))
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        elif network.process is None:
             torch.testing.assert_close(network(image), expected, rtol=1e-4, atol=1e-5)
+        if network.process is None:
+            found = network.probabilities(network(image))
+            torch.testing.assert_close(found, network.probabilities(expected), rtol=1e-3, atol=1e-5)
             return
         x_t = 3 * torch.randn(2, network.mask_channels, *[8] * dims)
         for t in (0, network.process.num_timesteps - 1):

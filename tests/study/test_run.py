@@ -13,6 +13,7 @@ from fake_commands import DATASET, SPLIT, STUDY, TRAINERS, FakeRunner, write_inp
 from nnunetv2_diffusion.study import StudyError, records
 from nnunetv2_diffusion.study import run as run_module
 from nnunetv2_diffusion.study.results import load_results
+from nnunetv2_diffusion.study.run import chain_of
 from nnunetv2_diffusion.study.tables import time_table
 from nnunetv2_diffusion.study.workplace import locked
 from nnunetv2_diffusion.training.host import PEAK_GPU_MEMORY
@@ -260,6 +261,13 @@ def test_masks_can_only_be_given_to_a_network_that_takes_one(fake, start, capsys
     assert start({**STUDY, "cells": [cell]}) == 1
     assert "cell A: analyse has mask_use, but Stock is given no noisy mask" in capsys.readouterr().err
     assert not fake.commands
+
+
+def test_steps_that_are_draws_are_a_chain_of_their_own_kind():
+    assert chain_of("nnUNetTrainerRecycleScore") == "draws"
+    assert chain_of("nnUNetTrainerRecycleXT") == "gaussian"
+    assert chain_of("nnUNetTrainerHiDiff") == "hybrid"
+    assert chain_of("nnUNetTrainerNoDiff") is None
 
 
 def test_an_unknown_mode_is_refused_before_anything_is_trained(fake, start, capsys):

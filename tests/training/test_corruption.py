@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from nnunetv2_diffusion.analysis.corruption import CORRUPTIONS, Corruption, grow
 from nnunetv2_diffusion.diffusion import AnalogBits, MaskEncoding
+from nnunetv2_diffusion.training.corruption import Corruption, grow, make_corruption
 
-kinds = pytest.mark.parametrize("kind", CORRUPTIONS)
+KINDS = ["dilate", "drop", "swap"]
+kinds = pytest.mark.parametrize("kind", KINDS)
 encodings = pytest.mark.parametrize("encoding", [MaskEncoding(4), AnalogBits(4)], ids=["one-hot", "bits"])
 DIMS = [(16, 18), (10, 12, 14)]
 sizes = pytest.mark.parametrize("size", DIMS, ids=["2d", "3d"])
@@ -117,3 +118,11 @@ def test_regions_change_one_at_a_time_and_may_overlap(kind):
             assert torch.equal(new, old.flip(0))
         else:
             assert sum(not torch.equal(a, b) for a, b in zip(old, new, strict=True)) == 1
+
+
+def test_none_is_no_corruption_and_an_unknown_one_is_named():
+    assert make_corruption("none", MaskEncoding(3), False) is None
+    made = make_corruption("drop", MaskEncoding(3), True)
+    assert (made.kind, made.regions) == ("drop", True)
+    with pytest.raises(ValueError, match="corruption is 'blur', expected one of none, dilate, drop, swap"):
+        make_corruption("blur", MaskEncoding(3), False)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from nnunetv2_diffusion.diffusion import MaskEncoding
 from nnunetv2_diffusion.networks import to_mask, to_x_start
 
-CORRUPTIONS = ("dilate", "drop", "swap")
+CORRUPTIONS = ("none", "dilate", "drop", "swap")
 LARGEST_RADIUS = 3  # voxels
 
 
@@ -102,3 +102,14 @@ class Corruption:
         order = list(range(len(planes)))
         order[k], order[j] = j, k
         return planes[order]
+
+
+def make_corruption(kind: str, encoding: MaskEncoding, regions: bool) -> Corruption | None:
+    """The corruption of a setting; None for "none".
+
+    Raises:
+        ValueError: for another kind.
+    """
+    if kind not in CORRUPTIONS:
+        raise ValueError(f"corruption is {kind!r}, expected one of {', '.join(CORRUPTIONS)}")
+    return None if kind == "none" else Corruption(kind, encoding, regions)

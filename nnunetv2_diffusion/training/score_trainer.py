@@ -1,0 +1,101 @@
+"""The trainer of masks that are draws: a pass without gradient is recycled into the loss, not into the input."""
+
+import torch
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
+from torch import nn
+
+from nnunetv2_diffusion.diffusion import MaskEncoding, SamplingConfig
+from nnunetv2_diffusion.networks import LatentSegmentor
+from nnunetv2_diffusion.planning.settings import environment_overrides, read_settings
+from nnunetv2_diffusion.training.host import plans_unet, sampling_from_environment
+from nnunetv2_diffusion.training.trainer import DiffusionTrainer
+
+SMOOTH = 10.0  # voxels: a class of less than that hardly counts
+
+
+def jaccard_distance(a: torch.Tensor, b: torch.Tensor, valid: torch.Tensor, smooth: float = SMOOTH) -> torch.Tensor:
+    """1 - sum min(a, b) / sum max(a, b), Jaccard's distance of masks of probabilities (Ruzicka).
+
+    The ratio is a positive definite kernel, so this is a squared distance in a Hilbert space and the score that is
+    made of it a proper one (Gneiting and Raftery 2007, section 5.1). ``smooth`` is one further voxel of that value in
+    both masks, which changes nothing about it.
+
+    Args:
+        a: probabilities (B, K, *spatial) in [0, 1].
+        b: the same.
+        valid: 1 where voxels count, (B, 1, *spatial).
+        smooth: in voxels; masks that are empty have the distance 0.
+
+    Returns:
+        mean over channels, float32 (B,), in [0, 1].
+    """
+    space = tuple(range(2, a.ndim))
+    a, b = a.float() * valid, b.float() * valid
+    union = torch.maximum(a, b).sum(space) + smooth
+    return ((a - b).abs().sum(space) / union).mean(1)
+
+
+def score_gap(p: torch.Tensor, other: torch.Tensor, truth: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
+    """d(p, truth) - d(p, other), whose gradient is that of a proper score if other is a draw like p, held fixed.
+
+    The kernel score of a distribution P of masks is E d(p, y) - E d(p, p') / 2 for p, p' ~ P: least where P is the
+    distribution of the truth. Its gradient flows through p and p' alike, which are drawn alike: so the one through p,
+    twice, is the same in the mean. One pass learns, the other is made without gradient, as in recycling (Fu et al.
+    2024).
+
+    Args:
+        p: probabilities (B, K, *spatial) of the pass that learns.
+        other: of another draw for the same image; no gradient reaches it.
+        truth: (B, K, *spatial).
+        valid: (B, 1, *spatial), 1 where the truth is known.
+
+    Returns:
+        float32 (B,).
+    """
+    return jaccard_distance(p, truth, valid) - jaccard_distance(p, other.detach(), valid)
+
+
+class ScoreTrainer(DiffusionTrainer):
+    """Trains f(image, z) so that its masks are draws from what the truth may be (settings: section ``score``).
+
+    The loss is the recipe's, plus ``score.weight`` times ``score_gap``.
+    """
+
+    uses_mask = False
+
+    @classmethod
+    def build_network_architecture(
+        cls,
+        plans_manager: PlansManager,
+        configuration_manager: ConfigurationManager,
+        num_input_channels: int,
+        num_output_channels: int,
+        enable_deep_supervision: bool = True,
+    ) -> nn.Module:
+        """The plans' network with a code; see ``DiffusionTrainer.build_network_architecture``."""
+        settings = sampling_from_environment(
+            read_settings(configuration_manager.configuration, plans_manager.plans_name)
+        )
+        steps = environment_overrides().get("steps", settings.score.steps)
+        return LatentSegmentor(
+            plans_unet(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision),
+            SamplingConfig(steps, samples=settings.samples, seed=settings.seed),
+            num_output_channels,
+            settings.score.latent_channels,
+            transformer_layers=settings.transformer_layers,
+            transformer_heads=settings.transformer_heads,
+            transformer_width=settings.transformer_width,
+        )
+
+    def _training_loss(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        code, other_code = torch.randn(2, len(image), self.settings.score.latent_channels, device=self.device)
+        network = self.inner_network
+        # no cache: weights that autocast casts here would be reused, without gradient, by the pass that learns
+        with torch.no_grad(), self._autocast(cache_enabled=False):
+            other = network.probabilities(network(image, other_code, full_resolution_only=True))
+        heads = self.network(image, code)
+        p = network.probabilities(heads[0] if isinstance(heads, list | tuple) else heads)
+        truth, valid = self.truth(target, MaskEncoding(p.shape[1]))
+        first = 0 if self.label_manager.has_regions else 1  # without background
+        gap = score_gap(p[:, first:], other[:, first:], truth[:, first:], valid).mean()
+        return self.loss(heads, target) + self.settings.score.weight * gap
