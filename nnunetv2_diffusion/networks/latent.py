@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnunetv2_diffusion.diffusion import ContentNoise, MaskEncoding, SamplingConfig
+from nnunetv2_diffusion.diffusion import ContentNoise, SamplingConfig
 from nnunetv2_diffusion.diffusion.noise import content_hash
 from nnunetv2_diffusion.networks.heads import average_samples
 from nnunetv2_diffusion.networks.segmentor import DiffusionSegmentor
@@ -22,7 +22,6 @@ class LatentSegmentor(DiffusionSegmentor):
         sampling: steps are the draws of one prediction by ``nnunetv2_diffusion predict``; samples, seed.
         num_heads: K, classes with background, or regions.
         latent_channels: numbers of a code.
-        encoding: of masks that the training compares.
         **kwargs: see ``DenoisingUNet``.
     """
 
@@ -32,13 +31,12 @@ class LatentSegmentor(DiffusionSegmentor):
         sampling: SamplingConfig,
         num_heads: int,
         latent_channels: int,
-        encoding: MaskEncoding | None = None,
         **kwargs: Any,
     ):
         super().__init__(
-            unet, None, None, num_heads, encoding, time_conditioning=False, latent_channels=latent_channels, **kwargs
+            unet, None, sampling, num_heads, time_conditioning=False, latent_channels=latent_channels, **kwargs
         )
-        self.sampling, self.latent_channels = sampling, latent_channels
+        self.latent_channels = latent_channels
 
     def forward(
         self, image: torch.Tensor, latent: torch.Tensor | None = None, full_resolution_only: bool = False

@@ -93,8 +93,8 @@ class Workplace:
         """
         prefix = ENVIRONMENT_PREFIX.lower()
         inherited = {k: v for k, v in os.environ.items() if not k.lower().startswith(prefix)}
-        defaults = {"nnUNet_n_proc_DA": str(self.workers(12)), "nnUNet_def_n_proc": str(self.workers(8))}
-        defaults["OMP_WAIT_POLICY"] = "PASSIVE"
+        workers = {"nnUNet_n_proc_DA": str(self.workers(12)), "nnUNet_def_n_proc": str(self.workers(8))}
+        defaults = {**workers, "OMP_WAIT_POLICY": "PASSIVE"}
         folders = {name: str(self.root / name) for name in ("nnUNet_raw", "nnUNet_preprocessed")}
         return {**defaults, **inherited, **folders, "nnUNet_results": str(results or self.root / "nnUNet_results")}
 

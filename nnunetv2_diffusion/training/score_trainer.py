@@ -4,7 +4,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunetv2_diffusion.diffusion import MaskEncoding, SamplingConfig
+from nnunetv2_diffusion.diffusion import SamplingConfig
 from nnunetv2_diffusion.networks import LatentSegmentor
 from nnunetv2_diffusion.planning.settings import environment_overrides, read_settings
 from nnunetv2_diffusion.training.host import plans_unet, sampling_from_environment
@@ -95,7 +95,7 @@ class ScoreTrainer(DiffusionTrainer):
             other = network.probabilities(network(image, other_code, full_resolution_only=True))
         heads = self.network(image, code)
         p = network.probabilities(heads[0] if isinstance(heads, list | tuple) else heads)
-        truth, valid = self.truth(target, MaskEncoding(p.shape[1]))
+        truth, valid = self.truth(target, network.encoding)
         first = 0 if self.label_manager.has_regions else 1  # without background
         gap = score_gap(p[:, first:], other[:, first:], truth[:, first:], valid).mean()
         return self.loss(heads, target) + self.settings.score.weight * gap
