@@ -1,22 +1,14 @@
 """The score that makes masks draws: laws of the distance, of its gradient, and of what is learnt."""
 
 import itertools
-import json
-import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
-from tiny_model import CLASSES, make_plans
 
 from nnunetv2_diffusion.training import ScoreTrainer
 from nnunetv2_diffusion.training.score_trainer import jaccard_distance, score_gap
 
 PATCH = (8, 12, 8)
-DATASET = {"channel_names": {"0": "MR"}, "labels": CLASSES, "file_ending": ".nii.gz", "numTraining": 2}
 EVERYWHERE = torch.ones(1, 1, 4, 5)
 
 
@@ -105,28 +97,6 @@ def test_no_gradient_reaches_the_other_draw():
     assert float(p.grad.abs().sum()) > 0
 
 
-@pytest.fixture
-def make(tmp_path, monkeypatch):
-    """Build and initialize a trainer: (settings)."""
-    for kind in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
-        (tmp_path / kind).mkdir()
-        monkeypatch.setitem(os.environ, kind, str(tmp_path / kind))
-    folder = tmp_path / "nnUNet_preprocessed" / "Dataset903_Random"
-    (folder / "only").mkdir(parents=True)
-    (folder / "dataset.json").write_text(json.dumps(DATASET))
-    (folder / "only" / "case.npz").touch()
-
-    def build(**settings):
-        plans = make_plans(PATCH, [1.0] * len(PATCH), **settings)
-        plans["continue_training"] = False
-        torch.manual_seed(1)
-        trainer = ScoreTrainer(plans, "only", "all", DATASET, torch.device("cpu"))
-        trainer.initialize()
-        return trainer
-
-    return build
-
-
 def two_truths(number):
     """Images that are all alike, and targets that are one half of the patch or the other."""
     target = torch.zeros(number, 1, *PATCH, dtype=torch.int16)
@@ -149,7 +119,7 @@ def draws_after(trainer, steps):
 
 def test_draws_take_sides_where_the_truth_does_and_their_mean_is_its_frequency(make):
     short = {"num_epochs": 1, "num_iterations_per_epoch": 200}
-    draws = draws_after(make(score={"weight": 100.0}, **short), 200)
-    alike = draws_after(make(score={"weight": 0.0}, **short), 200)
+    draws = draws_after(make(ScoreTrainer, score={"weight": 100.0}, **short), 200)
+    alike = draws_after(make(ScoreTrainer, score={"weight": 0.0}, **short), 200)
     assert float(draws.std()) > max(0.05, 20 * float(alike.std())), "without the score every mask is the mean"
     assert 0.35 < float(draws.mean()) < 0.65
