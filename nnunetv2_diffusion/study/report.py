@@ -154,9 +154,11 @@ def _facts(study: StudyResults) -> list[str]:
             f"- Settings of {', '.join(removed)} are those of the code then, which their JSONs name; what they tried "
             "is no longer in the package, or under another name."
         )
-    again = sum(record["training"]["attempts"] > 1 for record in records)
+    # an ensemble's attempts are those of its members, which are counted themselves
+    trained = [record for record in records if not record["request"].get("ensemble")]
+    again = sum(record["training"]["attempts"] > 1 for record in trained)
     if again:
-        lines.append(f"- {again} of {len(records)} trainings were interrupted and continued from nnU-Net's checkpoint.")
+        lines.append(f"- {again} of {len(trained)} trainings were interrupted and continued from nnU-Net's checkpoint.")
     return lines
 
 

@@ -194,6 +194,17 @@ def test_code_that_cannot_be_traced_is_told(folder):
     )
 
 
+def test_an_ensemble_is_no_interrupted_training(folder):
+    continued, ensemble = record("Diff", 0, 0.1), record("Later", 0, 0.1)
+    continued["training"]["attempts"] = 2
+    ensemble["request"]["ensemble"] = {"cell": "Diff", "runs": 2}
+    ensemble["training"]["attempts"] = 3
+    for content in (continued, ensemble):
+        (folder / "made" / f"{content['request']['cell']}_run0.json").write_text(to_text(content))
+    page, _ = report.build(load_results(folder), "results")
+    assert "1 of 3 trainings were interrupted" in page
+
+
 def test_only_its_own_page_is_overwritten(folder, tmp_path):
     page = tmp_path / "page.md"
     page.write_text("mine")
