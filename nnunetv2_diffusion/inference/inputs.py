@@ -16,6 +16,10 @@ class InputError(ValueError):
     """Input or output cannot be used."""
 
 
+class CaseError(InputError):
+    """One case cannot be predicted; the others can."""
+
+
 def list_cases(folder: Path, dataset_json: Mapping[str, Any]) -> dict[str, list[Path]]:
     """Case -> one file a channel, in nnU-Net's naming ``<case>_0000<ending>``.
 

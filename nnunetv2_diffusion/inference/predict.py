@@ -4,25 +4,29 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from nnunetv2.utilities.file_path_utilities import get_output_folder
-from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 from tqdm import tqdm
 
 from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.inference.cases import CasePredictor, CaseResult, Exporter, model_files
 from nnunetv2_diffusion.inference.export import SAMPLES, STEPS, UNCERTAINTY
-from nnunetv2_diffusion.inference.inputs import InputError, check_headers, is_finished, list_cases, prepare_output
+from nnunetv2_diffusion.inference.inputs import (
+    CaseError,
+    InputError,
+    check_headers,
+    is_finished,
+    list_cases,
+    prepare_output,
+)
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.maps import MapWriterError, check_map_writer
 from nnunetv2_diffusion.inference.options import AGGREGATION, OptionError, PredictionOptions
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
+from nnunetv2_diffusion.inference.prepared import FailedCase, prepare_cases
 from nnunetv2_diffusion.inference.sliding_window import COMBINATIONS
 from nnunetv2_diffusion.inference.views import TTA
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
@@ -180,9 +184,10 @@ def predict_folder(arguments: argparse.Namespace) -> None:
     _write_records(arguments, predictor)
     with Exporter(model_files(predictor), arguments.nps) as export:
         predict_case = CasePredictor(predictor, arguments.o, export)
-        for item in _preprocessed(predictor, mine, previous, arguments.npp):
-            name = Path(item["ofile"]).name
-            _report(name, predict_case(name, item["data"], item["data_properties"]))
+        for case in prepare_cases(predictor, mine, previous, arguments.npp):
+            if isinstance(case, FailedCase):
+                raise CaseError(f"{case.name}: {case.reason}")
+            _report(case.name, predict_case(case.name, case.data, case.properties))
 
 
 def _report(name: str, result: CaseResult) -> None:
@@ -234,27 +239,3 @@ def _write_records(arguments: argparse.Namespace, predictor: DiffusionPredictor)
         part = arguments.o / f".{name}.{os.getpid()}"  # several parts may write at the same time
         part.write_text(json.dumps(content, indent=4))
         os.replace(part, arguments.o / name)
-
-
-def _preprocessed(
-    predictor: DiffusionPredictor, cases: dict[str, list[Path]], previous: Path | None, processes: int
-) -> Iterator[dict[str, Any]]:
-    """nnU-Net's preprocessing of every case, in worker processes or here."""
-    if not cases:
-        return
-    ending = predictor.dataset_json["file_ending"]
-    files = [[str(f) for f in channels] for channels in cases.values()]
-    stage = [str(previous / (name + ending)) if previous else None for name in cases]
-    names = list(cases)
-    if processes:
-        yield from predictor._internal_get_data_iterator_from_lists_of_filenames(files, stage, names, processes)
-        return
-    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=predictor.verbose_preprocessing)
-    for channels, mask, name in zip(files, stage, names, strict=True):
-        data, seg, properties = preprocessor.run_case(
-            channels, mask, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
-        )
-        if mask is not None:
-            one_hot = convert_labelmap_to_one_hot(seg[0], predictor.label_manager.foreground_labels, data.dtype)
-            data = np.vstack((data, one_hot))
-        yield {"data": torch.from_numpy(data).float(), "data_properties": properties, "ofile": name}
