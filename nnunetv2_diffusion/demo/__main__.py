@@ -9,57 +9,18 @@ import numpy as np
 import torch
 
 from nnunetv2_diffusion.demo.data import RawDataError, hold_out
+from nnunetv2_diffusion.demo.options import parse_arguments
 from nnunetv2_diffusion.demo.phantoms import write_phantoms
 from nnunetv2_diffusion.demo.picture import draw_case, reverse_steps
-from nnunetv2_diffusion.demo.pipeline import PRESET, Job, dice_scores, plan, predict_and_score, train
-from nnunetv2_diffusion.planning.presets import load_preset
+from nnunetv2_diffusion.demo.pipeline import Job, dice_scores, plan, predict_and_score, train
 from nnunetv2_diffusion.planning.schema import SettingsError
 from nnunetv2_diffusion.planning.settings import parse_settings, read_assignments
-from nnunetv2_diffusion.training.recipes import RECIPES
 
 SYNTHETIC = "Dataset501_Demo"
 BOUND = 0.6  # mean Dice on phantoms; labelling everything as organ scores below 0.2
 EQUAL_LENGTH = {"nnUNetTrainer": "nnUNetTrainerBaseline"}  # the host's trainer, its length read from the plans
 MARGIN = 0.015  # Dice that a trainer may be below the one it is compared with
 REFINED_MARGIN = 0.002  # Dice that a refined mask may be below the segmentor's own
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Options of the demo."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/demo",
-        description="Data, plan, train, predict, score, picture: all through nnU-Net's own commands.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--raw", type=Path, metavar="DIR", help="a raw data set DatasetXXX_Name; default: synthetic phantoms")
-    add("--out", type=Path, metavar="DIR", help="new folder for everything; default: the first free demo_output*")
-    add("--trainer", default="nnUNetTrainerRecycleXT", help="trainer to show")
-    add("--compare", metavar="TRAINER", help="a second trainer, same plans and iterations")
-    add(
-        "--steps", type=int, nargs="+", default=[], metavar="K", help="predict also with these numbers of reverse steps"
-    )
-    add("--configuration", "-c", default="3d_fullres", choices=("2d", "3d_fullres"), help="nnU-Net configuration")
-    add("--epochs", type=int, default=5, help="length of the training")
-    add("--iterations", type=int, default=50, help="optimiser steps of an epoch")
-    add(
-        "--recipe",
-        default="paper",
-        choices=tuple(RECIPES),
-        help="of the diffusion trainers; the paper's is fast in short runs",
-    )
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings, for example hidiff.refiner_norm=batch")
-    add("--base-features", type=int, help="channels of the first stage; nnU-Net plans 32, the preset cpu-demo 8")
-    add("--batch-size", type=int, help="patches in a step; default: that of the preset cpu-demo, 2 volumes or 8 slices")
-    add("--patch-size", type=int, nargs="+", metavar="N", help="voxels along each axis; default: as nnU-Net plans")
-    add("--test-cases", type=int, help="unseen cases to score; default 6 phantoms, or 10 %% of --raw, 20 at most")
-    add("--seed", type=int, default=0, help="of the phantoms and of the choice of unseen cases")
-    add("-device", "--device", default="cpu", choices=("cpu", "cuda", "mps"), help="as in nnU-Net")
-    options = parser.parse_args(arguments)
-    for name, value in load_preset(PRESET).overrides(2 if options.configuration == "2d" else 3).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
 
 
 def free_folder(name: str) -> Path:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from nnunetv2_diffusion.commands import CommandError, CommandRunner
+from nnunetv2_diffusion.demo.options import PRESET
 from nnunetv2_diffusion.planning.derive import derive_plans, write_plans
 from nnunetv2_diffusion.planning.presets import load_preset
 from nnunetv2_diffusion.planning.settings import HIDIFF, merge_settings
@@ -15,7 +16,6 @@ from nnunetv2_diffusion.planning.settings import HIDIFF, merge_settings
 PLANS = "demoPlans"
 # Of HiDiff: the paper's rate of 1e-4 is for tens of thousands of iterations. One step gives the mean mask; what more
 # steps draw from a refiner that has seen a few hundred batches is worse (README).
-PRESET = "cpu-demo"
 
 
 @dataclass
