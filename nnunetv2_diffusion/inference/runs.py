@@ -307,16 +307,15 @@ def _join(out: Path, request: Request, alone: bool) -> RunRecord:
             f"{out} holds {_count(unknown, 'file')} that no recorded run wrote: {_listed(unknown)}. Choose a new "
             "folder, or type --overwrite, which replaces those of the same name"
         )
-    finished = [name for name, record in records.items() if "failed" not in record]
+    holds = [name for name, record in records.items() if present.intersection(record.get("files", {}))]
     if same:
-        mine = sorted(set(finished) & set(request.names))
+        mine = [name for name in holds if name in request.names]
         if mine and not request.keep:
             raise RunError(
                 f"{out} holds {_count(mine, 'case')} of this model and these options: {_listed(mine)}. Type "
                 "--continue_prediction to keep them, --overwrite to make them again, or choose a new folder"
             )
         return _welcome(out, found)
-    holds = [name for name, record in records.items() if record.get("files")]
     if found is not None and (holds or not alone):
         raise RunError(
             f"{out} holds {_count(holds, 'case')} of another run: {'; '.join(differences)}. Choose a new folder, or "
@@ -348,6 +347,7 @@ def _replaced(
 def _begin(out: Path, request: Request) -> RunRecord:
     """A new run; records of an older one, which has no files any more, are removed."""
     shutil.rmtree(out / FOLDER, ignore_errors=True)
+    (out / FAILED).unlink(missing_ok=True)
     (out / FOLDER).mkdir()
     run = RunRecord(out, str(uuid.uuid4()))
     write_json(out / FOLDER / "run.json", {"run_id": run.id, "about": dict(request.about), "versions": versions()})
@@ -365,13 +365,15 @@ def _welcome(out: Path, found: Mapping[str, Any]) -> RunRecord:
 
 def _differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What was asked for then and now, one phrase for each difference."""
-    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
-    return [
-        f"{name} differ{'' if name.startswith('weights') else 's'}"
-        if str(then.get(name, now.get(name))).startswith(HASH)
-        else f"{name} was {then.get(name)} and is {now.get(name)}"
-        for name in changed
-    ]
+    return [_difference(name, then, now) for name in {**then, **now} if then.get(name) != now.get(name)]
+
+
+def _difference(name: str, then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    if not str(then.get(name, now.get(name))).startswith(HASH):
+        return f"{name} was {then.get(name)} and is {now.get(name)}"
+    if name in then and name in now:
+        return f"{name} differ{'' if name.startswith('weights') else 's'}"
+    return f"{name} were used and are not now" if name in then else f"{name} were not used and are now"
 
 
 def _results(out: Path, request: Request) -> set[str]:
