@@ -97,10 +97,13 @@ def cleared_on_error(work: Path) -> Iterator[None]:
 def write_mask(logits: np.ndarray, target: Path, properties: dict[str, Any], model: ModelFiles, npz: bool) -> None:
     """Write ``<target><ending>`` by nnU-Net's export; a missing folder is made."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    export_prediction_from_logits(
-        logits, properties, model.configuration_manager, model.plans_manager, model.dataset_json, str(target), npz,
-        num_threads_torch=1,
-    )  # fmt: skip
+    try:
+        export_prediction_from_logits(
+            logits, properties, model.configuration_manager, model.plans_manager, model.dataset_json, str(target), npz,
+            num_threads_torch=1,
+        )  # fmt: skip
+    except RuntimeError as error:  # SimpleITK has no other kind
+        raise OSError(f"{target.name}{model.ending}: cannot be written ({' '.join(str(error).split())})") from error
     # on a full disk, SimpleITK writes a part of the file and reports success
     check_whole(Path(f"{target}{model.ending}"), int(np.prod(properties["shape_before_cropping"])))
 

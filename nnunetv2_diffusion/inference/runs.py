@@ -257,7 +257,7 @@ def check_place(out: Path, images: Path, model: Path, previous: Path | None) -> 
     Raises:
         RunError: naming it.
     """
-    place = out.resolve()
+    place, images = out.resolve(), images.parent if images.is_file() else images
     for folder, what in ((images, "the images of -i"), (previous, "the masks of -prev_stage_predictions")):
         if folder is not None and place == folder.resolve():
             raise RunError(f"{out}: the same folder as {what}; give another one with -o")

@@ -401,6 +401,17 @@ def _fails_at_export(monkeypatch):
     monkeypatch.setattr(export, "write_mask", bad)
 
 
+def _fails_at_a_sample(monkeypatch):
+    write = export.export_prediction_from_logits
+
+    def bad(*arguments, **kwargs):
+        if "samples/000/case_0" in arguments[5]:
+            raise RuntimeError("ITK ERROR: x.nii.gz:\nno space left")
+        write(*arguments, **kwargs)
+
+    monkeypatch.setattr(export, "export_prediction_from_logits", bad)
+
+
 def _is_lost(monkeypatch):
     prepare = predict.prepare_cases
     monkeypatch.setattr(predict, "prepare_cases", lambda *a: (c for c in prepare(*a) if c.name != "case_0"))
@@ -420,6 +431,15 @@ BAD = {
     "export": (_fails_at_export, "No space left on device"),
     "lost": (_is_lost, "preprocessing returned nothing"),
 }
+
+
+def test_a_sample_that_cannot_be_written_costs_its_case_alone(models, images, tmp_path, monkeypatch):
+    _fails_at_a_sample(monkeypatch)
+    assert run(models(), images, tmp_path / "out", *PLAIN, "--save_samples") == 1
+    assert failures(tmp_path / "out") == {
+        "case_0": "case_0.nii.gz: cannot be written (ITK ERROR: x.nii.gz: no space left)"
+    }
+    assert set(contents(tmp_path / "out")) == {"case_1.nii.gz", "samples/000/case_1.nii.gz"}
 
 
 @pytest.mark.parametrize("kind", BAD)
@@ -542,6 +562,8 @@ def test_an_output_that_is_an_input_or_in_the_model_is_refused(models, images, t
     previous = tmp_path / "lowres"
     previous.mkdir()
     (tmp_path / "link").symlink_to(previous)
+    assert run(model, images / "case_0_0000.nii.gz", images) == 1
+    assert "the same folder as the images of -i" in capsys.readouterr().err
     assert run(model, images, tmp_path / "link", "-prev_stage_predictions", previous) == 1
     assert "the same folder as the masks of -prev_stage_predictions" in capsys.readouterr().err
     assert everything_in(model) == before
@@ -575,6 +597,12 @@ def test_a_data_set_that_is_none_is_named(tmp_path, capsys, dataset):
         assert cli.main([*verb, *common]) == 1
         message = capsys.readouterr().err
         assert f"-d {dataset}: expected the number of a data set, or its name DatasetXXX_Name" in message
+
+
+def test_plan_names_a_data_set_that_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    assert cli.main(["plan", "-d", "abc", "--preset", "recycling-paper"]) == 1
+    assert "-d abc: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
