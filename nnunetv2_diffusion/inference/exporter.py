@@ -77,7 +77,7 @@ def attempt(case: CaseExport, model: ModelFiles) -> str | None:
     try:
         export_case(case, model)
     except Exception as error:
-        return reason_of(error)
+        return reason_of(error, case.work)
     return None
 
 

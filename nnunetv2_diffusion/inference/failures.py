@@ -1,5 +1,8 @@
 """Why a case could not be predicted, in one line, and which errors end a prediction."""
 
+import os
+from pathlib import Path
+
 import torch
 
 from nnunetv2_diffusion.inference.inputs import CaseError
@@ -8,8 +11,18 @@ NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # o
 OF_ONE_CASE = (CaseError, ValueError, ArithmeticError, MemoryError, OSError, torch.cuda.OutOfMemoryError)
 
 
-def reason_of(error: BaseException) -> str:
-    """One line for a person: what went wrong, and what helps where that is known."""
+def reason_of(error: BaseException, work: Path | None = None) -> str:
+    """One line for a person: what went wrong, and what helps where that is known.
+
+    Args:
+        error: that ended a case, or the prediction.
+        work: folder that the case was made in, which is gone by now: files are named as they lie in it.
+    """
+    said = _reason(error)
+    return said if work is None else said.replace(f"{work}{os.sep}", "")
+
+
+def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
     if lacks_memory(error):
         on_gpu = isinstance(error, torch.cuda.OutOfMemoryError) or "cuda" in text.lower()

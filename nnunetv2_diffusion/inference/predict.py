@@ -19,7 +19,7 @@ from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.inference.cases import CasePredictor, CaseResult, model_files
 from nnunetv2_diffusion.inference.devices import check_device
-from nnunetv2_diffusion.inference.export import SAMPLES, STEPS, UNCERTAINTY
+from nnunetv2_diffusion.inference.export import SAMPLES, STEPS, UNCERTAINTY, work_folder
 from nnunetv2_diffusion.inference.exporter import Exporter
 from nnunetv2_diffusion.inference.failures import concerns_one_case, lacks_memory, reason_of
 from nnunetv2_diffusion.inference.inputs import InputError, check_headers, list_cases, prepare_output
@@ -394,7 +394,7 @@ def _attempt(predict_case: CasePredictor, case: PreparedCase | FailedCase, input
                 f"{case.name}: {reason_of(error)}; taken for a fault of the model or of the machine, so no other case "
                 "was tried. --continue_prediction goes on, --verbose shows where it was"
             ) from error
-        reason = reason_of(error)
+        reason = reason_of(error, work_folder(predict_case.run.out, case.name))
     if predict_case.predictor.device.type == "cuda":
         torch.cuda.empty_cache()
     return reason

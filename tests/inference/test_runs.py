@@ -395,7 +395,7 @@ def _fails_at_export(monkeypatch):
 
     def bad(logits, target, *arguments, **kwargs):
         if target.name == "case_0":
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
         write(logits, target, *arguments, **kwargs)
 
     monkeypatch.setattr(export, "write_mask", bad)
@@ -428,7 +428,7 @@ BAD = {
         "not enough main memory (DefaultCPUAllocator: can't allocate memory: 1 bytes)",
     ),
     "gpu": (_fails_at_prediction(torch.cuda.OutOfMemoryError("CUDA out of memory")), "the GPU has not enough memory"),
-    "export": (_fails_at_export, "No space left on device"),
+    "export": (_fails_at_export, "No space left on device: case_0"),
     "lost": (_is_lost, "preprocessing returned nothing"),
 }
 
