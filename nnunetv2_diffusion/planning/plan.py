@@ -83,7 +83,7 @@ def dataset_folder(dataset: str) -> Path:
         raise PlansError(f"the environment variable {VARIABLE} is not set, expected the folder of plans and data")
     try:
         name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
-    except (RuntimeError, ValueError) as error:
+    except RuntimeError as error:
         raise PlansError(f"-d {dataset}: {str(error).split('.')[0]}; looked in {root}") from None
     folder = Path(root) / name
     if not folder.is_dir():

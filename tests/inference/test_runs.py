@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nnunetv2.imageio.simpleitk_reader_writer import SimpleITKIO
 from tiny_model import make_model, write_images
 
 from nnunetv2_diffusion import cli
@@ -402,14 +403,14 @@ def _fails_at_export(monkeypatch):
 
 
 def _fails_at_a_sample(monkeypatch):
-    write = export.export_prediction_from_logits
+    write = SimpleITKIO.write_seg
 
-    def bad(*arguments, **kwargs):
-        if "samples/000/case_0" in arguments[5]:
+    def bad(self, mask, file, properties):
+        if "samples/000/case_0" in file:
             raise RuntimeError("ITK ERROR: x.nii.gz:\nno space left")
-        write(*arguments, **kwargs)
+        write(self, mask, file, properties)
 
-    monkeypatch.setattr(export, "export_prediction_from_logits", bad)
+    monkeypatch.setattr(SimpleITKIO, "write_seg", bad)
 
 
 def _is_lost(monkeypatch):
@@ -597,12 +598,6 @@ def test_a_data_set_that_is_none_is_named(tmp_path, capsys, dataset):
         assert cli.main([*verb, *common]) == 1
         message = capsys.readouterr().err
         assert f"-d {dataset}: expected the number of a data set, or its name DatasetXXX_Name" in message
-
-
-def test_plan_names_a_data_set_that_is_none(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
-    assert cli.main(["plan", "-d", "abc", "--preset", "recycling-paper"]) == 1
-    assert "-d abc: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
