@@ -21,6 +21,7 @@ from nnunetv2_diffusion.analysis.tables import all_tables, rows_to_csv
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.evaluation import EvaluationError
 from nnunetv2_diffusion.evaluation.tables import to_markdown, to_text
+from nnunetv2_diffusion.inference.devices import check_device
 from nnunetv2_diffusion.inference.inputs import InputError
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
@@ -89,6 +90,7 @@ def analyse(arguments: argparse.Namespace) -> tuple[Findings, DiffusionPredictor
         raise InputError(f"{arguments.o} exists; the results go into a new folder")
     if arguments.cases is not None and arguments.cases < 1:
         raise OptionError(f"--cases is {arguments.cases}, expected at least 1")
+    check_device(arguments.device)
     options = PredictionOptions(
         sampler=arguments.sampler, seed=arguments.seed, step_spacing=arguments.step_spacing, tta=arguments.tta
     )

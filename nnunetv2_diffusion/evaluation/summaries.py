@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_diffusion.evaluation import EvaluationError
+from nnunetv2_diffusion.evaluation.run_ids import check_summary
 
 FILE = "summary.json"
 FOREGROUND = "mean"  # the class that is the mean over all but the background
@@ -100,7 +101,7 @@ def read_summary(source: Path, name: str) -> Summary:
     """Read a summary file, or that of a folder of predictions.
 
     Raises:
-        EvaluationError: naming the file and what is wrong with it.
+        EvaluationError: naming the file and what is wrong with it, also if the folder holds another run by now.
     """
     path = source / FILE if source.is_dir() else source
     if not path.is_file():
@@ -116,6 +117,7 @@ def read_summary(source: Path, name: str) -> Summary:
         raise EvaluationError(
             f"{path} has no cases; expected a list 'metric_per_case', as nnU-Net's evaluation writes it"
         )
+    check_summary(path, content)
     cases: dict[str, dict] = {}
     for index, entry in enumerate(entries):
         case, classes = _read_entry(entry, f"{path}: metric_per_case[{index}]")

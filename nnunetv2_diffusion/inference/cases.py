@@ -1,10 +1,9 @@
 """From a preprocessed case to its files: samples are drawn, summed up and exported."""
 
-import multiprocessing
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,12 +20,13 @@ from nnunetv2_diffusion.inference.export import (
     ModelFiles,
     bounded_logits,
     cleared_on_error,
-    export_case,
     work_folder,
     write_mask,
 )
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor, Member, PassCount
+from nnunetv2_diffusion.inference.prepared import PreparedCase
 from nnunetv2_diffusion.inference.running import RunningMoments
+from nnunetv2_diffusion.inference.runs import RunRecord
 from nnunetv2_diffusion.inference.sample_statistics import (
     SampleCounts,
     SampleMasks,
@@ -69,45 +69,54 @@ class CasePredictor:
 
     Args:
         predictor: prepared.
-        out: output folder.
+        run: the record of this run in the output folder.
         export: called with a finished case; may return before it is written.
     """
 
-    def __init__(self, predictor: DiffusionPredictor, out: Path, export: Callable[[CaseExport], None]):
-        self.predictor, self.out, self.export = predictor, out, export
+    def __init__(self, predictor: DiffusionPredictor, run: RunRecord, export: Callable[[CaseExport], None]):
+        self.predictor, self.run, self.export = predictor, run, export
         self.options = predictor.options
         self.model = model_files(predictor)
         self.regions = predictor.label_manager.has_regions
 
-    def __call__(self, name: str, data: torch.Tensor, properties: dict[str, Any]) -> CaseResult:
-        """Predict one case and hand it to export."""
-        work = work_folder(self.out, name)
+    def __call__(self, case: PreparedCase, inputs: Sequence[Path]) -> CaseResult:
+        """Predict one case and hand it to export, which learns of the files that it was made of."""
+        work = work_folder(self.run.out, case.name)
         shutil.rmtree(work, ignore_errors=True)  # of a run that was interrupted
         with cleared_on_error(work):
             work.mkdir(parents=True)
 
             def keep(member: Member, number: int) -> None:
-                target = work / SAMPLES / f"{number:03d}" / name
-                self._write(member.steps[-1], target, properties)
+                target = work / SAMPLES / f"{number:03d}" / case.name
+                self._write(member.steps[-1], target, case.properties)
 
             keeper = keep if self.options.save_samples else None
-            result = draw_case(self.predictor, data, name, work if self.options.save_uncertainty else None, keeper)
+            folder = work if self.options.save_uncertainty else None
+            result = draw_case(self.predictor, case.data, case.name, folder, keeper)
             if self.options.save_steps:
                 for number, p in enumerate(result.steps, start=1):
-                    self._write(p, work / STEPS / f"{number:02d}" / name, properties)
-            self.export(self._finished(name, data, properties, result))
+                    self._write(p, work / STEPS / f"{number:02d}" / case.name, case.properties)
+            self.export(self._finished(case, inputs, result))
         return result
 
     def _write(self, p: torch.Tensor, target: Path, properties: dict[str, Any]) -> None:
         write_mask(bounded_logits(p, self.regions), target, properties, self.model, npz=False)
 
-    def _finished(self, name: str, data: torch.Tensor, properties: dict[str, Any], result: CaseResult) -> CaseExport:
+    def _finished(self, case: PreparedCase, inputs: Sequence[Path], result: CaseResult) -> CaseExport:
         logits = bounded_logits(result.moments.mean(), self.regions)
-        case = CaseExport(name, self.out, properties, logits, save_probabilities=self.options.save_probabilities)
+        finished = CaseExport(
+            case.name,
+            case.properties,
+            logits,
+            self.run,
+            tuple(inputs),
+            save_probabilities=self.options.save_probabilities,
+        )
         if self.options.save_uncertainty:
-            case.maps = uncertainty_maps(self.predictor, result)
-            case.summary = describe(self.predictor, name, data, properties, result)
-        return case
+            finished.maps = uncertainty_maps(self.predictor, result)
+            summary = describe(self.predictor, case.name, case.data, case.properties, result)
+            finished.summary = {**summary, "notes": list(case.notes), "run_id": self.run.id}
+        return finished
 
 
 def model_files(predictor: DiffusionPredictor) -> ModelFiles:
@@ -200,58 +209,3 @@ def _running_mean(means: list[torch.Tensor], new: list[torch.Tensor], count: int
 def _hard(p: torch.Tensor, regions: bool) -> np.ndarray:
     """Label map of probabilities (K, *spatial); for regions their masks."""
     return (p > 0.5).cpu().numpy() if regions else p.argmax(0).cpu().numpy()
-
-
-class Exporter:
-    """Writes cases here, or in worker processes as nnU-Net does.
-
-    Args:
-        model: of the predictor.
-        processes: 0 for none.
-    """
-
-    def __init__(self, model: ModelFiles, processes: int):
-        self.model, self.processes = model, processes
-        self._pool: Any = None
-        self._pending: list[tuple[str, Any]] = []
-
-    def __enter__(self) -> "Exporter":
-        if self.processes:
-            self._pool = multiprocessing.get_context("spawn").Pool(self.processes)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if self._pool is None:
-            return
-        try:
-            if kind is None:
-                self._wait(0)
-        finally:
-            self._pool.terminate()
-            self._pool.join()
-
-    def __call__(self, case: CaseExport) -> None:
-        """Write a case, or queue it; waits while more cases wait than there are processes and two."""
-        if self._pool is None:
-            export_case(case, self.model)
-            return
-        self._wait(self.processes + 1)
-        self._pending.append((case.name, self._pool.apply_async(export_case, (case, self.model))))
-
-    def _wait(self, allowed: int) -> None:
-        """Until at most so many cases are pending; an error of a worker is raised here.
-
-        Raises:
-            RuntimeError: if a worker was killed.
-        """
-        workers = list(self._pool._pool)
-        while True:
-            for _, job in [p for p in self._pending if p[1].ready()]:
-                job.get()
-            self._pending = [p for p in self._pending if not p[1].ready()]
-            if len(self._pending) <= allowed:
-                return
-            if not all(w.is_alive() for w in workers):
-                names = ", ".join(name for name, _ in self._pending)
-                raise RuntimeError(f"an export process was killed, probably for want of memory; not written: {names}")
-            time.sleep(0.05)

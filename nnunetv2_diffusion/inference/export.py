@@ -16,12 +16,11 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 
 from nnunetv2_diffusion.inference.maps import check_map_writer, check_whole, to_original_geometry, write_map
 from nnunetv2_diffusion.inference.running import map_limits
+from nnunetv2_diffusion.inference.runs import SIDE_FOLDERS, UNFINISHED, RunRecord, short_name
 from nnunetv2_diffusion.inference.sample_statistics import SCALES_DEFINITION
 
 MIN_PROBABILITY = 1e-6
-UNCERTAINTY = "uncertainty"
-SAMPLES = "samples"
-STEPS = "steps"
+UNCERTAINTY, SAMPLES, STEPS = SIDE_FOLDERS
 
 
 def bounded_logits(p: torch.Tensor, regions: bool) -> np.ndarray:
@@ -51,21 +50,28 @@ class CaseExport:
 
     Attributes:
         name: of the case.
-        out: the output folder.
         properties: of nnU-Net's preprocessing.
         logits: of the mean over samples, (K, *spatial), preprocessed geometry.
+        run: that the case is of.
+        inputs: files that it was made of.
         maps: kind -> (*spatial) for ``uncertainty/<kind>/``; None without.
         summary: for ``uncertainty/<case>.json``; None without.
         save_probabilities: write nnU-Net's npz and pkl.
     """
 
     name: str
-    out: Path
     properties: dict[str, Any]
     logits: np.ndarray
+    run: RunRecord
+    inputs: tuple[Path, ...] = ()
     maps: dict[str, np.ndarray] | None = None
     summary: dict[str, Any] | None = None
     save_probabilities: bool = False
+
+    @property
+    def out(self) -> Path:
+        """The output folder."""
+        return self.run.out
 
     @property
     def work(self) -> Path:
@@ -75,34 +81,29 @@ class CaseExport:
 
 def work_folder(out: Path, name: str) -> Path:
     """Folder in which the files of a case are made. Nobody takes it for a result: nnU-Net looks at files only."""
-    return out / f".unfinished_{name}"
+    return out / f"{UNFINISHED}{short_name(name)}"
 
 
 @contextmanager
 def cleared_on_error(work: Path) -> Iterator[None]:
-    """Remove the files of a case that could not be finished.
-
-    Raises:
-        OSError: naming the folder, if it was one.
-    """
+    """Remove the files of a case that could not be finished."""
     try:
         yield
-    except BaseException as error:
+    except BaseException:
         shutil.rmtree(work, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(
-                error.errno, f"{error.strerror or error}; nothing of this case was kept", str(work)
-            ) from error
         raise
 
 
 def write_mask(logits: np.ndarray, target: Path, properties: dict[str, Any], model: ModelFiles, npz: bool) -> None:
     """Write ``<target><ending>`` by nnU-Net's export; a missing folder is made."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    export_prediction_from_logits(
-        logits, properties, model.configuration_manager, model.plans_manager, model.dataset_json, str(target), npz,
-        num_threads_torch=1,
-    )  # fmt: skip
+    try:
+        export_prediction_from_logits(
+            logits, properties, model.configuration_manager, model.plans_manager, model.dataset_json, str(target), npz,
+            num_threads_torch=1,
+        )  # fmt: skip
+    except RuntimeError as error:  # SimpleITK has no other kind
+        raise OSError(f"{target.name}{model.ending}: cannot be written ({' '.join(str(error).split())})") from error
     # on a full disk, SimpleITK writes a part of the file and reports success
     check_whole(Path(f"{target}{model.ending}"), int(np.prod(properties["shape_before_cropping"])))
 
@@ -138,6 +139,7 @@ def export_case(case: CaseExport, model: ModelFiles) -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(case.summary, indent=2))
         write_mask(case.logits, case.work / case.name, case.properties, model, case.save_probabilities)
+        case.run.write(case.name, case.work, case.inputs)  # before any of them is in its place
         publish(case.work, case.out, case.name + model.ending)
 
 
@@ -147,5 +149,12 @@ def publish(work: Path, out: Path, last: str) -> None:
     for file in files:
         target = out / file.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)
+        _to_disk(file)
         os.replace(file, target)
     shutil.rmtree(work)
+
+
+def _to_disk(file: Path) -> None:
+    """Else a power cut may leave an empty file under the final name."""
+    with file.open("r+b") as stream:
+        os.fsync(stream.fileno())

@@ -91,15 +91,3 @@ def prepare_output(out: Path, inputs: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"{out}: cannot be written to ({error.strerror})") from error
-
-
-def is_finished(out: Path, name: str, ending: str, wanted: Sequence[str]) -> bool:
-    """Whether all files of a case are there; its mask is always the last one to come.
-
-    Args:
-        out: output folder.
-        name: of the case.
-        ending: of masks.
-        wanted: further files, relative to the folder.
-    """
-    return all((out / f).is_file() for f in (f"{name}{ending}", *wanted))

@@ -56,6 +56,7 @@ def test_every_file_that_was_asked_for_is_there_and_nothing_else(everything):
     expected = {"dataset.json", "plans.json", "predict_from_raw_data_args.json"}
     for case in ("case_0", "case_1"):
         expected |= {f"{case}.nii.gz", f"{case}.npz", f"{case}.pkl", f"uncertainty/{case}.json"}
+        expected |= {".run/run.json", f".run/cases/{case}.json"}
         expected |= {f"uncertainty/{kind}/{case}.nii.gz" for kind in maps}
         expected |= {f"samples/{i:03d}/{case}.nii.gz" for i in range(2)}
         expected |= {f"steps/{i:02d}/{case}.nii.gz" for i in (1, 2, 3)}
@@ -267,8 +268,9 @@ def test_a_full_disk_leaves_nothing_half_written(models, images, tmp_path, capsy
     message = refused(capsys, models(), images, tmp_path / "out", "--tta", "none", "--save_uncertainty")
     assert written
     assert "No space left on device" in message
-    left = {f.name for f in (tmp_path / "out").rglob("*")}
-    assert left == {"dataset.json", "plans.json", "predict_from_raw_data_args.json"}
+    left = {f.name for f in (tmp_path / "out").glob("*")}
+    assert left == {"dataset.json", "plans.json", "predict_from_raw_data_args.json", "failed.json", ".run"}
+    assert set(json.loads((tmp_path / "out" / "failed.json").read_text())) == {"case_0", "case_1"}, "both were tried"
 
 
 PEAK = """
