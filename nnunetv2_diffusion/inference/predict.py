@@ -17,7 +17,6 @@ from nnunetv2_diffusion.inference.export import SAMPLES, STEPS, UNCERTAINTY
 from nnunetv2_diffusion.inference.inputs import (
     CaseError,
     InputError,
-    check_headers,
     is_finished,
     list_cases,
     prepare_output,
@@ -172,8 +171,7 @@ def predict_folder(arguments: argparse.Namespace) -> None:
     )  # fmt: skip
     if options.save_uncertainty:
         check_map_writer(predictor.plans_manager.image_reader_writer_class, predictor.dataset_json["file_ending"])
-    cases = list_cases(arguments.i, predictor.dataset_json)
-    check_headers(cases, predictor.dataset_json["file_ending"])
+    cases, failed = list_cases(arguments.i, predictor.dataset_json)
     previous = _previous_stage(arguments, predictor, cases)
     prepare_output(arguments.o, arguments.i)
     mine = dict(list(cases.items())[arguments.part_id :: arguments.num_parts])
@@ -186,8 +184,14 @@ def predict_folder(arguments: argparse.Namespace) -> None:
         predict_case = CasePredictor(predictor, arguments.o, export)
         for case in prepare_cases(predictor, mine, previous, arguments.npp):
             if isinstance(case, FailedCase):
-                raise CaseError(f"{case.name}: {case.reason}")
+                failed.append(case)
+                continue
+            for note in case.notes:
+                tqdm.write(f"{case.name}: {note}")
             _report(case.name, predict_case(case.name, case.data, case.properties))
+    if failed:
+        lines = "\n".join(f"{case.name} failed: {case.reason}" for case in failed)
+        raise CaseError(f"{len(failed)} cases failed\n{lines}")
 
 
 def _report(name: str, result: CaseResult) -> None:
