@@ -8,10 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
-from nnunetv2.utilities.utils import (
-    create_lists_from_splitted_dataset_folder,
-    get_identifiers_from_splitted_dataset_folder,
-)
 from tqdm import tqdm
 
 LONGEST_NAME = 255  # bytes of a file's name on every usual file system
@@ -70,15 +66,22 @@ def list_cases(folder: Path, dataset_json: Mapping[str, Any]) -> tuple[dict[str,
 
 
 def _as_nnunet_lists(folder: Path, ending: str) -> dict[str, list[Path]]:
-    names = [str(n) for n in get_identifiers_from_splitted_dataset_folder(str(folder), ending)]
-    files = create_lists_from_splitted_dataset_folder(str(folder), ending, names, num_processes=1) if names else []
-    # nnU-Net itself stops at a name without files: one that has no number of a channel
-    return {name: [Path(f) for f in channels] for name, channels in zip(names, files, strict=True) if channels}
+    """The result of ``create_lists_from_splitted_dataset_folder``, which one link loop or one other name stops."""
+    naming, cases = _naming(ending), {}
+    for file in sorted(folder.iterdir()):
+        found = naming.fullmatch(file.name)
+        if found and file.is_file():
+            cases.setdefault(found[1], []).append(file)
+    return dict(sorted(cases.items()))
+
+
+def _naming(ending: str) -> re.Pattern:
+    return re.compile(r"(.*)_\d{4}" + re.escape(ending), re.DOTALL)
 
 
 def _case_of(file: Path, ending: str) -> str:
     """Name of the case that a single image stands for."""
-    found = re.fullmatch(r"(.*)_\d{4}" + re.escape(ending), file.name)
+    found = _naming(ending).fullmatch(file.name)
     if found is None:
         stem = file.name.removesuffix(ending).split(".")[0]
         raise InputError(

@@ -49,12 +49,9 @@ def write_nifti(file, array, affine, dtype=np.float32):
     return file
 
 
-def write_itk(file, array, spacing=(1.0, 1.0, 1.0), origin=(0.0, 0.0, 0.0), colours=False):
+def write_itk(file, array, colours=False, compressed=True):
     """An array (z, y, x), or (z, y, x, C) with colours."""
-    image = sitk.GetImageFromArray(array, isVector=colours)
-    image.SetSpacing(spacing[: image.GetDimension()])
-    image.SetOrigin(origin[: image.GetDimension()])
-    sitk.WriteImage(image, str(file), True)
+    sitk.WriteImage(sitk.GetImageFromArray(array, isVector=colours), str(file), compressed)
     return file
 
 
@@ -126,7 +123,7 @@ def _nifti(folder: Path, layout: str) -> int:
             write_itk(folder / f"{case}_0000.nii.gz", volume(0, (7, 6)))
             continue
         if layout == "one_file":
-            write_itk(folder / f"{case}_0000.nii.gz", np.stack([volume(0), volume(1)])[..., None][..., 0])
+            write_itk(folder / f"{case}_0000.nii.gz", np.stack([volume(0), volume(1)]))
             continue
         for channel in range(2):
             odd = case == "a" and channel == 1
