@@ -16,7 +16,7 @@ from nnunetv2_diffusion.inference.cases import model_files
 from nnunetv2_diffusion.inference.inputs import CaseError, InputError, list_cases
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.prepared import preprocess
-from nnunetv2_diffusion.inference.reading import channel_names, read_case
+from nnunetv2_diffusion.inference.reading import channel_names, check_file, read_case
 
 MEAN = "mean"  # name of the mean over classes or regions
 
@@ -92,6 +92,7 @@ def _read(
 ) -> LabelledCase:
     model, reader = model_files(predictor), predictor.plans_manager.image_reader_writer_class()
     image, properties, _ = read_case(reader, files, channel_names(predictor.dataset_json))
+    check_file(reference)
     values = read_segmentation(reader, reference, label_set(predictor), ignore=True).values
     if values.shape not in (image.shape[1:], image.shape[2:]) or values.size != image[0].size:
         raise CaseError(f"{reference}: shape {values.shape}, expected {image.shape[1:]} as of {files[0]}")

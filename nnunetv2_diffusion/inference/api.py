@@ -158,7 +158,7 @@ def _as_read(
     if dims == 3 and (image.ndim == 2 or (spacing is not None and len(spacing) == 2)):
         raise InputError(
             f"the image has shape {image.shape}, and the model is 3D: give a volume {axes}, {number}, and its spacing "
-            "along each of the three axes; image[None] makes a single slice one"
+            "along each spatial axis; image[None] makes a single slice one"
         )
     if spacing is None:
         raise InputError(f"spacing is missing: expected mm along each spatial axis of the array, {axes}")

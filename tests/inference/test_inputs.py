@@ -168,7 +168,7 @@ def test_another_number_of_channels_is_told_after_reading(channels, tmp_path):
 
 def test_a_gap_in_the_numbers_is_noted(tmp_path):
     file = write_nifti(tmp_path / "a_0001.nii.gz", volume(), np.eye(4))
-    assert "files numbered 0001 are taken for channels 0" in notes(model_of(), file)
+    assert "files numbered 0001 are taken for the channels from 0 on" in notes(model_of(), file)
 
 
 def test_axes_that_nnunet_cannot_write_are_told_before_anything_is_drawn(tmp_path):
