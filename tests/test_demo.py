@@ -2,9 +2,15 @@
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
+from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from skimage import io
 
 from nnunetv2_diffusion.demo import __main__ as demo
 from nnunetv2_diffusion.demo.data import RawDataError, hold_out
@@ -63,7 +69,7 @@ def test_held_out_cases_are_not_in_the_training_part(raw, tmp_path):
     [
         (lambda f: (f / "dataset.json").unlink(), "no dataset.json"),
         (lambda f: (f / "dataset.json").write_text("{"), "expected nnU-Net's format"),
-        (lambda f: next((f / "imagesTr").iterdir()).unlink(), "has 0 images, dataset.json names 1 channels"),
+        (lambda f: next((f / "imagesTr").iterdir()).unlink(), "has a label and no image"),
     ],
 )
 def test_raw_data_in_another_layout_is_named(raw, tmp_path, damage, said):
@@ -71,6 +77,75 @@ def test_raw_data_in_another_layout_is_named(raw, tmp_path, damage, said):
     with pytest.raises(RawDataError, match=said):
         hold_out(raw, tmp_path / "out", 2, 0)
     assert not (tmp_path / "out").exists()
+
+
+def pictures(folder, channels=3):
+    """A data set in nnU-Net's format for natural images: all colours of a case in one PNG."""
+    names = {str(number): "RGBA"[number] for number in range(channels)}
+    write_dataset(folder, names, ".png")
+    for case in range(6):
+        rng = np.random.default_rng(case)
+        colours = rng.integers(0, 255, (9, 8, channels), dtype=np.uint8)
+        io.imsave(folder / "imagesTr" / f"p{case}_0000.png", colours, check_contrast=False)
+        io.imsave(
+            folder / "labelsTr" / f"p{case}.png", rng.integers(0, 2, (9, 8), dtype=np.uint8), check_contrast=False
+        )
+
+
+def write_dataset(folder, names, ending, **more):
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    labels = {"background": 0, "blob": 1}
+    dataset = {"channel_names": names, "labels": labels, "numTraining": 6, "file_ending": ending, **more}
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+
+
+def read_by_nnunet(folder):
+    """Case -> names of image files and of the label, after nnU-Net has verified a raw data set."""
+    verify_dataset_integrity(str(folder), num_processes=1)
+    found = get_filenames_of_train_images_and_targets(str(folder))
+    return {n: [Path(f).name for f in (*v["images"], v["label"])] for n, v in found.items()}
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_in_one_file_are_taken_as_nnunet_takes_them(tmp_path, channels):
+    pictures(tmp_path / "Dataset311_Rgb-x", channels)
+    hold_out(tmp_path / "Dataset311_Rgb-x", tmp_path / "raw" / "Dataset311_Rgb-x", 1, 0)
+    found = read_by_nnunet(tmp_path / "raw" / "Dataset311_Rgb-x")
+    assert len(found) == 5
+    assert all(files == [f"{name}_0000.png", f"{name}.png"] for name, files in found.items())
+
+
+def test_the_spacing_beside_a_3d_tiff_comes_along(tmp_path):
+    source, target = tmp_path / "Dataset325_Tif", tmp_path / "raw" / "Dataset325_Tif"
+    write_dataset(source, {"0": "em"}, ".tif", overwrite_image_reader_writer="Tiff3DIO")
+    for case in range(6):
+        for file in (f"imagesTr/v_{case}001_0000.tif", f"labelsTr/v_{case}001.tif"):
+            tifffile.imwrite(source / file, np.zeros((4, 5, 6), np.uint8), photometric="minisblack")
+        for part in ("imagesTr", "labelsTr"):
+            (source / part / f"v_{case}001.json").write_text(json.dumps({"spacing": [2.0, 1.0, 1.0]}))
+    hold_out(source, target, 1, 0)
+    assert len(read_by_nnunet(target)) == 5
+    for part in ("Tr", "Ts"):
+        for file in (target / f"images{part}").glob("*.tif"):
+            assert Tiff3DIO().read_images([str(file)])[1]["spacing"] == [2.0, 1.0, 1.0]
+        for file in (target / f"labels{part}").glob("*.tif"):
+            assert Tiff3DIO().read_seg(str(file))[1]["spacing"] == [2.0, 1.0, 1.0]
+
+
+def test_files_that_dataset_json_names_are_linked(raw, tmp_path):
+    """nnU-Net's other layout: images anywhere, under any name."""
+    (tmp_path / "elsewhere").mkdir()
+    listed = {}
+    for label in sorted((raw / "labelsTr").iterdir()):
+        case = label.name.removesuffix(".nii.gz")
+        image = (raw / "imagesTr" / f"{case}_0000.nii.gz").rename(tmp_path / "elsewhere" / f"scan of {case}.nii.gz")
+        listed[case] = {"images": [str(image)], "label": f"labelsTr/{label.name}"}
+    (raw / "imagesTr").rmdir()
+    dataset = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps({**dataset, "dataset": listed}))
+    hold_out(raw, tmp_path / "raw" / raw.name, 2, 0)
+    assert len(read_by_nnunet(tmp_path / "raw" / raw.name)) == 6
 
 
 def test_too_few_cases_are_named(raw, tmp_path):

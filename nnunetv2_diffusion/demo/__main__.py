@@ -1,6 +1,7 @@
 """Command line of the demo; see scripts/demo."""
 
 import argparse
+import glob
 import json
 import platform
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from nnunetv2_diffusion.demo.data import RawDataError, hold_out
+from nnunetv2_diffusion.demo.data import RawDataError, hold_out, read_raw
 from nnunetv2_diffusion.demo.options import parse_arguments
 from nnunetv2_diffusion.demo.phantoms import write_phantoms
 from nnunetv2_diffusion.demo.picture import draw_case, reverse_steps
@@ -40,7 +41,7 @@ def make_data(options: argparse.Namespace, out: Path) -> str:
         print(f"made 24 training and {options.test_cases or 6} unseen phantoms in {folder}")
         return SYNTHETIC
     source = options.raw.resolve()
-    labelled = len(list((source / "labelsTr").glob("*"))) if source.is_dir() else 0
+    labelled = len(read_raw(source)[1])
     test_cases = options.test_cases or max(1, min(20, labelled // 10))
     hold_out(source, out / "nnUNet_raw" / source.name, test_cases, options.seed)
     print(f"held out {test_cases} of {labelled} labelled cases of {source.name}")
@@ -87,7 +88,8 @@ def judge(means: dict[str, float], by_steps: dict[str, float], options: argparse
 
 def seconds_per_case(job: Job) -> dict[str, float]:
     """Of every prediction, start of the command included; printed as well."""
-    prefix, cases = "predict_", len(list((job.raw / "labelsTs").iterdir()))
+    ending = json.loads((job.raw / "dataset.json").read_text())["file_ending"]
+    prefix, cases = "predict_", len(list((job.raw / "labelsTs").glob(f"*{ending}")))
     result = {k.removeprefix(prefix): s / cases for k, s in job.seconds.items() if k.startswith(prefix)}
     print("\nseconds per case:", ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.items()))
     return result
@@ -96,9 +98,9 @@ def seconds_per_case(job: Job) -> dict[str, float]:
 def draw(job: Job, trainers: list[str]) -> Path:
     """The picture of the first unseen case."""
     ending = json.loads((job.raw / "dataset.json").read_text())["file_ending"]
-    truth = sorted((job.raw / "labelsTs").iterdir())[0]
+    truth = sorted((job.raw / "labelsTs").glob(f"*{ending}"))[0]
     case = truth.name.removesuffix(ending)
-    images = sorted((job.raw / "imagesTs").glob(f"{case}_*"))
+    images = sorted((job.raw / "imagesTs").glob(f"{glob.escape(case)}_????{ending}"))
     steps = reverse_steps(job.model_folder(trainers[0]), images, steps=5, device=job.device)
     masks = {t: job.out / f"predictions_{t}" / truth.name for t in trainers}
     picture = job.out / "demo.png"

@@ -113,7 +113,7 @@ def plan(job: Job) -> None:
 def write_split(job: Job, validation_cases: int = 4) -> None:
     """A fold 0 with few validation cases: the unseen cases are what is scored."""
     ending = json.loads((job.raw / "dataset.json").read_text())["file_ending"]
-    cases = sorted(p.name.removesuffix(ending) for p in (job.raw / "labelsTr").iterdir())
+    cases = sorted(p.name.removesuffix(ending) for p in (job.raw / "labelsTr").glob(f"*{ending}"))
     validation = cases[:: max(1, len(cases) // validation_cases)][:validation_cases]
     split = [{"train": [c for c in cases if c not in validation], "val": validation}]
     (job.preprocessed / "splits_final.json").write_text(json.dumps(split, indent=2))

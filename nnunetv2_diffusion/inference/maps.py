@@ -127,7 +127,8 @@ def written_whole(path: Path, ending: str) -> Iterator[Path]:
         OSError: of the same kind as one in the block, naming ``path``.
     """
     # not made by mkstemp, whose files others may not read
-    part = path.with_name(f".{path.name[: -len(ending)]}.{os.getpid()}.part{ending}")
+    # of a long name a part only: together they may be longer than a file system allows
+    part = path.with_name(f".{path.name[: -len(ending)][:50]}.{os.getpid()}.part{ending}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part

@@ -22,7 +22,7 @@ from nnunetv2_diffusion.inference.devices import check_device
 from nnunetv2_diffusion.inference.export import SAMPLES, STEPS, UNCERTAINTY, work_folder
 from nnunetv2_diffusion.inference.exporter import Exporter
 from nnunetv2_diffusion.inference.failures import concerns_one_case, lacks_memory, reason_of
-from nnunetv2_diffusion.inference.inputs import InputError, check_headers, list_cases, prepare_output
+from nnunetv2_diffusion.inference.inputs import InputError, list_cases, prepare_output
 from nnunetv2_diffusion.inference.loading import find_folds, load_predictor
 from nnunetv2_diffusion.inference.maps import MapWriterError, check_map_writer
 from nnunetv2_diffusion.inference.options import AGGREGATION, OptionError, PredictionOptions
@@ -293,8 +293,8 @@ def _find_cases(
 ) -> tuple[dict[str, list[Path]], dict[str, str]]:
     """Case -> images, and case -> why it cannot be predicted, of this call's part."""
     ending = predictor.dataset_json["file_ending"]
-    cases, failed = list_cases(arguments.i, predictor.dataset_json), {}
-    check_headers(cases, ending)
+    cases, unreadable = list_cases(arguments.i, predictor.dataset_json)
+    failed = {case.name: case.reason for case in unreadable}
     for name in list(cases) if previous is not None else ():
         if not (previous / f"{name}{ending}").is_file():
             failed[name] = f"{previous / f'{name}{ending}'}: missing, expected the mask of the previous stage"

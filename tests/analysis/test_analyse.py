@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813, its usual name
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
+from odd_inputs import cut_off
 from tiny_model import make_model, write_images
 
 from nnunetv2_diffusion import cli
@@ -52,6 +54,29 @@ def results(setting, tmp_path_factory):
     out = tmp_path_factory.mktemp("results") / "out"
     assert analyse(setting, out, "--steps", 3, "--samples", 2, "--counts", 1, 2, "--modes", "all", "--mask_use") == 0
     return out
+
+
+def test_bad_cases_are_named_before_any_is_studied(setting, tmp_path, capsys):
+    model, images, labels = setting
+    images, labels = shutil.copytree(images, tmp_path / "images"), shutil.copytree(labels, tmp_path / "labels")
+    for name in ("cut", "seg", "far"):
+        shutil.copy(images / "case_0_0000.nii.gz", images / f"{name}_0000.nii.gz")
+        shutil.copy(labels / "case_0.nii.gz", labels / f"{name}.nii.gz")
+    cut_off(images / "cut_0000.nii.gz", 0.5)
+    cut_off(labels / "seg.nii.gz", 0.5)
+    turned = sitk.GetImageFromArray(np.zeros((9, 15, 10), np.uint8))  # as many voxels, another shape
+    sitk.WriteImage(turned, str(labels / "far.nii.gz"))
+    (images / "gone_0000.nii.gz").symlink_to("nowhere")
+    assert analyse((model, images, labels), tmp_path / "out", "--steps", 2, "--samples", 1, "--counts", 1) == 1
+    found = capsys.readouterr().err
+    for words in (
+        f"{images / 'cut_0000.nii.gz'}: damaged or cut off",
+        f"{labels / 'seg.nii.gz'}: damaged or cut off",
+        f"{labels / 'far.nii.gz'}: shape (9, 15, 10), expected (10, 15, 9)",
+        f"{images / 'gone_0000.nii.gz'}: a link to nowhere",
+    ):
+        assert words in found
+    assert not (tmp_path / "out").exists()
 
 
 def rows(file):
