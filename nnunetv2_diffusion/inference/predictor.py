@@ -116,8 +116,8 @@ class DiffusionPredictor(nnUNetPredictor):
 
     @property
     def tiles_at_once(self) -> int:
-        """How many tiles go through the network together."""
-        return tiles_at_once(self.configuration_manager.batch_size)
+        """How many tiles go through the network together; one where tiles end their chains at different steps."""
+        return 1 if self.options.early_exit else tiles_at_once(self.configuration_manager.batch_size)
 
     @property
     def samples(self) -> int:
@@ -177,15 +177,15 @@ class DiffusionPredictor(nnUNetPredictor):
         self, chain: Chain, plan: list[Schedule], canvas: Canvas, sample: int, count: PassCount
     ) -> list[torch.Tensor]:
         """One sample; if the device has no room for the results, they are kept on the CPU from here on."""
-        by_volume = self.options.aggregate == "volume"
-        passes = count.passes
+        draw = self._draw_volume if self.options.aggregate == "volume" else self._draw_tiles
+        passes, blended = count.passes, None
         try:
-            draw = self._draw_volume if by_volume else self._draw_tiles
             with self._autocast():
                 blended = draw(chain, plan, canvas, sample, count)
         except torch.cuda.OutOfMemoryError:
             if self.results_device.type == "cpu":
                 raise
+        if blended is None:  # not within the except clause, whose error keeps what was on the device
             print("The device has no room for the results; they are moved to the CPU")
             self.results_device = torch.device("cpu")
             canvas.blend = self.canvas(canvas.data[(slice(None), *canvas.crop[1:])]).blend
@@ -212,8 +212,7 @@ class DiffusionPredictor(nnUNetPredictor):
         """A chain for each tile; masks of the kept steps, blended."""
         kept = chain.steps if self.options.save_steps else 1
         blends = [canvas.blend() for _ in range(kept)]
-        number = 1 if self.options.early_exit else self.tiles_at_once  # tiles end their chains at different steps
-        for tiles in at_once(canvas.tiles, number):
+        for tiles in at_once(canvas.tiles, self.tiles_at_once):
             image = torch.stack([canvas.data[tile.index] for tile in tiles]).to(self.device)
             estimator = TileEstimator(chain, image, count.tick)
             noise = JoinedNoise(
