@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
 from nnunetv2_diffusion.inference.export import (
     SAMPLES,
@@ -22,6 +21,7 @@ from nnunetv2_diffusion.inference.export import (
     bounded_logits,
     cleared_on_error,
     export_case,
+    label_map,
     work_folder,
     write_mask,
 )
@@ -125,11 +125,7 @@ def model_files(predictor: DiffusionPredictor) -> ModelFiles:
 
 def final_mask(predictor: DiffusionPredictor, p: torch.Tensor, properties: dict[str, Any]) -> np.ndarray:
     """Labels in the geometry of the image, as nnU-Net's export makes them from probabilities (K, *spatial)."""
-    mask = convert_predicted_logits_to_segmentation_with_correct_shape(
-        bounded_logits(p, predictor.label_manager.has_regions), predictor.plans_manager,
-        predictor.configuration_manager, predictor.label_manager, properties, num_threads_torch=1,
-    )  # fmt: skip
-    return np.asarray(mask)
+    return label_map(bounded_logits(p, predictor.label_manager.has_regions), properties, model_files(predictor))
 
 
 def uncertainty_maps(predictor: DiffusionPredictor, result: CaseResult) -> dict[str, np.ndarray]:
@@ -174,7 +170,7 @@ def draw_case(
         data: preprocessed, (C, *spatial).
         name: for the progress bar.
         folder: where the masks of samples are kept for their statistics, which are left out without it.
-        keep: called with every member and its number.
+        keep: called with every member and its number, when it has been checked.
 
     Raises:
         CaseError: the network's answer is not finite; see ``check_finite``.
@@ -199,7 +195,7 @@ def draw_case(
             if keep is not None:
                 keep(member, number)
             number += 1
-            del member
+            del member, p
         result.counts = masks.counts() if masks is not None else None
     result.steps = [*steps, result.moments.mean()]
     result.seconds = time.monotonic() - start
