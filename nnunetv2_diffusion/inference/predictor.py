@@ -164,7 +164,6 @@ class DiffusionPredictor(nnUNetPredictor):
         blend = partial(Blend, heads, data.shape[1:], weight, device, self.meter)
         return Canvas(data, tiles, padding, revert, blend)
 
-    @torch.inference_mode()
     def members(self, image: torch.Tensor, name: str = "", count: PassCount | None = None) -> Iterator[Member]:
         """Draw all masks of a preprocessed case, (C, *spatial), with a progress bar of network passes.
 
@@ -191,6 +190,7 @@ class DiffusionPredictor(nnUNetPredictor):
     def _autocast(self) -> torch.autocast | nullcontext:
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
+    @torch.inference_mode()  # not around a generator: torch's would hold a member while the next one is drawn
     def _draw(
         self, chain: Chain, plan: list[Schedule], canvas: Canvas, sample: int, count: PassCount
     ) -> list[torch.Tensor]:
