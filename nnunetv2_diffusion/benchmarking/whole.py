@@ -18,7 +18,7 @@ from nnunetv2_diffusion.benchmarking.host import SEED, build_network
 from nnunetv2_diffusion.benchmarking.problem import BenchmarkError, Problem
 from nnunetv2_diffusion.benchmarking.report import Target
 from nnunetv2_diffusion.benchmarking.timing import Measurement, ratio, summary
-from nnunetv2_diffusion.commands import CommandError, CommandRunner
+from nnunetv2_diffusion.commands import CommandError, CommandRunner, Usage
 from nnunetv2_diffusion.installation import checkout
 
 STOCK, OURS = "nnUNetv2_predict", "nnunetv2_diffusion predict"
@@ -51,11 +51,12 @@ def whole_predictions(
     model = ["-d", problem.plans["dataset_name"], "-c", problem.configuration, "-tr", trainer]
     results = []
     for name, spacing in SPACINGS.items():
-        images = write_case(root / name.replace(" ", "_"), shape, spacing)
+        folder = root / name.replace(" ", "_")
+        images = write_case(folder / "images", shape, spacing)
         usages = {command: [] for command in COMMANDS}
         for index in range(rounds):
             for command in COMMANDS:
-                usages[command].append(_run(command, model, images, root / f"{command}_{index}", device))
+                usages[command].append(_run(command, model, images, folder / f"{command}_{index}", device))
         stock = [Measurement(u.seconds, peak_bytes=u.peak_memory_bytes) for u in usages[STOCK]]
         for command, used in usages.items():
             results.append({"trainer": f"{command}, {name}", "steps": None, **_costs(used, stock)})
@@ -68,7 +69,7 @@ def whole_targets(results: list[dict[str, Any]]) -> list[Target]:
     return [Target(f"{r['trainer']}: peak memory / {STOCK}'s", LIMIT, r["peak_memory_ratio"]) for r in ours]
 
 
-def _costs(used: list[Any], stock: list[Measurement]) -> dict[str, Any]:
+def _costs(used: list[Usage], stock: list[Measurement]) -> dict[str, Any]:
     seconds, peaks = [u.seconds for u in used], [u.peak_memory_bytes for u in used]
     known = None not in peaks
     return {
@@ -82,7 +83,7 @@ def _costs(used: list[Any], stock: list[Measurement]) -> dict[str, Any]:
     }
 
 
-def _run(command: str, model: list[str], images: Path, out: Path, device: str) -> Any:
+def _run(command: str, model: list[str], images: Path, out: Path, device: str) -> Usage:
     words = [*COMMANDS[command], "-i", images, "-o", out, *model, "-f", "0", "-device", device]
     words += ["-npp", "0", "-nps", "0", "-step_size", "1", "--disable_tta"]
     root = checkout()
