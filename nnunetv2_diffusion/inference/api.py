@@ -78,7 +78,7 @@ def predict_image(
     """Predict one image.
 
     Args:
-        model: of ``load_model``.
+        model: of ``load_model``; for one thread at a time, as it is told the options.
         image: a file, one file a channel, or an array (z, y, x), (C, z, y, x) or for 2D models (y, x) or (C, y, x).
         spacing: of an array, mm along its spatial axes.
         keep_samples: return the mask of every sample.

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
 from nnunetv2_diffusion.inference.export import (
     SAMPLES,
@@ -20,9 +19,11 @@ from nnunetv2_diffusion.inference.export import (
     ModelFiles,
     bounded_logits,
     cleared_on_error,
+    label_map,
     work_folder,
     write_mask,
 )
+from nnunetv2_diffusion.inference.inputs import CaseError
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor, Member, PassCount
 from nnunetv2_diffusion.inference.prepared import PreparedCase
 from nnunetv2_diffusion.inference.running import RunningMoments
@@ -55,6 +56,11 @@ class CaseResult:
     steps: list[torch.Tensor] = field(default_factory=list)
     passes: PassCount = field(default_factory=PassCount)
     seconds: float = 0.0
+
+    def take_mean(self) -> torch.Tensor:
+        """Mean probabilities (K, *spatial), for the caller to keep and change; moments and steps are empty then."""
+        self.steps = []
+        return self.moments.take_mean()
 
 
 def network_grid(predictor: DiffusionPredictor, properties: dict, shape: Iterable[int]) -> tuple[float, ...]:
@@ -103,7 +109,9 @@ class CasePredictor:
         write_mask(bounded_logits(p, self.regions), target, properties, self.model, npz=False)
 
     def _finished(self, case: PreparedCase, inputs: Sequence[Path], result: CaseResult) -> CaseExport:
-        logits = bounded_logits(result.moments.mean(), self.regions)
+        maps = self.options.save_uncertainty  # which are made of the mean as well
+        mean = result.moments.mean() if maps else result.take_mean()
+        logits = bounded_logits(mean, self.regions, given_away=not maps)
         finished = CaseExport(
             case.name,
             case.properties,
@@ -126,11 +134,7 @@ def model_files(predictor: DiffusionPredictor) -> ModelFiles:
 
 def final_mask(predictor: DiffusionPredictor, p: torch.Tensor, properties: dict[str, Any]) -> np.ndarray:
     """Labels in the geometry of the image, as nnU-Net's export makes them from probabilities (K, *spatial)."""
-    mask = convert_predicted_logits_to_segmentation_with_correct_shape(
-        bounded_logits(p, predictor.label_manager.has_regions), predictor.plans_manager,
-        predictor.configuration_manager, predictor.label_manager, properties, num_threads_torch=1,
-    )  # fmt: skip
-    return np.asarray(mask)
+    return label_map(bounded_logits(p, predictor.label_manager.has_regions), properties, model_files(predictor))
 
 
 def uncertainty_maps(predictor: DiffusionPredictor, result: CaseResult) -> dict[str, np.ndarray]:
@@ -150,6 +154,7 @@ def describe(
     spacing = network_grid(predictor, properties, shape)
     settings = {
         **{k: v for k, v in asdict(predictor.options).items() if not k.startswith("save_")},
+        "tiles_at_once": predictor.tiles_at_once,
         "sampling": asdict(predictor.sampling) if predictor.sampling else None,
         "folds": len(predictor.list_of_parameters),
         "trainer": predictor.trainer_name,
@@ -174,27 +179,54 @@ def draw_case(
         data: preprocessed, (C, *spatial).
         name: for the progress bar.
         folder: where the masks of samples are kept for their statistics, which are left out without it.
-        keep: called with every member and its number.
+        keep: called with every member and its number, when it has been checked.
+
+    Raises:
+        CaseError: the network's answer is not finite; see ``check_finite``.
     """
     regions = predictor.label_manager.has_regions
     start, steps = time.monotonic(), []
     result = CaseResult(RunningMoments(regions), None)
+    alone = predictor.samples * len(predictor.list_of_parameters) == 1  # then nothing is summed, nor copied
+    number = 0  # enumerate() would hold a member until the next one is drawn
     with ExitStack() as stack:
         masks = None
         if folder is not None:
             labels = foreground_labels(predictor.dataset_json)
             masks = stack.enter_context(SampleMasks(folder, labels, region_masks=regions))
-        for number, member in enumerate(predictor.members(data, name, result.passes)):
-            result.moments.add(member.steps[-1])
-            steps = _running_mean(steps, member.steps[:-1], number)
+        for member in predictor.members(data, name, result.passes):
+            for p in member.steps:
+                check_finite(p, predictor, f"{name}: sample {number}")
+            result.moments.add(member.steps[-1], given_away=alone)
+            steps = member.steps[:-1] if alone else _running_mean(steps, member.steps[:-1], number)
             if masks is not None:
                 masks.add(_hard(member.steps[-1], regions))
             if keep is not None:
                 keep(member, number)
+            number += 1
+            del member, p
         result.counts = masks.counts() if masks is not None else None
     result.steps = [*steps, result.moments.mean()]
     result.seconds = time.monotonic() - start
     return result
+
+
+def check_finite(p: torch.Tensor, predictor: DiffusionPredictor, what: str) -> None:
+    """See that probabilities (K, *spatial) are numbers before anything is made of them.
+
+    The check reads them once and makes nothing of their size: a sum is finite if all of its terms are.
+
+    Raises:
+        CaseError: naming what they are of, the classes or regions, and how many of their voxels are not finite.
+    """
+    if torch.isfinite(p.sum()):
+        return
+    names = list(foreground_labels(predictor.dataset_json))
+    names = names if predictor.label_manager.has_regions else ["background", *names]
+    counts = {name: int((~torch.isfinite(head)).sum()) for name, head in zip(names, p, strict=True)}
+    found = [f"{name!r} at {count} of {p[0].numel()} voxels" for name, count in counts.items() if count]
+    shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    raise CaseError(f"{what}: probabilities that are not finite, of {shown}; are the model's weights damaged?")
 
 
 def _running_mean(means: list[torch.Tensor], new: list[torch.Tensor], count: int) -> list[torch.Tensor]:

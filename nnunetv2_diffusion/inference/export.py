@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
@@ -23,10 +24,20 @@ MIN_PROBABILITY = 1e-6
 UNCERTAINTY, SAMPLES, STEPS = SIDE_FOLDERS
 
 
-def bounded_logits(p: torch.Tensor, regions: bool) -> np.ndarray:
-    """Logits whose softmax, or sigmoid for regions, is p (K, *spatial): what nnU-Net's export expects."""
-    p = p.float()
-    logits = torch.logit(p, eps=MIN_PROBABILITY) if regions else p.clamp(min=MIN_PROBABILITY).log()
+@torch.inference_mode()  # which p may come from
+def bounded_logits(p: torch.Tensor, regions: bool, given_away: bool = False) -> np.ndarray:
+    """Logits whose softmax, or sigmoid for regions, is p (K, *spatial), float32: what nnU-Net's export expects.
+
+    Args:
+        p: probabilities.
+        regions: heads are independent (sigmoid), not classes (softmax).
+        given_away: the caller needs p no more: it is overwritten, which spares a copy of all heads.
+    """
+    logits = p.to(torch.float32, copy=not given_away)
+    if regions:
+        logits.logit_(eps=MIN_PROBABILITY)
+    else:
+        logits.clamp_(min=MIN_PROBABILITY).log_()
     return logits.cpu().numpy()
 
 
@@ -94,14 +105,52 @@ def cleared_on_error(work: Path) -> Iterator[None]:
         raise
 
 
+def at_image_spacing(logits: np.ndarray, properties: dict[str, Any], model: ModelFiles) -> np.ndarray:
+    """Logits (K, *spatial) at the spacing of the image, cropped; as nnU-Net's export resamples them.
+
+    One head after the other: nnU-Net's functions make a copy in float64 of everything that they are given. Plans may
+    name a function that is not nnU-Net's and wants all heads together.
+    """
+    configuration, shape = model.configuration_manager, properties["shape_after_cropping_and_before_resampling"]
+    spacing = [properties["spacing"][axis] for axis in model.plans_manager.transpose_forward]
+    own = list(configuration.spacing)
+    own = own if len(own) == len(shape) else [spacing[0], *own]  # a 2D network's slices stay as they are
+    resample = configuration.resampling_fn_probabilities
+    if tuple(logits.shape[1:]) == tuple(shape) or not resample.func.__module__.startswith("nnunetv2."):
+        return np.asarray(resample(logits, shape, own, spacing))
+    result = np.empty((len(logits), *shape), logits.dtype)
+    for head, values in zip(result, logits, strict=True):
+        head[...] = np.asarray(resample(values[None], shape, own, spacing)[0])
+    return result
+
+
+def label_map(logits: np.ndarray, properties: dict[str, Any], model: ModelFiles) -> np.ndarray:
+    """Labels in the geometry of the image: what nnU-Net's export makes of logits (K, *spatial), in less memory.
+
+    Labels are chosen slice by slice, as nnU-Net's label manager copies everything that it is given.
+    """
+    labels = model.plans_manager.get_label_manager(model.dataset_json)
+    logits = at_image_spacing(logits, properties, model)
+    cropped = np.empty(logits.shape[1:], np.uint8 if len(labels.foreground_labels) < 255 else np.uint16)
+    for index in range(len(cropped)):
+        cropped[index] = labels.convert_logits_to_segmentation(logits[:, index : index + 1])[0]
+    whole = np.zeros(properties["shape_before_cropping"], cropped.dtype)
+    whole = insert_crop_into_image(whole, cropped, properties["bbox_used_for_cropping"])
+    return whole.transpose(model.plans_manager.transpose_backward)
+
+
 def write_mask(logits: np.ndarray, target: Path, properties: dict[str, Any], model: ModelFiles, npz: bool) -> None:
-    """Write ``<target><ending>`` by nnU-Net's export; a missing folder is made."""
+    """Write ``<target><ending>``, and nnU-Net's npz and pkl if asked for; a missing folder is made."""
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        export_prediction_from_logits(
-            logits, properties, model.configuration_manager, model.plans_manager, model.dataset_json, str(target), npz,
-            num_threads_torch=1,
-        )  # fmt: skip
+        if npz:
+            export_prediction_from_logits(
+                logits, properties, model.configuration_manager, model.plans_manager, model.dataset_json, str(target),
+                npz, num_threads_torch=1,
+            )  # fmt: skip
+        else:
+            writer = model.plans_manager.image_reader_writer_class()
+            writer.write_seg(label_map(logits, properties, model), f"{target}{model.ending}", properties)
     except RuntimeError as error:  # SimpleITK has no other kind
         raise OSError(f"{target.name}{model.ending}: cannot be written ({' '.join(str(error).split())})") from error
     # on a full disk, SimpleITK writes a part of the file and reports success

@@ -13,6 +13,7 @@ from nnunetv2_diffusion.inference.sliding_window import (
     Tile,
     TileEstimator,
     VolumeEstimator,
+    at_once,
     make_tiles,
     run_chain,
 )
@@ -121,7 +122,9 @@ def volume(chain, data, tiles, patch):
 
 def test_tiles_come_in_one_order():
     shape, patch = (6, 7, 8), (4, 5, 8)
-    assert cover(shape, patch) == cover(shape, patch, order=-1)
+    groups = at_once(cover(shape, patch), 3)
+    assert groups == at_once(cover(shape, patch, order=-1), 3)
+    assert [len(group) for group in groups] == [3, 1]
 
 
 def test_a_blend_of_equal_opinions_is_that_opinion():
