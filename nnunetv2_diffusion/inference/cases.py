@@ -1,10 +1,9 @@
 """From a preprocessed case to its files: samples are drawn, summed up and exported."""
 
 import multiprocessing
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -25,6 +24,7 @@ from nnunetv2_diffusion.inference.export import (
     work_folder,
     write_mask,
 )
+from nnunetv2_diffusion.inference.maps import map_names
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor, Member, PassCount
 from nnunetv2_diffusion.inference.running import RunningMoments
 from nnunetv2_diffusion.inference.sample_statistics import (
@@ -33,21 +33,20 @@ from nnunetv2_diffusion.inference.sample_statistics import (
     case_summary,
     foreground_labels,
     json_ready,
+    rounded,
 )
-
-NOT_IN_NAMES = r"[^\w.+-]+"  # of folders
 
 
 @dataclass
 class CaseResult:
-    """What all samples of a case say together, in the geometry of the network.
+    """What all samples of a case say together, probabilities in the geometry of the network.
 
     Attributes:
         moments: of the probabilities.
-        counts: of the masks; None if they were not asked for.
+        counts: of the masks, on the grid of the image; None if they were not asked for.
         steps: mean probabilities (K, *spatial) after each step; only the result if steps were not asked for.
         passes: of the network.
-        seconds: that the network took, sampling and blending included.
+        seconds: that the network took, sampling, blending and the masks of samples included.
     """
 
     moments: RunningMoments
@@ -55,13 +54,6 @@ class CaseResult:
     steps: list[torch.Tensor] = field(default_factory=list)
     passes: PassCount = field(default_factory=PassCount)
     seconds: float = 0.0
-
-
-def network_grid(predictor: DiffusionPredictor, properties: dict, shape: Iterable[int]) -> tuple[float, ...]:
-    """Spacing in mm of a preprocessed case: nnU-Net rounds its shape, so it differs a little from the plans'."""
-    original = properties["shape_after_cropping_and_before_resampling"]
-    spacing = [properties["spacing"][axis] for axis in predictor.plans_manager.transpose_forward]
-    return tuple(s * n / m for s, n, m in zip(spacing, original, shape, strict=True))
 
 
 class CasePredictor:
@@ -91,22 +83,25 @@ class CasePredictor:
                 self._write(member.steps[-1], target, properties)
 
             keeper = keep if self.options.save_samples else None
-            result = draw_case(self.predictor, data, name, work if self.options.save_uncertainty else None, keeper)
+            folder = work if self.options.save_uncertainty else None
+            result = draw_case(
+                self.predictor, data, name, folder, keeper, lambda p: final_mask(self.predictor, p, properties)
+            )
             if self.options.save_steps:
                 for number, p in enumerate(result.steps, start=1):
                     self._write(p, work / STEPS / f"{number:02d}" / name, properties)
-            self.export(self._finished(name, data, properties, result))
+            self.export(self._finished(name, properties, result))
         return result
 
     def _write(self, p: torch.Tensor, target: Path, properties: dict[str, Any]) -> None:
         write_mask(bounded_logits(p, self.regions), target, properties, self.model, npz=False)
 
-    def _finished(self, name: str, data: torch.Tensor, properties: dict[str, Any], result: CaseResult) -> CaseExport:
+    def _finished(self, name: str, properties: dict[str, Any], result: CaseResult) -> CaseExport:
         logits = bounded_logits(result.moments.mean(), self.regions)
         case = CaseExport(name, self.out, properties, logits, save_probabilities=self.options.save_probabilities)
         if self.options.save_uncertainty:
             case.maps = uncertainty_maps(self.predictor, result)
-            case.summary = describe(self.predictor, name, data, properties, result)
+            case.summary = describe(self.predictor, name, properties, result)
         return case
 
 
@@ -125,28 +120,38 @@ def final_mask(predictor: DiffusionPredictor, p: torch.Tensor, properties: dict[
 
 
 def uncertainty_maps(predictor: DiffusionPredictor, result: CaseResult) -> dict[str, np.ndarray]:
-    """Kind of map -> (*spatial): mean probability of each foreground label or region, entropy and what is derived."""
-    names = list(foreground_labels(predictor.dataset_json))
+    """Kind of map -> (*spatial): mean probability of each foreground label or region, entropy and what is derived.
+
+    Every label has a map of its own, ``probability_<name>`` with the names of ``map_names``.
+    """
+    names = map_names(foreground_labels(predictor.dataset_json)).values()
     first = 0 if predictor.label_manager.has_regions else 1
     mean = result.moments.mean()
-    maps = {f"probability_{re.sub(NOT_IN_NAMES, '_', name)}": mean[first + i] for i, name in enumerate(names)}
+    maps = {f"probability_{name}": mean[first + i] for i, name in enumerate(names)}
     return {kind: values.cpu().numpy() for kind, values in {**maps, **result.moments.maps()}.items()}
 
 
 def describe(
-    predictor: DiffusionPredictor, name: str, data: torch.Tensor, properties: dict[str, Any], result: CaseResult
+    predictor: DiffusionPredictor,
+    name: str,
+    properties: dict[str, Any],
+    result: CaseResult,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The JSON of a case."""
-    shape = tuple(data.shape[1:])
-    spacing = network_grid(predictor, properties, shape)
+    """The JSON of a case, but for the volumes of its mask: see ``add_mask_volumes``."""
+    shape = [properties["shape_before_cropping"][axis] for axis in predictor.plans_manager.transpose_backward]
     settings = {
         **{k: v for k, v in asdict(predictor.options).items() if not k.startswith("save_")},
         "sampling": asdict(predictor.sampling) if predictor.sampling else None,
         "folds": len(predictor.list_of_parameters),
         "trainer": predictor.trainer_name,
     }
-    summary = case_summary(name, result.counts, shape, spacing, settings)
-    passes = {"tiles": result.passes.tiles, "passes_per_tile": result.passes.per_tile, "seconds": result.seconds}
+    summary = case_summary(name, result.counts, shape, properties["spacing"], settings, notes)
+    passes = {
+        "tiles": result.passes.tiles,
+        "passes_per_tile": rounded(result.passes.per_tile),
+        "seconds": rounded(result.seconds),
+    }
     return {**summary, **json_ready(passes)}
 
 
@@ -157,6 +162,7 @@ def draw_case(
     name: str = "",
     folder: Path | None = None,
     keep: Callable[[Member, int], None] | None = None,
+    to_mask: Callable[[torch.Tensor], np.ndarray] | None = None,
 ) -> CaseResult:
     """Draw all samples of a case; memory does not grow with their number.
 
@@ -166,6 +172,8 @@ def draw_case(
         name: for the progress bar.
         folder: where the masks of samples are kept for their statistics, which are left out without it.
         keep: called with every member and its number.
+        to_mask: makes of a sample's probabilities (K, *spatial) the label map that is counted, see ``final_mask``;
+            needed with ``folder``.
     """
     regions = predictor.label_manager.has_regions
     start, steps = time.monotonic(), []
@@ -174,12 +182,12 @@ def draw_case(
         masks = None
         if folder is not None:
             labels = foreground_labels(predictor.dataset_json)
-            masks = stack.enter_context(SampleMasks(folder, labels, region_masks=regions))
+            masks = stack.enter_context(SampleMasks(folder, labels))
         for number, member in enumerate(predictor.members(data, name, result.passes)):
             result.moments.add(member.steps[-1])
             steps = _running_mean(steps, member.steps[:-1], number)
             if masks is not None:
-                masks.add(_hard(member.steps[-1], regions))
+                masks.add(to_mask(member.steps[-1]))
             if keep is not None:
                 keep(member, number)
         result.counts = masks.counts() if masks is not None else None
@@ -195,11 +203,6 @@ def _running_mean(means: list[torch.Tensor], new: list[torch.Tensor], count: int
     for mean, p in zip(means, new, strict=True):
         mean += (p - mean) / (count + 1)
     return means
-
-
-def _hard(p: torch.Tensor, regions: bool) -> np.ndarray:
-    """Label map of probabilities (K, *spatial); for regions their masks."""
-    return (p > 0.5).cpu().numpy() if regions else p.argmax(0).cpu().numpy()
 
 
 class Exporter:
