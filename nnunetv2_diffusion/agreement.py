@@ -9,8 +9,8 @@ CAUTION = (
 )
 NEARLY_ALIKE = 0.99  # agreement from which on the spread of samples says little
 DEFINITION = (
-    "2 |A and B| / (|A| + |B|), mean over the pairs of samples of which at least one holds the label; null for a label "
-    "that no sample holds (two empty masks are no agreement) and for one sample"
+    "2 |A and B| / (|A| + |B|), mean over the pairs of samples of which at least one holds the label; undefined for a "
+    "label that no sample holds (two empty masks are no agreement) and for one sample"
 )
 
 
@@ -32,8 +32,8 @@ def pairwise_dice(intersections: ArrayLike) -> np.ndarray:
     return np.divide(total, counted, out=np.full_like(total, np.nan), where=counted > 0)
 
 
-def mean_agreement(of_labels: ArrayLike) -> float:
-    """Mean of ``pairwise_dice`` over the labels (labels,) that were found; NaN if none was."""
+def mean_over_found(of_labels: ArrayLike) -> float:
+    """Mean over the labels (labels,) that have a value, as those that were found have; NaN if none has."""
     known = np.asarray(of_labels, np.float64)
     known = known[np.isfinite(known)]
     return float(known.mean()) if known.size else float("nan")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunetv2_diffusion.agreement import CAUTION, DEFINITION, mean_agreement, nearly_alike, pairwise_dice
+from nnunetv2_diffusion.agreement import CAUTION, DEFINITION, mean_over_found, nearly_alike, pairwise_dice
 
 DEFINITIONS = {
     "volumes": "of the masks as they are written, on the grid of the image: mask: of the mask of the mean; mean and "
@@ -295,7 +295,7 @@ def case_summary(
     """
     size, unit = volume_unit(shape, spacing)
     dice = counts.pairwise_dice()
-    agreement = rounded(mean_agreement(dice))
+    agreement = rounded(mean_over_found(dice))
     return json_ready(
         {
             "case": case,
