@@ -189,12 +189,13 @@ class Laboratory:
         return error_correlation(self.labels, case, mask, to_original_geometry(variance, case.properties, *managers)[0])
 
     def _picture(self, case: LabelledCase, mask: np.ndarray, result: CaseResult) -> dict[str, np.ndarray]:
-        """The slice with most foreground of what a report shows."""
+        """The slice with most foreground, of the mask if the reference has none, of what a report shows."""
         maps = uncertainty_maps(self.predictor, result)
         kinds = ["entropy", "variance"]
         managers = self.predictor.plans_manager, self.predictor.configuration_manager
         shown = to_original_geometry(np.stack([maps[k] for k in kinds]), case.properties, *managers)
-        index = int(np.argmax((case.reference > 0).sum((1, 2))))
+        foreground = case.reference if (case.reference > 0).any() else mask
+        index = int(np.argmax((foreground > 0).sum((1, 2))))
         slices = {
             "image": case.image,
             "reference": case.reference,

@@ -60,7 +60,7 @@ def mean_sd(values: Sequence[float | None], digits: int = 3) -> str:
 
 def with_unit(metric: str, unit: str) -> str:
     """Name of a metric with its unit, if it has one."""
-    return f"{metric}, {unit}" if metric == "HD95" else metric
+    return f"{metric} ({unit})" if metric == "HD95" else metric
 
 
 def step_metrics(findings: Findings) -> list[str]:

@@ -16,7 +16,7 @@ from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.maps import map_limit, to_original_geometry, within_limit
 from nnunetv2_diffusion.inference.options import PredictionOptions
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
-from nnunetv2_diffusion.inference.sample_statistics import add_mask_volumes, foreground_labels
+from nnunetv2_diffusion.inference.sample_statistics import add_mask_volumes, foreground_labels, mask_volumes
 
 Image = np.ndarray | str | Path | Sequence[str | Path]
 
@@ -120,7 +120,7 @@ def predict_image(
     mask = final_mask(model, result.moments.mean(), properties)
     spacing = tuple(float(s) for s in properties["spacing"])
     summary = describe(model, "image", properties, result, notes)
-    add_mask_volumes(summary, mask, foreground_labels(model.dataset_json), spacing)
+    add_mask_volumes(summary, mask_volumes(mask, foreground_labels(model.dataset_json), spacing))
     return Prediction(mask, maps, kept, spacing, summary)
 
 

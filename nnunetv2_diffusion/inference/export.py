@@ -22,7 +22,12 @@ from nnunetv2_diffusion.inference.maps import (
     within_limit,
     write_map,
 )
-from nnunetv2_diffusion.inference.sample_statistics import SCALES_DEFINITION, add_mask_volumes, foreground_labels
+from nnunetv2_diffusion.inference.sample_statistics import (
+    SCALES_DEFINITION,
+    add_mask_volumes,
+    foreground_labels,
+    mask_volumes,
+)
 
 MIN_PROBABILITY = 1e-6
 UNCERTAINTY = "uncertainty"
@@ -140,7 +145,8 @@ def write_maps(case: CaseExport, model: ModelFiles) -> tuple[dict[str, float], l
 def write_summary(case: CaseExport, model: ModelFiles, scales: dict[str, float], notes: list[str]) -> None:
     """Write the JSON of a case whose mask is written: its volumes are those of that file."""
     mask = model.plans_manager.image_reader_writer_class().read_seg(str(case.work / (case.name + model.ending)))[0][0]
-    add_mask_volumes(case.summary, mask, foreground_labels(model.dataset_json), case.properties["spacing"])
+    volumes = mask_volumes(mask, foreground_labels(model.dataset_json), case.properties["spacing"])
+    add_mask_volumes(case.summary, volumes)
     case.summary["notes"] = [*case.summary["notes"], *notes]
     if scales:
         case.summary["map_scales"] = scales

@@ -251,24 +251,25 @@ def _volumes(volumes: np.ndarray) -> dict[str, Any]:
     return {"mask": None, "mean": rounded(volumes.mean()), "spread": spread, **spread}
 
 
-def add_mask_volumes(
-    summary: dict[str, Any],
-    mask: np.ndarray,
-    labels: Mapping[str, int | Sequence[int]],
-    spacing: Sequence[float],
-) -> None:
-    """Put the volumes of a mask as it is written into a ``case_summary``.
+def mask_volumes(
+    mask: np.ndarray, labels: Mapping[str, int | Sequence[int]], spacing: Sequence[float]
+) -> dict[str, float]:
+    """Volume of every label of a mask, in the unit of ``volume_unit``.
 
     Args:
-        summary: of the case.
         mask: labels, (x, y, z), axes of nnU-Net's reader.
         labels: name -> value, or values of a region.
         spacing: in mm, in the same axes.
     """
-    size, _ = volume_unit(mask.shape, spacing)
-    for name, values in labels.items():
-        voxels = int(np.count_nonzero(_holds(mask, np.atleast_1d(values))))
-        summary["volumes"][name]["mask"] = rounded(voxels if size == 1 else voxels * size)
+    size, unit = volume_unit(mask.shape, spacing)
+    voxels = {n: int(np.count_nonzero(_holds(mask, np.atleast_1d(values)))) for n, values in labels.items()}
+    return {name: count if unit == "px" else rounded(count * size) for name, count in voxels.items()}
+
+
+def add_mask_volumes(summary: dict[str, Any], volumes: Mapping[str, float]) -> None:
+    """Put the ``mask_volumes`` of a mask as it is written into a ``case_summary``."""
+    for name, volume in volumes.items():
+        summary["volumes"][name]["mask"] = volume
 
 
 def case_summary(

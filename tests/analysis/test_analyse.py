@@ -123,7 +123,7 @@ def test_the_report_is_one_file_that_needs_no_other(results):
     assert "http" not in page.replace("http-equiv", "")
     for title in (
         "Dice by reverse step",
-        "HD95, mm by reverse step",
+        "HD95 (mm) by reverse step",
         "no confidence",
         "Number of steps",
         "Mirroring and blending",
@@ -234,7 +234,7 @@ def test_a_case_without_foreground_is_neither_best_nor_worst(order):
     )
     (dice, distance) = gain_table(findings).rows
     assert dice == ["Dice", "0.0500 ± 0.1500 (2 of 3)", "-0.1000 (b)", "+0.2000 (a)", "1 of 2"]
-    assert distance == ["HD95, px", "-2.000 ± 0.000 (1 of 3)", "-2.000 (a)", "-2.000 (a)", "1 of 1"]
+    assert distance == ["HD95 (px)", "-2.000 ± 0.000 (1 of 3)", "-2.000 (a)", "-2.000 (a)", "1 of 1"]
     for metric in ("Dice", "HD95"):
         assert not any("nan" in cell for row in step_table(findings, metric).rows for cell in row)
     assert [row["case"] for row in shown_cases(findings)] == ["a", "b"]
@@ -268,7 +268,7 @@ def test_figures_show_both_metrics_whole_numbers_and_the_names_of_cases_and_labe
     for name in ("steps", "gain", "counts"):
         first, second = figures[name].axes
         assert "Dice" in first.get_ylabel()
-        assert "HD95, px" in second.get_ylabel()
+        assert "HD95 (px)" in second.get_ylabel()
     assert [t.get_text() for t in figures["gain"].axes[0].get_xticklabels()] == ["b", "a"]
     for name in ("steps", "counts"):
         figures[name].canvas.draw()
@@ -317,4 +317,4 @@ def test_costs_are_means_over_cases():
     measured = [{**row, "HD95": h, "ECE": 0.1} for row, h in zip(rows, (2.0, np.nan), strict=True)]
     table = cost_table(measured, "K", "t")
     by_name = dict(zip(table.columns, table.rows[0], strict=True))
-    assert (by_name["HD95, mm"], by_name["ECE"]) == ("2.00 ± 0.00 (1 of 2)", "0.100 ± 0.000")
+    assert (by_name["HD95 (mm)"], by_name["ECE"]) == ("2.00 ± 0.00 (1 of 2)", "0.100 ± 0.000")

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -387,3 +388,26 @@ def test_memory_does_not_grow_with_the_number_of_samples(models, tmp_path):
         peaks[samples] = int(run.stdout.rsplit("peak", 1)[1])
     assert peaks[16] <= 1.1 * peaks[2]
     assert peaks[16] <= peaks[2] + 12 * 1024, "kilobytes"
+
+
+def test_libraries_say_nothing_before_our_own_output(models, images, tmp_path):
+    command = [
+        "predict", "-m", models(), "-i", images, "-o", tmp_path / "out", "-device", "cpu", "-npp", 0, "-nps", 0,
+        "--disable_progress_bar", "--tta", "none",
+    ]  # fmt: skip
+    run = subprocess.run(
+        [sys.executable, "-W", "default", "-m", "nnunetv2_diffusion.cli", *map(str, command)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stderr == ""
+
+
+def test_warnings_of_our_own_and_of_nnunet_are_shown():
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        cli.hush_libraries()
+        for module in ("torch.jit._script", "monai.utils", "nnunetv2.run", "nnunetv2_diffusion.cli", "torchio.data"):
+            warnings.warn_explicit(module, FutureWarning, "file.py", 1, module=module)
+        warnings.warn_explicit("torch tells", UserWarning, "file.py", 1, module="torch.nn")
+    told = [str(warning.message) for warning in shown]
+    assert told == ["nnunetv2.run", "nnunetv2_diffusion.cli", "torchio.data", "torch tells"]

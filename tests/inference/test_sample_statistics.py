@@ -19,6 +19,7 @@ from nnunetv2_diffusion.inference.sample_statistics import (
     case_summary,
     foreground_labels,
     json_ready,
+    mask_volumes,
     rounded,
     volume_unit,
 )
@@ -324,7 +325,7 @@ def test_one_sample_has_no_agreement_and_a_note_says_so(tmp_path):
 def test_volumes_of_the_written_mask_are_filled_in(tmp_path):
     mask = label_maps(1)[0]
     summary = case_summary("a", counted(tmp_path, [mask] * 2), SHAPE, SPACING)
-    add_mask_volumes(summary, mask.astype(np.float32), LABELS, SPACING)
+    add_mask_volumes(summary, mask_volumes(mask.astype(np.float32), LABELS, SPACING))
     for name, values in LABELS.items():
         expected = np.isin(mask, values).sum() * 3.0 / 1000
         assert summary["volumes"][name]["mask"] == pytest.approx(expected, rel=5e-6)
