@@ -144,8 +144,8 @@ def spread_of_samples(job: Job, trainer: str) -> dict[str, int] | None:
         return None
     held, ranges = ranges_that_hold(folder, job.raw / "labelsTs")
     print(
-        f"\nranges from 5 to 95 % of the volumes of {SAMPLES} samples, one for each case and class: {held} of {ranges} hold "
-        f"the true volume. {CAUTION}"
+        f"\nranges from 5 to 95 % of the volumes of {SAMPLES} samples, one for each case and class: "
+        f"{held} of {ranges} hold the true volume. {CAUTION}"
     )
     return {"samples": SAMPLES, "ranges": ranges, "held": held}
 
