@@ -164,6 +164,10 @@ def sample_table(findings: Findings) -> Table:
         "AURC: risk 1 - Dice, cases ranked by agreement; lower is better. Variance and errors: correlation over voxels "
         "near the foreground.",
     ]
+    if failure["left_out"]:
+        notes.append(
+            f"AURC leaves out {failure['left_out']} of {len(rows)} cases, in which nothing was found or is there."
+        )
     return Table("Samples", columns, [cells], notes)
 
 

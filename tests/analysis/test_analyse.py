@@ -305,6 +305,10 @@ def test_agreement_that_ranks_errors_has_no_excess_risk():
     (row,) = table.rows
     by_name = dict(zip(table.columns, row, strict=True))
     assert by_name["excess AURC"] == "0.000"
+    assert not any("leaves out" in note for note in table.notes)
+    lost = {"Dice": 0.0, "sample_dice": 0.0, "pairwise_dice": np.nan, "error_correlation": np.nan}
+    table_with_a_loss = sample_table(Findings(samples=[*samples, lost]))
+    assert any("leaves out 1 of 4 cases" in note for note in table_with_a_loss.notes)
     assert by_name["variance and errors"] == "0.200 ± 0.100 (2 of 3)"
 
 

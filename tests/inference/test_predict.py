@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813, its usual name
+import tifffile
 from skimage import io
 from tiny_model import make_model, write_images
 
@@ -239,6 +240,31 @@ def test_a_png_gives_maps_in_16_bit_pngs(models, tmp_path):
     summary = json.loads((tmp_path / "out" / "uncertainty" / "case.json").read_text())
     assert summary["map_scales"]["entropy"] == pytest.approx(math.log(3))
     assert summary["volume_unit"] == "px"
+    mask = io.imread(tmp_path / "out" / "case.png")
+    assert mask.any()
+    for value, name in enumerate(("left part", "right part"), start=1):
+        assert summary["volumes"][name]["mask"] == (mask == value).sum()
+
+
+@pytest.mark.parametrize("reader", ["Tiff3DIO", "NibabelIO", "NibabelIOWithReorient", "SimpleITKIOWithReorient"])
+def test_volumes_are_right_with_every_reader(models, tmp_path, capfd, reader):
+    spacing = (0.8, 1.3, 2.0)
+    ending = ".tif" if reader == "Tiff3DIO" else ".nii.gz"
+    model = models("nnUNetTrainerHiDiff", ending=ending, reader=reader)
+    images = write_images(tmp_path / "in", 1, (9, 12, 10), spacing, (0, 1, 0, -1, 0, 0, 0, 0, 1))
+    if reader == "Tiff3DIO":
+        file = images / "case_0_0000.nii.gz"
+        tifffile.imwrite(images / "case_0_0000.tif", sitk.GetArrayFromImage(sitk.ReadImage(str(file))))
+        (images / "case_0.json").write_text(json.dumps({"spacing": spacing[::-1]}))
+        file.unlink()
+    assert predict(model, images, tmp_path / "out", "--tta", "none", "--samples", 2, "--save_uncertainty") == 0
+    assert "no spacing file" not in capfd.readouterr().out
+    written = tmp_path / "out" / f"case_0{ending}"
+    mask = tifffile.imread(written) if ending == ".tif" else sitk.GetArrayFromImage(sitk.ReadImage(str(written)))
+    volumes = json.loads((tmp_path / "out" / "uncertainty" / "case_0.json").read_text())["volumes"]
+    assert mask.any()
+    for value, name in enumerate(("left part", "right part"), start=1):
+        assert volumes[name]["mask"] == pytest.approx((mask == value).sum() * math.prod(spacing) / 1000, rel=6e-6)
 
 
 def test_regions_have_maps_by_their_names(models, images, tmp_path):
