@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import tifffile
@@ -12,10 +13,14 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from skimage import io
 
+sys.path.insert(0, str(Path(__file__).parent / "inference"))
+from tiny_model import make_model
+
+from nnunetv2_diffusion import cli
 from nnunetv2_diffusion.demo import __main__ as demo
 from nnunetv2_diffusion.demo.data import RawDataError, hold_out
 from nnunetv2_diffusion.demo.phantoms import LABELS, make_phantom, write_phantoms
-from nnunetv2_diffusion.demo.pipeline import Job
+from nnunetv2_diffusion.demo.pipeline import Job, draw_samples, ranges_that_hold
 
 
 @pytest.fixture
@@ -189,10 +194,62 @@ def test_a_command_that_fails_ends_the_demo_with_its_output(tmp_path):
         job.run("failed", sys.executable, "-c", "print('the reason'); raise SystemExit(3)")
 
 
+def test_a_class_that_is_never_found_is_named(capsys):
+    demo.print_scores({"some": {"1": np.array([0.5, 0.7]), "2": np.array([0.0, np.nan])}})
+    printed = capsys.readouterr().out
+    assert "class 1: 0.6000 ± 0.1000" in printed
+    assert "class 2 is never found" in printed
+    assert "class 1 is never found" not in printed
+
+
+def test_ranges_that_hold_the_true_volume_are_counted(tmp_path):
+    """Two cases of two labels; the truth is at the edge of a range, in it, below and above it."""
+    truths, predictions = tmp_path / "labelsTs", tmp_path / "out"
+    truths.mkdir()
+    (predictions / "uncertainty").mkdir(parents=True)
+    labels = np.zeros((10, 10, 10), np.uint8)
+    labels[:4], labels[4:6] = 1, 2  # 0.6 and 0.3 ml
+    ranges = {"a": ((0.6, 0.7), (0.2, 0.31)), "b": ((0.61, 0.7), (0.1, 0.299999))}
+    for case, of_labels in ranges.items():
+        nib.save(nib.Nifti1Image(labels, np.diag((1.0, 1.0, 1.5, 1.0))), truths / f"{case}.nii.gz")
+        volumes = {
+            name: {"spread": {"percentile_5": low, "percentile_95": high}}
+            for name, (low, high) in zip(("organ", "lesion"), of_labels, strict=True)
+        }
+        (predictions / "uncertainty" / f"{case}.json").write_text(json.dumps({"volumes": volumes}))
+    (predictions / "dataset.json").write_text(json.dumps({"labels": LABELS, "file_ending": ".nii.gz"}))
+    assert ranges_that_hold(predictions, truths) == (2, 4)
+
+
+def test_what_the_spread_is_worth_is_printed(tmp_path, monkeypatch, capsys):
+    job = Job(tmp_path, "Dataset501_Demo", "3d_fullres", 1, 1, 4, 2, "cpu")
+    monkeypatch.setattr(demo, "draw_samples", lambda job, trainer, samples: tmp_path)
+    monkeypatch.setattr(demo, "ranges_that_hold", lambda folder, truths: (3, 12))
+    assert demo.spread_of_samples(job, "any") == {"samples": 4, "ranges": 12, "held": 3}
+    printed = capsys.readouterr().out
+    assert "3 of 12 hold the true volume" in printed
+    assert "no interval with a guarantee" in printed
+    monkeypatch.setattr(demo, "draw_samples", lambda job, trainer, samples: None)
+    assert demo.spread_of_samples(job, "one without a chain") is None
+
+
+def test_samples_are_drawn_of_models_that_have_them(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(Job, "run", lambda self, title, *command, **variables: commands.append(command))
+    for trainer, drawn in (("nnUNetTrainerNoDiff", False), ("nnUNetTrainerRecycleXT", True)):
+        job = Job(tmp_path, "Dataset501_Demo", "3d_fullres", 1, 1, 4, 2, "cpu")
+        make_model(job.model_folder(trainer), trainer)
+        assert (draw_samples(job, trainer, 4) is not None) is drawn
+    (command,) = commands
+    assert command[:2] == ("nnunetv2_diffusion", "predict")
+    assert cli.build_parser("predict").parse_args(command[1:]).samples == 4
+
+
 @pytest.mark.slow
 def test_the_demo_meets_its_bound(tmp_path):
     out = tmp_path / "demo"
     assert demo.main(["--out", str(out), "--steps", "1"]) == 0
     result = json.loads((out / "result.json").read_text())
     assert result["mean_dice"]["nnUNetTrainerRecycleXT"] >= demo.BOUND
+    assert result["spread_of_samples"]["ranges"] == 12
     assert (out / "demo.png").stat().st_size > 10_000

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunetv2_diffusion.agreement import mean_over_found
 from nnunetv2_diffusion.evaluation import EvaluationError
+from nnunetv2_diffusion.evaluation.diversity import mean_pairwise_dice
 from nnunetv2_diffusion.evaluation.files import read_segmentation
 from nnunetv2_diffusion.evaluation.labels import LabelSet, read_labels
 from nnunetv2_diffusion.evaluation.metrics import EMPTY_RULES, count, overlap_scores
@@ -45,6 +47,12 @@ class LabelledCase:
 def label_set(predictor: DiffusionPredictor) -> LabelSet:
     """Classes or regions of a model."""
     return read_labels(predictor.dataset_json, predictor.plans_manager.plans, "dataset.json of the model")
+
+
+def label_names(labels: LabelSet) -> dict[int, str]:
+    """Value of a label in a mask -> the class, or the regions, that it belongs to; without the background."""
+    found = {value: [t.name for t in labels.targets if value in t.labels] for value in sorted(labels.known)}
+    return {value: " + ".join(names) for value, names in found.items() if value and names}
 
 
 def find_cases(
@@ -122,12 +130,6 @@ def dice_scores(labels: LabelSet, reference: np.ndarray, mask: np.ndarray) -> di
     return {**scores, MEAN: float(np.mean(known)) if known else float("nan")}
 
 
-def pairwise_dice(labels: LabelSet, masks: list[np.ndarray]) -> float:
-    """Mean Dice over all pairs of masks and all classes or regions; two empty masks agree."""
-    pairs = [(a, b) for i, a in enumerate(masks) for b in masks[i + 1 :]]
-    values = [
-        overlap_scores(count(labels.mask(a, t), labels.mask(b, t)), EMPTY_RULES["hidiff"])["Dice"]
-        for a, b in pairs
-        for t in labels.targets
-    ]
-    return float(np.mean(values)) if values else float("nan")
+def agreement(labels: LabelSet, masks: list[np.ndarray]) -> float:
+    """Agreement of masks: mean pairwise Dice, over the classes or regions that were found; see ``agreement``."""
+    return mean_over_found([mean_pairwise_dice([labels.mask(mask, t) for mask in masks]) for t in labels.targets])

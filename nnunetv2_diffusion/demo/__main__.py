@@ -9,11 +9,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nnunetv2_diffusion.agreement import CAUTION
 from nnunetv2_diffusion.demo.data import RawDataError, hold_out, read_raw
 from nnunetv2_diffusion.demo.options import parse_arguments
 from nnunetv2_diffusion.demo.phantoms import write_phantoms
 from nnunetv2_diffusion.demo.picture import draw_case, reverse_steps
-from nnunetv2_diffusion.demo.pipeline import Job, dice_scores, plan, predict_and_score, train
+from nnunetv2_diffusion.demo.pipeline import (
+    Job,
+    dice_scores,
+    draw_samples,
+    plan,
+    predict_and_score,
+    ranges_that_hold,
+    train,
+)
 from nnunetv2_diffusion.planning.schema import SettingsError
 from nnunetv2_diffusion.planning.settings import parse_settings, read_assignments
 
@@ -21,6 +30,7 @@ SYNTHETIC = "Dataset501_Demo"
 BOUND = 0.6  # mean Dice on phantoms; labelling everything as organ scores below 0.2
 EQUAL_LENGTH = {"nnUNetTrainer": "nnUNetTrainerBaseline"}  # the host's trainer, its length read from the plans
 MARGIN = 0.015  # Dice that a trainer may be below the one it is compared with
+SAMPLES = 4  # masks that are drawn of a case, to see what their spread says
 REFINED_MARGIN = 0.002  # Dice that a refined mask may be below the segmentor's own
 
 
@@ -54,7 +64,9 @@ def print_scores(scores: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
     for name, by_label in scores.items():
         print(f"\n{name}: Dice on {len(next(iter(by_label.values())))} unseen cases")
         for label, values in by_label.items():
-            print(f"  class {label}: {np.nanmean(values):.4f} +- {np.nanstd(values):.4f}")
+            print(f"  class {label}: {np.nanmean(values):.4f} ± {np.nanstd(values):.4f}")
+            if not np.nansum(values):
+                print(f"  class {label} is never found: is the training too short?")
         means[name] = float(np.nanmean([np.nanmean(v) for v in by_label.values()]))
         print(f"  mean: {means[name]:.4f}")
     return means
@@ -86,6 +98,19 @@ def judge(means: dict[str, float], by_steps: dict[str, float], options: argparse
     return good
 
 
+def spread_of_samples(job: Job, trainer: str) -> dict[str, int] | None:
+    """Draw samples, and print how many ranges of their volumes hold the true one; None for a model without samples."""
+    folder = draw_samples(job, trainer, SAMPLES)
+    if folder is None:
+        return None
+    held, ranges = ranges_that_hold(folder, job.raw / "labelsTs")
+    print(
+        f"\nranges from 5 to 95 % of the volumes of {SAMPLES} samples, one for each case and class: "
+        f"{held} of {ranges} hold the true volume. {CAUTION}"
+    )
+    return {"samples": SAMPLES, "ranges": ranges, "held": held}
+
+
 def seconds_per_case(job: Job) -> dict[str, float]:
     """Of every prediction, start of the command included; printed as well."""
     ending = json.loads((job.raw / "dataset.json").read_text())["file_ending"]
@@ -114,6 +139,7 @@ def write_result(
     scores: dict[str, dict[str, np.ndarray]],
     means: dict[str, float],
     means_by_steps: dict[str, float],
+    spread: dict[str, int] | None,
 ) -> None:
     """Write all numbers, with the options, hardware and versions that they belong to, to ``<out>/result.json``."""
     result = {
@@ -124,6 +150,7 @@ def write_result(
         "mean_dice": means,
         "mean_dice_by_steps": means_by_steps,
         "dice_by_class": {t: {k: v.tolist() for k, v in s.items()} for t, s in scores.items()},
+        "spread_of_samples": spread,
         "seconds": job.seconds,
         "seconds_per_case": seconds_per_case(job),
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {options.device}",
@@ -159,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
     means = print_scores(scores)
     means_by_steps = print_scores(by_steps)
     good = judge(means, means_by_steps, options)
-    write_result(job, options, scores, means, means_by_steps)
+    write_result(job, options, scores, means, means_by_steps, spread_of_samples(job, trainers[0]))
     print(f"\npicture: {draw(job, trainers)}\nnumbers: {out / 'result.json'}")
     return 0 if good else 1
 

@@ -1,6 +1,7 @@
 """The predictor for programs: one image in, one result out."""
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunetv2_diffusion.inference.cases import describe, draw_case, final_mask, model_files, uncertainty_maps
+from nnunetv2_diffusion.inference.cases import (
+    CaseResult,
+    describe,
+    draw_case,
+    final_mask,
+    model_files,
+    uncertainty_maps,
+)
 from nnunetv2_diffusion.inference.inputs import InputError
 from nnunetv2_diffusion.inference.loading import load_predictor
-from nnunetv2_diffusion.inference.maps import to_original_geometry
+from nnunetv2_diffusion.inference.maps import map_limit, to_original_geometry, within_limit
 from nnunetv2_diffusion.inference.options import PredictionOptions
-from nnunetv2_diffusion.inference.predictor import DiffusionPredictor, Member
+from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.prepared import preprocess
 from nnunetv2_diffusion.inference.reading import channel_names, check_image, read_case
+from nnunetv2_diffusion.inference.sample_statistics import add_mask_volumes, foreground_labels, mask_volumes
 
 Image = np.ndarray | str | Path | Sequence[str | Path]
 
@@ -27,8 +36,8 @@ class Prediction:
 
     Attributes:
         mask: labels, integer.
-        maps: float32 maps by kind: ``probability_<label>``, ``entropy`` and ``mutual_information`` in nats,
-            ``variance``.
+        maps: float32 maps by kind: ``probability_<label>`` (see ``maps.map_names``), ``entropy`` and
+            ``mutual_information`` in nats, ``variance``.
         samples: the mask of every sample, if asked for.
         spacing: mm along the axes of the arrays.
         summary: volumes, agreement of samples, settings, passes and seconds; see ``sample_statistics.case_summary``.
@@ -41,9 +50,24 @@ class Prediction:
     summary: dict[str, Any]
 
     @property
+    def agreement(self) -> float | None:
+        """Mean pairwise Dice of the samples over the labels that were found, in [0, 1]; no confidence.
+
+        It tells how the samples of this model differ, which says little about errors until a model is calibrated. None
+        for a single sample, or if nothing was found.
+        """
+        return self.summary["agreement"]
+
+    @property
     def confidence(self) -> float | None:
-        """Mean pairwise Dice of the samples; None for a single one."""
-        return self.summary["confidence"]
+        """Deprecated: ``agreement``, which is no confidence."""
+        warnings.warn(
+            "Prediction.confidence is the agreement of samples and no confidence; use Prediction.agreement, the next "
+            "version leaves confidence out",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.agreement
 
 
 def load_model(
@@ -93,22 +117,35 @@ def predict_image(
     data, properties, notes = _preprocess(model, image, spacing)
     kept: list[np.ndarray] = []
 
-    def keep(member: Member, number: int) -> None:
-        kept.append(final_mask(model, member.steps[-1], properties))
+    def to_mask(p: torch.Tensor) -> np.ndarray:
+        mask = final_mask(model, p, properties)
+        if keep_samples:
+            kept.append(mask)
+        return mask
 
     with tempfile.TemporaryDirectory() as folder:
-        result = draw_case(model, data, "image", Path(folder), keep if keep_samples else None)
-    maps, managers = uncertainty_maps(model, result), (model.plans_manager, model.configuration_manager)
-    stacked = to_original_geometry(np.stack(list(maps.values())), properties, *managers)
+        result = draw_case(model, data, "image", Path(folder), to_mask=to_mask)
+    maps, map_notes = _maps(model, result, properties)
+    mask = final_mask(model, result.moments.mean(), properties)
     spacing = tuple(float(s) for s in properties["spacing"])
-    summary = {**describe(model, "image", data, properties, result), "notes": notes}
-    return Prediction(
-        final_mask(model, result.moments.mean(), properties),
-        dict(zip(maps, stacked, strict=True)),
-        kept,
-        spacing,
-        summary,
-    )
+    summary = describe(model, "image", properties, result, [*notes, *map_notes])
+    add_mask_volumes(summary, mask_volumes(mask, foreground_labels(model.dataset_json), spacing))
+    return Prediction(mask, maps, kept, spacing, summary)
+
+
+def _maps(
+    model: DiffusionPredictor, result: CaseResult, properties: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Maps on the grid of the image, and notes on what is wrong with them."""
+    maps = uncertainty_maps(model, result)
+    managers = model.plans_manager, model.configuration_manager
+    heads, regions = len(result.moments.mean()), model.label_manager.has_regions
+    found, notes = {}, []
+    stacked = to_original_geometry(np.stack(list(maps.values())), properties, *managers)
+    for kind, values in zip(maps, stacked, strict=True):
+        found[kind], note = within_limit(values, map_limit(kind, heads, regions), kind)
+        notes += [note] if note else []
+    return found, notes
 
 
 def _set_options(model: DiffusionPredictor, options: dict[str, Any]) -> None:

@@ -1,9 +1,8 @@
 """From a preprocessed case to its files: samples are drawn, summed up and exported."""
 
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from nnunetv2_diffusion.inference.export import (
     write_mask,
 )
 from nnunetv2_diffusion.inference.inputs import CaseError
+from nnunetv2_diffusion.inference.maps import map_names
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor, Member, PassCount
 from nnunetv2_diffusion.inference.prepared import PreparedCase
 from nnunetv2_diffusion.inference.running import RunningMoments
@@ -34,21 +34,20 @@ from nnunetv2_diffusion.inference.sample_statistics import (
     case_summary,
     foreground_labels,
     json_ready,
+    rounded,
 )
-
-NOT_IN_NAMES = r"[^\w.+-]+"  # of folders
 
 
 @dataclass
 class CaseResult:
-    """What all samples of a case say together, in the geometry of the network.
+    """What all samples of a case say together, probabilities in the geometry of the network.
 
     Attributes:
         moments: of the probabilities.
-        counts: of the masks; None if they were not asked for.
+        counts: of the masks, on the grid of the image; None if they were not asked for.
         steps: mean probabilities (K, *spatial) after each step; only the result if steps were not asked for.
         passes: of the network.
-        seconds: that the network took, sampling and blending included.
+        seconds: that the network took, sampling, blending and the masks of samples included.
     """
 
     moments: RunningMoments
@@ -61,13 +60,6 @@ class CaseResult:
         """Mean probabilities (K, *spatial), for the caller to keep and change; moments and steps are empty then."""
         self.steps = []
         return self.moments.take_mean()
-
-
-def network_grid(predictor: DiffusionPredictor, properties: dict, shape: Iterable[int]) -> tuple[float, ...]:
-    """Spacing in mm of a preprocessed case: nnU-Net rounds its shape, so it differs a little from the plans'."""
-    original = properties["shape_after_cropping_and_before_resampling"]
-    spacing = [properties["spacing"][axis] for axis in predictor.plans_manager.transpose_forward]
-    return tuple(s * n / m for s, n, m in zip(spacing, original, shape, strict=True))
 
 
 class CasePredictor:
@@ -98,7 +90,10 @@ class CasePredictor:
 
             keeper = keep if self.options.save_samples else None
             folder = work if self.options.save_uncertainty else None
-            result = draw_case(self.predictor, case.data, case.name, folder, keeper)
+            result = draw_case(
+                self.predictor, case.data, case.name, folder, keeper,
+                lambda p: final_mask(self.predictor, p, case.properties),
+            )  # fmt: skip
             if self.options.save_steps:
                 for number, p in enumerate(result.steps, start=1):
                     self._write(p, work / STEPS / f"{number:02d}" / case.name, case.properties)
@@ -122,8 +117,8 @@ class CasePredictor:
         )
         if self.options.save_uncertainty:
             finished.maps = uncertainty_maps(self.predictor, result)
-            summary = describe(self.predictor, case.name, case.data, case.properties, result)
-            finished.summary = {**summary, "notes": list(case.notes), "run_id": self.run.id}
+            summary = describe(self.predictor, case.name, case.properties, result, case.notes)
+            finished.summary = {**summary, "run_id": self.run.id}
         return finished
 
 
@@ -138,20 +133,26 @@ def final_mask(predictor: DiffusionPredictor, p: torch.Tensor, properties: dict[
 
 
 def uncertainty_maps(predictor: DiffusionPredictor, result: CaseResult) -> dict[str, np.ndarray]:
-    """Kind of map -> (*spatial): mean probability of each foreground label or region, entropy and what is derived."""
-    names = list(foreground_labels(predictor.dataset_json))
+    """Kind of map -> (*spatial): mean probability of each foreground label or region, entropy and what is derived.
+
+    Every label has a map of its own, ``probability_<name>`` with the names of ``map_names``.
+    """
+    names = map_names(foreground_labels(predictor.dataset_json)).values()
     first = 0 if predictor.label_manager.has_regions else 1
     mean = result.moments.mean()
-    maps = {f"probability_{re.sub(NOT_IN_NAMES, '_', name)}": mean[first + i] for i, name in enumerate(names)}
+    maps = {f"probability_{name}": mean[first + i] for i, name in enumerate(names)}
     return {kind: values.cpu().numpy() for kind, values in {**maps, **result.moments.maps()}.items()}
 
 
 def describe(
-    predictor: DiffusionPredictor, name: str, data: torch.Tensor, properties: dict[str, Any], result: CaseResult
+    predictor: DiffusionPredictor,
+    name: str,
+    properties: dict[str, Any],
+    result: CaseResult,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The JSON of a case."""
-    shape = tuple(data.shape[1:])
-    spacing = network_grid(predictor, properties, shape)
+    """The JSON of a case, but for the volumes of its mask: see ``add_mask_volumes``."""
+    shape = [properties["shape_before_cropping"][axis] for axis in predictor.plans_manager.transpose_backward]
     settings = {
         **{k: v for k, v in asdict(predictor.options).items() if not k.startswith("save_")},
         "tiles_at_once": predictor.tiles_at_once,
@@ -159,8 +160,12 @@ def describe(
         "folds": len(predictor.list_of_parameters),
         "trainer": predictor.trainer_name,
     }
-    summary = case_summary(name, result.counts, shape, spacing, settings)
-    passes = {"tiles": result.passes.tiles, "passes_per_tile": result.passes.per_tile, "seconds": result.seconds}
+    summary = case_summary(name, result.counts, shape, properties["spacing"], settings, notes)
+    passes = {
+        "tiles": result.passes.tiles,
+        "passes_per_tile": rounded(result.passes.per_tile),
+        "seconds": rounded(result.seconds),
+    }
     return {**summary, **json_ready(passes)}
 
 
@@ -171,6 +176,7 @@ def draw_case(
     name: str = "",
     folder: Path | None = None,
     keep: Callable[[Member, int], None] | None = None,
+    to_mask: Callable[[torch.Tensor], np.ndarray] | None = None,
 ) -> CaseResult:
     """Draw all samples of a case; memory does not grow with their number.
 
@@ -180,6 +186,8 @@ def draw_case(
         name: for the progress bar.
         folder: where the masks of samples are kept for their statistics, which are left out without it.
         keep: called with every member and its number, when it has been checked.
+        to_mask: makes of a sample's probabilities (K, *spatial) the label map that is counted, see ``final_mask``;
+            needed with ``folder``.
 
     Raises:
         CaseError: the network's answer is not finite; see ``check_finite``.
@@ -193,14 +201,14 @@ def draw_case(
         masks = None
         if folder is not None:
             labels = foreground_labels(predictor.dataset_json)
-            masks = stack.enter_context(SampleMasks(folder, labels, region_masks=regions))
+            masks = stack.enter_context(SampleMasks(folder, labels))
         for member in predictor.members(data, name, result.passes):
             for p in member.steps:
                 check_finite(p, predictor, f"{name}: sample {number}")
             result.moments.add(member.steps[-1], given_away=alone)
             steps = member.steps[:-1] if alone else _running_mean(steps, member.steps[:-1], number)
             if masks is not None:
-                masks.add(_hard(member.steps[-1], regions))
+                masks.add(to_mask(member.steps[-1]))
             if keep is not None:
                 keep(member, number)
             number += 1
@@ -236,8 +244,3 @@ def _running_mean(means: list[torch.Tensor], new: list[torch.Tensor], count: int
     for mean, p in zip(means, new, strict=True):
         mean += (p - mean) / (count + 1)
     return means
-
-
-def _hard(p: torch.Tensor, regions: bool) -> np.ndarray:
-    """Label map of probabilities (K, *spatial); for regions their masks."""
-    return (p > 0.5).cpu().numpy() if regions else p.argmax(0).cpu().numpy()

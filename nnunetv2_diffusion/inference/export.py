@@ -15,10 +15,21 @@ from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_imag
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
-from nnunetv2_diffusion.inference.maps import check_map_writer, check_whole, to_original_geometry, write_map
-from nnunetv2_diffusion.inference.running import map_limits
+from nnunetv2_diffusion.inference.maps import (
+    check_map_writer,
+    check_whole,
+    map_limit,
+    to_original_geometry,
+    within_limit,
+    write_map,
+)
 from nnunetv2_diffusion.inference.runs import SIDE_FOLDERS, UNFINISHED, RunRecord, short_name
-from nnunetv2_diffusion.inference.sample_statistics import SCALES_DEFINITION
+from nnunetv2_diffusion.inference.sample_statistics import (
+    SCALES_DEFINITION,
+    add_mask_volumes,
+    foreground_labels,
+    mask_volumes,
+)
 
 MIN_PROBABILITY = 1e-6
 UNCERTAINTY, SAMPLES, STEPS = SIDE_FOLDERS
@@ -157,37 +168,52 @@ def write_mask(logits: np.ndarray, target: Path, properties: dict[str, Any], mod
     check_whole(Path(f"{target}{model.ending}"), int(np.prod(properties["shape_before_cropping"])))
 
 
-def write_maps(case: CaseExport, model: ModelFiles) -> dict[str, float | None]:
-    """Write all maps of a case; returns the scales of those in 16-bit images."""
+def write_maps(case: CaseExport, model: ModelFiles) -> tuple[dict[str, float], list[str]]:
+    """Write all maps of a case; returns the scales of those in 16-bit images, and notes on what is wrong with maps."""
     reader = model.plans_manager.image_reader_writer_class
     ending = check_map_writer(reader, model.ending)
     heads, regions = len(case.logits), model.plans_manager.get_label_manager(model.dataset_json).has_regions
-    limits = map_limits(heads, regions)
-    scales = {}
+    scales, notes = {}, []
     for kind, values in case.maps.items():
         (values,) = to_original_geometry(
             values[None], case.properties, model.plans_manager, model.configuration_manager
         )
         path = case.work / UNCERTAINTY / kind / f"{case.name}{ending}"
-        limit = limits["probability" if kind.startswith("probability") else kind]
-        scales[kind] = write_map(values, path, case.properties, reader, limit)
-    return scales
+        limit = map_limit(kind, heads, regions)
+        try:  # the mask is made: no map may cost it
+            values, note = within_limit(values, limit, kind)
+            scale = write_map(values, path, case.properties, reader, limit)
+        except ValueError as error:
+            notes.append(f"map not written: {error}")
+            continue
+        notes += [note] if note else []
+        if scale is not None:
+            scales[kind] = scale
+    return scales, notes
+
+
+def write_summary(case: CaseExport, model: ModelFiles, scales: dict[str, float], notes: list[str]) -> None:
+    """Write the JSON of a case whose mask is written: its volumes are those of that file."""
+    mask = model.plans_manager.image_reader_writer_class().read_seg(str(case.work / (case.name + model.ending)))[0][0]
+    volumes = mask_volumes(mask, foreground_labels(model.dataset_json), case.properties["spacing"])
+    add_mask_volumes(case.summary, volumes)
+    case.summary["notes"] = [*case.summary["notes"], *notes]
+    if scales:
+        case.summary["map_scales"] = scales
+        case.summary["definitions"] = {**case.summary["definitions"], **SCALES_DEFINITION}
+    file = case.work / UNCERTAINTY / f"{case.name}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(case.summary, indent=2))
 
 
 def export_case(case: CaseExport, model: ModelFiles) -> None:
     """Write all files of a case, then move them into the output folder, the mask last."""
     with cleared_on_error(case.work):
         case.work.mkdir(parents=True, exist_ok=True)
-        scales = write_maps(case, model) if case.maps is not None else {}
-        if case.summary is not None:
-            scales = {kind: scale for kind, scale in scales.items() if scale is not None}
-            if scales:
-                case.summary["map_scales"] = scales
-                case.summary["definitions"] = {**case.summary["definitions"], **SCALES_DEFINITION}
-            file = case.work / UNCERTAINTY / f"{case.name}.json"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(case.summary, indent=2))
+        scales, notes = write_maps(case, model) if case.maps is not None else ({}, [])
         write_mask(case.logits, case.work / case.name, case.properties, model, case.save_probabilities)
+        if case.summary is not None:
+            write_summary(case, model, scales, notes)
         case.run.write(case.name, case.work, case.inputs)  # before any of them is in its place
         publish(case.work, case.out, case.name + model.ending)
 
