@@ -168,8 +168,9 @@ class HybridSegmentor(HeadsMixin):
             return True
         if not self._told:
             print(
-                "nnunetv2_diffusion: the refiner of these weights is untrained or made masks worse in its training; the "
-                "segmentor's own masks are given. nnUNet_diffusion_steps=K or --steps K uses the refiner all the same"
+                "nnunetv2_diffusion: the refiner of these weights is untrained, or made masks worse in its training; "
+                "the segmentor's own masks are given. nnUNet_diffusion_steps=K or --steps K uses the refiner all the "
+                "same"
             )
         self._told = True
         return False

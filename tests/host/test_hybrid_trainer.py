@@ -158,11 +158,31 @@ def test_every_variant_of_the_ablation_learns(make_hidiff, hidiff):
     trainer = make_hidiff(hidiff={**hidiff, **frozen_first, "learning_rate": 3e-3}, num_iterations_per_epoch=30)
     trainer.current_epoch = trainer.pretraining_epochs
     trainer.num_epochs = 10
-    batch = batch_for(trainer)
+    batch, untrained = batch_for(trainer), state(trainer.network.refiner)
     trainer.on_train_epoch_start()
     losses = [float(trainer.train_step(batch)["loss"]) for _ in range(30)]
     assert np.isfinite(losses).all()
     assert np.mean(losses[-8:]) < np.mean(losses[:8])
+    assert diffusion_loss(trainer, batch) < 0.97 * diffusion_loss(trainer, batch, refiner=untrained)
+
+
+def diffusion_loss(trainer, batch, refiner=None):
+    """The refiner's own loss at every t, with the trained segmentor and this refiner's weights."""
+    network = trainer.network
+    trained = state(network.refiner)
+    network.refiner.load_state_dict(refiner or trained)
+    network.train()
+    total = 0.0
+    with torch.no_grad():
+        output = network.segmentor(batch["data"])
+        for t in range(trainer.process.num_timesteps):
+            torch.manual_seed(t)
+            draw = trainer._draw(output, batch["target"])
+            t = torch.full_like(draw.t, t)
+            y_t = trainer.process.q_sample(draw.y_start, network.prior(output.logits), t, torch.rand_like(draw.y_t))
+            total += float(trainer.diffusion_loss(batch["data"], output, draw._replace(y_t=y_t, t=t)))
+    network.refiner.load_state_dict(trained)
+    return total
 
 
 def test_validation_shows_prior_and_refined_dice(make_hidiff, capsys):
@@ -177,9 +197,9 @@ def test_validation_shows_prior_and_refined_dice(make_hidiff, capsys):
     trainer.on_epoch_end()
     printed = capsys.readouterr().out
     assert "Pseudo dice of the prior [" in printed
-    assert "refined in 3 steps" in printed
+    assert "refined in 1 step [" in printed
     assert len(trainer.pseudo_dice["prior"][0]) == len(trainer.pseudo_dice["refined"][0]) == 2
-    assert trainer.network.sampling.steps == 10
+    assert trainer.network.sampling.steps == 1
     # the prior's is what nnU-Net computes for the segmentor alone
     trainer.network.sampling = None
     with torch.no_grad():
