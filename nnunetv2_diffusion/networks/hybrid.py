@@ -247,14 +247,15 @@ class HybridSegmentor(HeadsMixin):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Predict; see ``predict``."""
-        return self.predict(image)
+        return self.predict(image, torch.compiler.is_compiling())
 
-    @torch.compiler.disable(recursive=False)
-    def predict(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    @torch.compiler.disable  # with all that it calls: a loop would be compiled anew for every step, up to a limit
+    def predict(self, image: torch.Tensor, compiled: bool = False) -> torch.Tensor | list[torch.Tensor]:
         """The refined mask, or the prior if sampling is None or the refiner does not pay.
 
         Args:
             image: (B, C, *spatial), finite.
+            compiled: the caller is compiled, so both networks are to be, each by itself.
 
         Returns:
             logits (B, K, *spatial); under deep supervision a list, whose coarser maps are those of the segmentor or,
@@ -264,6 +265,8 @@ class HybridSegmentor(HeadsMixin):
             ValueError: for an image with NaN or infinite values.
             NotFiniteError: for an answer that is not finite.
         """
+        if compiled and self.refiner._compiled_call_impl is None:
+            self.compile_parts()
         output = self.segmentor(image)
         if self.sampling is None or not self.uses_refiner():
             return self.prior_answer(output)

@@ -104,7 +104,8 @@ def test_a_correction_of_the_mask_means_the_same_whatever_was_drawn(make_hybrid,
         for before, after in zip(estimates(0.0), estimates(1.0), strict=True):
             assert torch.equal(after > before, correction > 0)
         if t == 9:  # y_T is drawn from the prior: it says nothing of the mask
-            torch.testing.assert_close(*estimates(1.0), atol=5e-3, rtol=0)
+            # but for what is left of the mask in it, and is in the KL
+            torch.testing.assert_close(*estimates(1.0), atol=2e-2, rtol=0)
 
 
 def test_without_residual_the_refiner_says_that_few_voxels_are_wrong(make_hybrid, geometries):
