@@ -307,7 +307,7 @@ def run_chain(
         if combine == "mean":
             total, passes = total + estimate * len(seen), passes + len(seen)
             answer = total / passes
-        yield answer
+        yield chain.answer(answer)
         if step + 1 == len(schedule) or (exit_if and previous is not None and exit_if(previous, estimate)):
             return
         state = chain.advance(state, estimate, prior, step, noise)

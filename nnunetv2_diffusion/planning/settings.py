@@ -25,12 +25,17 @@ SPACINGS = ("linspace", "trailing", "low")
 class HiDiffSettings(Settings):
     """Settings that HiDiff has of its own: section ``hidiff`` within ``diffusion``.
 
-    The ablation of Chen et al. 2024 (table IX): V1 is collaborative, cross_transformer and binarized false with
+    The ablation of Chen et al. 2024 (table X): V1 is collaborative, cross_transformer and binarized false with
     noise_loss bce; V2 sets collaborative, V3 noise_loss focal, V4 cross_transformer, V5 (default) binarized.
     """
 
     timesteps: int = setting(10, "T, length of the cosine schedule", low=1, high=1000)
-    steps: int = setting(10, "K, refinement steps of a prediction; 0 gives the segmentor's own mask", low=0)
+    steps: int = setting(
+        1,
+        "K, refinement steps of a prediction, 10 in the paper; 0 gives the segmentor's own mask; samples whose masks "
+        "differ need more than 1",
+        low=0,
+    )
     sampler: str = setting("ddim", "reverse step", choices=SAMPLERS)
     samples: int = setting(1, "masks drawn in a prediction; their probabilities are averaged", low=1)
     seed: int = setting(0, "seed of the noise in prediction", low=0)
@@ -44,7 +49,7 @@ class HiDiffSettings(Settings):
     noise_loss: str = setting("focal", "loss of the estimated noise beside the KL divergence", choices=("focal", "bce"))
     focal_gamma: float = setting(2.0, "focusing parameter of the focal loss", low=0.0)
     calibrated: bool = setting(
-        True, "turn what the focal loss makes of probabilities back before sampling; paper: false"
+        True, "turn what the trained loss makes of probabilities back before sampling; paper: false"
     )
     lambda_focal: float = setting(1.0, "weight of noise_loss in the diffusion loss", low=0.0)
     lambda_diffusion: float = setting(1.0, "weight of the diffusion loss for the segmentor", low=0.0)

@@ -79,7 +79,7 @@ class ScoreTrainer(DiffusionTrainer):
         steps = environment_overrides().get("steps", settings.score.steps)
         return LatentSegmentor(
             plans_unet(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision),
-            SamplingConfig(steps, samples=settings.samples, seed=settings.seed),
+            SamplingConfig(steps, samples=settings.samples, seed=settings.seed, step_spacing=settings.step_spacing),
             num_output_channels,
             settings.score.latent_channels,
             transformer_layers=settings.transformer_layers,

@@ -257,6 +257,7 @@ def test_a_bernoulli_chain_is_the_networks_own_given_its_noise(models, sampler):
     feed = SimpleNamespace(uniform=lambda shape: noise.uniform(next(steps)))
     with torch.inference_mode():
         own = [step.y_start for step in network.chain(image, network.segmentor(image), feed, config)]
+        own = [p.clamp(min=1e-6) / p.clamp(min=1e-6).sum(1, keepdim=True) for p in own]  # one Bernoulli a class
         chain = make_chain(network, config, sigmoid=False)
         found = list(run_chain(chain, TileEstimator(chain, image, lambda passes: None), [[()]] * 4, noise))
     for a, b in zip(found, own, strict=True):

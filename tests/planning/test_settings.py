@@ -388,9 +388,9 @@ HIDIFF_OTHER = {
 }
 
 
-def test_defaults_of_hidiff_are_the_papers():
+def test_defaults_of_hidiff_are_the_papers_but_for_the_steps():
     own = DiffusionSettings().hidiff
-    assert (own.timesteps, own.steps, own.sampler) == (10, 10, "ddim")
+    assert (own.timesteps, own.steps, own.sampler) == (10, 1, "ddim")
     assert (own.binarized, own.cross_transformer, own.noise_loss, own.collaborative) == (True, True, "focal", True)
     assert (own.focal_gamma, own.lambda_focal, own.lambda_diffusion) == (2, 1, 1)
     assert (own.learning_rate, own.segmentor_learning_rate) == (1e-4, 1e-4)
