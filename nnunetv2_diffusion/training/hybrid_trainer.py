@@ -22,6 +22,7 @@ from nnunetv2_diffusion.diffusion import (
 )
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput, UNetSegmentor
 from nnunetv2_diffusion.networks.hybrid import HybridSegmentor, refiner_topology
+from nnunetv2_diffusion.planning.continuing import LENGTHS, section_names
 from nnunetv2_diffusion.planning.settings import HiDiffSettings, read_settings
 from nnunetv2_diffusion.training import checks
 from nnunetv2_diffusion.training.host import (
@@ -116,6 +117,11 @@ class HybridTrainer(PlannedTrainer):
         self.pretraining_epochs = self._alone
         self.pseudo_dice: dict[str, list] = {"prior": [], "refined": []}
         self._resuming = False
+
+    @classmethod
+    def reads(cls) -> frozenset[str]:
+        """As ``CommonTrainer.reads``."""
+        return LENGTHS | section_names("hidiff") - {"hidiff.merit_variant", "hidiff.merit_weights"}
 
     @classmethod
     def build_segmentor(
