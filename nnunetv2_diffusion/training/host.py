@@ -25,6 +25,7 @@ from nnunetv2_diffusion.checkpoint_files import (
 )
 from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint, load_checkpoint_file
 from nnunetv2_diffusion.diffusion import MaskEncoding
+from nnunetv2_diffusion.locks import locked
 from nnunetv2_diffusion.networks.heads import HeadsMixin
 from nnunetv2_diffusion.planning.continuing import FIXED, LENGTHS, changes, unread
 from nnunetv2_diffusion.planning.schema import S
@@ -40,6 +41,7 @@ from nnunetv2_diffusion.training.label_scan import FILE
 from nnunetv2_diffusion.training.losses import encoded_target
 
 PEAK_GPU_MEMORY = "Peak GPU memory of tensors"  # a line of the log
+LOCK = ".training.lock"  # in the fold's folder
 RECENT_EPOCHS = 5  # whose pseudo Dice tells at the end of a training whether a class is found
 
 
@@ -183,9 +185,12 @@ class CommonTrainer(MemoryLog, nnUNetTrainer):
         """As nnU-Net's, while no other process trains this fold.
 
         Raises:
+            LockedError: naming the process that trains it.
             DivergedError: after ``max_bad_steps`` steps in a row without a finite loss and gradients.
         """
-        super().run_training()
+        alone = locked(Path(self.output_folder) / LOCK, "a training") if self.local_rank == 0 else nullcontext()
+        with alone:
+            super().run_training()
 
     def _judge_step(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
         """Count a step that was left out; stop the training after too many."""
