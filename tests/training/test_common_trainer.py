@@ -4,6 +4,7 @@ import os
 from dataclasses import fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
@@ -259,3 +260,69 @@ def test_what_shapes_the_weights_is_fixed(make, name):
     plain, changed = make(cls, hidiff=SMALL), make(cls, **section)
     shapes = [{k: v.shape for k, v in t.network.state_dict().items()} for t in (plain, changed)]
     assert shapes[0] == shapes[1]
+
+
+# --- the end of a training -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["RecycleXT", "HiDiff", "Baseline"])
+@pytest.mark.parametrize(
+    ("dice", "said"),
+    [
+        ([[0.5, 0.0]] * 3, "Never found in the validation patches of the last 3 epochs: right part. Was the training"),
+        ([[0.0, float("nan")]], "of the last 1 epochs: left part, right part."),
+        ([[0.5, 0.0]] * 6 + [[0.5, 0.01]], None),
+        ([[0.5, 0.2]] * 4 + [[0.5, 0.0]] * 5, "of the last 5 epochs: right part."),
+    ],
+)
+def test_the_end_names_classes_that_are_never_found(make, name, dice, said):
+    trainer = make(trainer_class(name), hidiff=SMALL)
+    trainer.dataloader_train = trainer.dataloader_val = None
+    for epoch, values in enumerate(dice):
+        trainer.logger.log("dice_per_class_or_region", values, epoch)
+        if name == "HiDiff":
+            for kept in trainer.pseudo_dice.values():
+                kept.append(values)
+    trainer.on_train_end()
+    log = log_of(trainer)
+    assert ("Never found" in log) == (said is not None)
+    if said:
+        assert said in log.split("Training done.")[1]
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+class Cases:
+    def __init__(self, cases: dict[str, set[int]]):
+        self.identifiers, self.cases = list(cases), cases
+
+    def load_case(self, case):
+        return None, np.array(sorted(self.cases[case]), np.int8).reshape(1, 1, 1, -1), None, {}
+
+
+@pytest.mark.parametrize("name", ["RecycleXT", "HiDiff"])
+def test_labels_of_the_training_cases_are_looked_at_when_it_starts(make, monkeypatch, name):
+    trainer = make(trainer_class(name), hidiff=SMALL)
+    split = [Cases({"a": {0, 1}, "b": {0}}), Cases({"c": {0, 1, 2}})]
+    monkeypatch.setattr(nnUNetTrainer, "get_tr_and_val_datasets", lambda self: tuple(split))
+    trainer.get_tr_and_val_datasets()
+    assert "WARNING: none of the 2 training cases has right part: it cannot be learnt" in log_of(trainer)
+    split[0] = Cases({"a": {-1, 0}})
+    with pytest.raises(ValueError, match=r"no training case in .* has any foreground"):
+        trainer.get_tr_and_val_datasets()
+    split[0], split[1] = Cases({"a": {0, 1}}), Cases({"c": {0, 7}})
+    with pytest.raises(ValueError, match=r"case c .* label 7"):
+        trainer.get_tr_and_val_datasets()
+    trainer.local_rank = 1  # the first process looks
+    trainer.get_tr_and_val_datasets()
+
+
+def test_merit_reads_its_own_settings():
+    reads = trainer_class("HiDiffMERIT").reads()
+    assert reads <= set(flat(DiffusionSettings()))
+    assert trainer_class("HiDiff").reads() ^ reads == {
+        "hidiff.merit_variant",
+        "hidiff.merit_weights",
+        "hidiff.segmentor_trainer",
+    }
