@@ -243,6 +243,20 @@ def test_every_trainer_leaves_such_steps_out_and_stops(started, name):
     assert trainer.logger.get_value("train_losses", step=-1) == pytest.approx(float(good["loss"]), rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["RecycleXT", "NoDiff", "HiDiff"])
+@pytest.mark.parametrize("value", NOT_FINITE)
+def test_a_loss_that_is_not_finite_counts_though_its_gradients_are(started, name, value):
+    """The seed of the backward pass tells them."""
+    trainer = started(name, recipe="nnunet")
+    loss = trainer.loss
+    trainer.loss = lambda *arguments: loss(*arguments) + value
+    part = trainer.network.segmentor if name == "HiDiff" else trainer.network
+    before = {k: v.clone() for k, v in part.state_dict().items() if v.is_floating_point()}
+    trainer.train_step(make_batch(trainer))
+    assert all(torch.equal(value, part.state_dict()[key]) for key, value in before.items())
+    assert trainer.guard.end_epoch() == 1
+
+
 def test_an_epoch_without_such_steps_says_nothing(started):
     trainer = started("RecycleXT")
     trainer.on_train_epoch_end([trainer.train_step(make_batch(trainer)) for _ in range(2)])
