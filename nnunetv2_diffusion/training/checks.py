@@ -140,7 +140,7 @@ def never_found(dice: Sequence[Sequence[float]], names: Sequence[str]) -> list[s
     if not len(dice):
         return []
     best = np.nan_to_num(np.asarray(dice, dtype=float)).max(0)
-    return [name for name, value in zip(names, best, strict=True) if not value > 0]
+    return [name for name, value in zip(names, best, strict=False) if not value > 0]
 
 
 def check_images(batch: dict, images: torch.Tensor) -> None:

@@ -291,9 +291,9 @@ class CommonTrainer(MemoryLog, nnUNetTrainer):
 
     def _compare_settings(self, file: str) -> None:
         """Refuse a checkpoint of another process, tell what else differs."""
-        arguments = load_checkpoint_file(file).get("init_args") or {}
         try:
-            plans = PlansManager(arguments["plans"])
+            arguments = load_checkpoint_file(file)["init_args"]
+            plans = PlansManager(dict(arguments["plans"]))
             old = read_settings(plans.get_configuration(arguments["configuration"]).configuration, str(file))
         except (KeyError, TypeError, ValueError) as error:
             self.print_to_log_file(f"{file}: its settings cannot be read, nor compared with the plans' ({error})")
