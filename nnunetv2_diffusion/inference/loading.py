@@ -8,6 +8,7 @@ from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
+from nnunetv2_diffusion.checkpoint_files import whole_neighbour
 from nnunetv2_diffusion.checkpoints import CheckpointError, build_network, load_checkpoint_file
 from nnunetv2_diffusion.inference.options import PredictionOptions
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
@@ -35,6 +36,17 @@ def _json(file: Path) -> dict:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such file, expected beside the folds of a trained model")
     return load_json(str(file))
+
+
+def _read(file: Path) -> dict:
+    """A checkpoint; the error of one that was cut off names the whole one beside it."""
+    try:
+        return load_checkpoint_file(file)
+    except CheckpointError as error:
+        other = whole_neighbour(file)
+        if other is None:
+            raise
+        raise CheckpointError(f"{error}. {other.name} beside it is whole: use it with -chk {other.name}") from error
 
 
 def _check_weights(network: nn.Module, weights: dict[Path, dict]) -> None:
@@ -91,7 +103,7 @@ def load_predictor(
 def _load(predictor: DiffusionPredictor, folder: Path, files: list[Path]) -> None:
     """Give a predictor the network of a model, and the weights of its folds."""
     plans, dataset_json = PlansManager(_json(folder / "plans.json")), _json(folder / "dataset.json")
-    checkpoints = [load_checkpoint_file(file) for file in files]
+    checkpoints = [_read(file) for file in files]
     first = checkpoints[0]
     configuration = plans.get_configuration(first["init_args"]["configuration"])
     network = build_network(first["trainer_name"], plans, configuration, dataset_json)

@@ -157,6 +157,9 @@ class DiffusionSettings(Settings):
     num_epochs: int | None = setting(None, "training length; null: nnU-Net's 1000", low=1)
     num_iterations_per_epoch: int | None = setting(None, "null: nnU-Net's 250", low=1)
     num_val_iterations_per_epoch: int | None = setting(None, "null: nnU-Net's 50", low=1)
+    max_bad_steps: int = setting(
+        20, "stop a training after so many steps in a row whose loss or gradients are not finite", low=2, high=10_000
+    )
 
     hidiff: HiDiffSettings = field(default_factory=HiDiffSettings, metadata={"doc": "settings of the HiDiff trainers"})
     mixture: MixtureSettings = field(

@@ -24,6 +24,7 @@ from nnunetv2_diffusion.diffusion import (
 )
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput, UNetSegmentor
 from nnunetv2_diffusion.networks.hybrid import HybridSegmentor, refiner_topology
+from nnunetv2_diffusion.planning.continuing import LENGTHS, section_names
 from nnunetv2_diffusion.planning.settings import (
     DiffusionSettings,
     HiDiffSettings,
@@ -153,6 +154,12 @@ class HybridTrainer(PlannedTrainer):
         self.pretraining_epochs = self._alone
         self.pseudo_dice: dict[str, list] = {"prior": [], "refined": []}
         self._resuming = False
+
+    @classmethod
+    def reads(cls) -> frozenset[str]:
+        """As ``CommonTrainer.reads``."""
+        merit = {"hidiff.merit_variant", "hidiff.merit_weights"}
+        return LENGTHS | {"step_spacing"} | section_names("hidiff") - merit
 
     @classmethod
     def build_segmentor(

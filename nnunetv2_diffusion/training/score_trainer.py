@@ -6,6 +6,7 @@ from torch import nn
 
 from nnunetv2_diffusion.diffusion import SamplingConfig
 from nnunetv2_diffusion.networks import LatentSegmentor
+from nnunetv2_diffusion.planning.continuing import section_names
 from nnunetv2_diffusion.planning.settings import environment_overrides, read_settings
 from nnunetv2_diffusion.training.host import plans_unet, sampling_from_environment
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer
@@ -62,6 +63,11 @@ class ScoreTrainer(DiffusionTrainer):
     """
 
     uses_mask = False
+
+    @classmethod
+    def reads(cls) -> frozenset[str]:
+        """As ``CommonTrainer.reads``."""
+        return super().reads() | section_names("score") | {"samples", "seed"}
 
     @classmethod
     def build_network_architecture(

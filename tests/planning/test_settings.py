@@ -53,6 +53,7 @@ OTHER = {
     "num_epochs": 10,
     "num_iterations_per_epoch": 20,
     "num_val_iterations_per_epoch": 5,
+    "max_bad_steps": 3,
 }
 
 
@@ -215,6 +216,8 @@ def test_null_is_accepted_where_it_has_a_meaning(name):
         ("num_epochs", 0),
         ("num_iterations_per_epoch", 0),
         ("num_val_iterations_per_epoch", 0),
+        ("max_bad_steps", 1),
+        ("max_bad_steps", 10_001),
     ],
 )
 def test_a_value_out_of_range_is_named(name, value):
