@@ -16,6 +16,7 @@ SECTION = "diffusion"
 HIDIFF = "hidiff"
 ENVIRONMENT_PREFIX = "nnUNet_diffusion_"
 ENVIRONMENT_KEYS = ("sampler", "steps", "samples", "seed")
+ALLOW = f"{ENVIRONMENT_PREFIX}allow"  # no setting: names that plans may use as well, see ``architecture``
 # as ``diffusion`` knows them, which is not imported here: torch takes seconds
 SAMPLERS = ("ddpm", "ddim", "renoise")
 SPACINGS = ("linspace", "trailing", "low")
@@ -272,8 +273,10 @@ def environment_overrides(environ: Mapping[str, str] = os.environ) -> dict[str, 
         if not variable.lower().startswith(ENVIRONMENT_PREFIX.lower()):
             continue
         key = variable[len(ENVIRONMENT_PREFIX) :].lower()  # Windows gives names in upper case
+        if variable.lower() == ALLOW.lower():
+            continue
         if key not in ENVIRONMENT_KEYS:
-            expected = ", ".join(ENVIRONMENT_PREFIX + k for k in ENVIRONMENT_KEYS)
+            expected = ", ".join([*(ENVIRONMENT_PREFIX + k for k in ENVIRONMENT_KEYS), ALLOW])
             raise SettingsError(f"unknown environment variable {variable}; known are {expected}")
         if key == "sampler":
             overrides[key] = text.strip().lower()
