@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nnunetv2_diffusion.compat import package_versions
 from nnunetv2_diffusion.demo.data import RawDataError, hold_out
 from nnunetv2_diffusion.demo.phantoms import write_phantoms
 from nnunetv2_diffusion.demo.picture import draw_case, reverse_steps
@@ -164,7 +165,7 @@ def write_result(
         "seconds": job.seconds,
         "seconds_per_case": seconds_per_case(job),
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {options.device}",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": package_versions(),
     }
     (job.out / "result.json").write_text(json.dumps(result, indent=2))
 

@@ -11,6 +11,7 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from tqdm import tqdm
 
 from nnunetv2_diffusion.checkpoints import CheckpointError
+from nnunetv2_diffusion.compat import package_versions
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.inference.cases import CasePredictor, CaseResult, Exporter, model_files
 from nnunetv2_diffusion.inference.export import SAMPLES, STEPS, UNCERTAINTY
@@ -24,7 +25,7 @@ from nnunetv2_diffusion.inference.inputs import (
 )
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.maps import MapWriterError, check_map_writer
-from nnunetv2_diffusion.inference.options import AGGREGATION, OptionError, PredictionOptions
+from nnunetv2_diffusion.inference.options import AGGREGATION, OptionError, PredictionOptions, check_number
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.prepared import FailedCase, prepare_cases
 from nnunetv2_diffusion.inference.sliding_window import COMBINATIONS
@@ -32,6 +33,8 @@ from nnunetv2_diffusion.inference.views import TTA
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.planning.schema import SettingsError
 
+MOST_PROCESSES = 1024
+SMALLEST_STEP = 0.01  # of the window, in parts of the patch: tiles grow with its inverse to the third power
 EXPECTED = (
     CheckpointError,
     InputError,
@@ -131,13 +134,13 @@ def read_options(arguments: argparse.Namespace) -> PredictionOptions:
     Raises:
         OptionError: for a value out of range, or options that exclude each other.
     """
+    check_number("-num_parts", arguments.num_parts, 1, 1_000_000)
     if not 0 <= arguments.part_id < arguments.num_parts:
         raise OptionError(f"-part_id is {arguments.part_id}, expected 0 .. {arguments.num_parts - 1} (-num_parts - 1)")
     for name in ("npp", "nps"):
-        if getattr(arguments, name) < 0:
-            raise OptionError(f"-{name} is {getattr(arguments, name)}, expected at least 0")
-    if not 0 < arguments.step_size <= 1:
-        raise OptionError(f"-step_size is {arguments.step_size}, expected more than 0 and at most 1")
+        check_number(f"-{name}", getattr(arguments, name), 0, MOST_PROCESSES)
+    if not SMALLEST_STEP <= arguments.step_size <= 1:
+        raise OptionError(f"-step_size is {arguments.step_size}, expected a part of the patch in [{SMALLEST_STEP}, 1]")
     names = PredictionOptions.__dataclass_fields__
     given = {name: getattr(arguments, name) for name in names}
     if arguments.disable_tta:
@@ -159,8 +162,9 @@ def model_folder(arguments: argparse.Namespace) -> Path:
         raise OptionError(f"{' and '.join(missing)} missing: give -d and -c, or -m with the folder of a trained model")
     try:
         return Path(get_output_folder(arguments.d, arguments.tr, arguments.p, arguments.c))
-    except (RuntimeError, TypeError) as error:  # nnU-Net: unknown data set, or no folder variable
-        raise InputError(f"-d {arguments.d}: {error}; are nnUNet_raw and nnUNet_results set?") from error
+    except (RuntimeError, TypeError, ValueError) as error:  # nnU-Net: unknown data set, or no folder variable
+        reason = str(error).split(". ")[0]  # the rest names folders and documentation
+        raise InputError(f"-d {arguments.d}: {reason}; are nnUNet_raw and nnUNet_results set?") from error
 
 
 def predict_folder(arguments: argparse.Namespace) -> None:
@@ -230,6 +234,7 @@ def _previous_stage(
 def _write_records(arguments: argparse.Namespace, predictor: DiffusionPredictor) -> None:
     """plans.json, dataset.json and the arguments, as nnU-Net leaves them beside the masks."""
     given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("run", "verb")}
+    given["versions"] = package_versions()
     records: dict[str, Any] = {
         "plans.json": predictor.plans_manager.plans,
         "dataset.json": predictor.dataset_json,

@@ -82,8 +82,8 @@ def dataset_folder(dataset: str) -> Path:
     if not root:
         raise PlansError(f"the environment variable {VARIABLE} is not set, expected the folder of plans and data")
     try:
-        name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
-    except RuntimeError as error:
+        name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdecimal() else dataset)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # the last two: no folder variable
         raise PlansError(f"-d {dataset}: {str(error).split('.')[0]}; looked in {root}") from None
     folder = Path(root) / name
     if not folder.is_dir():
