@@ -15,8 +15,9 @@ from torch import nn
 
 from nnunetv2_diffusion.architecture import check_configuration
 from nnunetv2_diffusion.networks.heads import describe_mismatch
+from nnunetv2_diffusion.out_of_memory import is_out_of_memory
 from nnunetv2_diffusion.plans_content import PlansContentError, check_plans_content
-from nnunetv2_diffusion.tensor_files import TensorFileError, check_tensor, is_out_of_memory, read_tensor_file
+from nnunetv2_diffusion.tensor_files import TensorFileError, check_tensor, read_tensor_file
 
 
 class CheckpointError(RuntimeError):

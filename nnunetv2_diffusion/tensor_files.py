@@ -1,6 +1,5 @@
 """Reading PyTorch's files without running code from them, with reasons of our own: PyTorch's advise to run it."""
 
-import errno
 import re
 import threading
 import warnings
@@ -11,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunetv2_diffusion.out_of_memory import is_out_of_memory
+
 _ALLOWING = threading.Lock()  # PyTorch's list of allowed types is one for all threads, and each would empty it
-MEMORY_WORDS = ("can't allocate memory", "cannot allocate memory", "unable to mmap", "not enough memory")
 DTYPES = (
     torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.int8, torch.int16, torch.int32,
     torch.int64, torch.bool,
@@ -51,19 +51,6 @@ def _safe_types() -> list:
     names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
     dtypes = [type(np.dtype(t)) for t in (np.float16, np.float32, np.float64, np.int32, np.int64, bool)]
     return [*[(scalar, name) for name in names], np.dtype, *dtypes]
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error, or what it came from, says that memory is short."""
-    while error is not None:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return True
-        if isinstance(error, OSError) and error.errno == errno.ENOMEM:
-            return True
-        if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY_WORDS):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _reason(error: Exception, path: Path, start: bytes) -> str:

@@ -1,6 +1,5 @@
 """A predictor from nnU-Net's folder of a trained model."""
 
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -26,10 +25,9 @@ def find_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint: str)
     Raises:
         CheckpointError: if there is none, or one is missing, naming what there is.
     """
-    if folder.is_file() and zipfile.is_zipfile(folder):
-        raise CheckpointError(
-            f"{folder}: a zip file, expected a folder; type: nnUNetv2_install_pretrained_model_from_zip {folder}"
-        )
+    if folder.is_file():
+        install = f"; type: nnUNetv2_install_pretrained_model_from_zip {folder}" if folder.suffix == ".zip" else ""
+        raise CheckpointError(f"{folder}: a file, expected the folder of a trained model of nnU-Net{install}")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder, expected a trained model of nnU-Net")
     if Path(checkpoint).name != checkpoint:
