@@ -1,5 +1,6 @@
 """Whether plans and dataset.json hold what a prediction uses, with names of nnU-Net's own classes alone."""
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -7,6 +8,7 @@ from typing import Any
 
 import nnunetv2
 from batchgenerators.utilities.file_and_folder_operations import join
+from nnunetv2.preprocessing.resampling.utils import recursive_find_resampling_fn_by_name
 from nnunetv2.utilities.find_class_by_name import recursive_find_python_class
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
@@ -104,6 +106,10 @@ def _check_resampling(configuration: Mapping[str, Any], where: str) -> None:
         kwargs = configuration.get(f"{key}_kwargs")
         if not isinstance(kwargs, dict):
             raise _bad(where, f"{key}_kwargs", kwargs, "a mapping")
+        try:  # data, new shape, current and new spacing come from nnU-Net
+            inspect.signature(recursive_find_resampling_fn_by_name(configuration[key])).bind(*[None] * 4, **kwargs)
+        except TypeError as error:
+            raise _bad(where, f"{key}_kwargs", kwargs, f"arguments of {configuration[key]} ({error})") from None
         for name, value in kwargs.items():
             if name.startswith("order") and (isinstance(value, bool) or value not in range(6)):
                 raise _bad(where, f"{key}_kwargs.{name}", value, "an order of splines, 0 .. 5")

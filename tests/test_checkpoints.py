@@ -393,6 +393,7 @@ PLANS = [
     (("configurations", "only", "spacing"), [0.0, 1.0, 1.0]), (("configurations", "only", "spacing"), [math.nan] * 3),
     (("configurations", "only", "batch_size"), 0), (("configurations", "only", "resampling_fn_data_kwargs"), None),
     (("configurations", "only", "resampling_fn_seg_kwargs", "order"), 99),
+    (("configurations", "only", "resampling_fn_seg_kwargs", "no_such_argument"), 1),
     (("configurations", "only", "use_mask_for_norm"), None), (("transpose_forward",), [0, 0, 1]),
     (("transpose_backward",), None), (("transpose_forward",), [0, 1, 99]), (("plans_name",), 3),
     (("dataset_name",), None),

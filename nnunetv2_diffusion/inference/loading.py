@@ -15,7 +15,7 @@ from nnunetv2_diffusion.checkpoints import (
     read_model_json,
     validated,
 )
-from nnunetv2_diffusion.inference.options import PredictionOptions
+from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 
 
@@ -54,6 +54,19 @@ def _check_folder(folder: Path) -> None:
     raise CheckpointError(f"{folder}: no fold in it, {expected}" + (f", as {models[0]}" if models else ""))
 
 
+def check_device(device: str) -> None:
+    """Raise unless PyTorch can compute on a device.
+
+    Raises:
+        OptionError: with what to type.
+    """
+    kind = torch.device(device).type
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise OptionError(f"-device {device}: PyTorch finds no GPU of NVIDIA here. Add: -device cpu")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise OptionError(f"-device {device}: PyTorch finds no GPU of Apple here. Add: -device cpu")
+
+
 def load_predictor(
     folder: Path,
     folds: Sequence[int | str] | None = None,
@@ -81,8 +94,9 @@ def load_predictor(
     Raises:
         CheckpointError: a file is missing, damaged, or of another network.
         UnsupportedArchitectureError: the plans name or number what is not allowed.
-        OptionError: the model cannot do what is asked for.
+        OptionError: the model cannot do what is asked for, or there is no such device.
     """
+    check_device(device)
     predictor = DiffusionPredictor(
         options or PredictionOptions(),
         tile_step_size=step_size,

@@ -164,6 +164,8 @@ def model_folder(arguments: argparse.Namespace) -> Path:
         return Path(get_output_folder(arguments.d, arguments.tr, arguments.p, arguments.c))
     except (RuntimeError, TypeError, ValueError) as error:  # nnU-Net: unknown data set, or no folder variable
         reason = str(error).split(". ")[0]  # the rest names folders and documentation
+        if isinstance(error, ValueError):
+            reason = "expected a number, or a name as Dataset001_NAME"
         raise InputError(f"-d {arguments.d}: {reason}; are nnUNet_raw and nnUNet_results set?") from error
 
 

@@ -84,7 +84,10 @@ def dataset_folder(dataset: str) -> Path:
     try:
         name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdecimal() else dataset)
     except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # the last two: no folder variable
-        raise PlansError(f"-d {dataset}: {str(error).split('.')[0]}; looked in {root}") from None
+        reason = str(error).split(".")[0]
+        if isinstance(error, ValueError):
+            reason = "expected a number, or a name as Dataset001_NAME"
+        raise PlansError(f"-d {dataset}: {reason}; looked in {root}") from None
     folder = Path(root) / name
     if not folder.is_dir():
         raise PlansError(f"{folder}: no such folder; type nnUNetv2_plan_and_preprocess -d {dataset} first")
