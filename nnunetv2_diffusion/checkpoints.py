@@ -1,10 +1,11 @@
-"""Reading nnU-Net's checkpoints without running code from them."""
+"""Reading nnU-Net's checkpoints, plans and dataset.json without running code from them."""
 
+import json
 import re
-import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
@@ -12,19 +13,15 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-_ALLOWING = threading.Lock()  # PyTorch's list of allowed types is one for all threads, and each would empty it
+from nnunetv2_diffusion.architecture import check_configuration
+from nnunetv2_diffusion.networks.heads import describe_mismatch
+from nnunetv2_diffusion.out_of_memory import is_out_of_memory
+from nnunetv2_diffusion.plans_content import PlansContentError, check_plans_content
+from nnunetv2_diffusion.tensor_files import TensorFileError, check_tensor, read_tensor_file
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint cannot be used here."""
-
-
-def _safe_types() -> list:
-    """What nnU-Net stores in a checkpoint beyond tensors and plain types: numpy scalars of its log."""
-    scalar = type(np.float64(0)).__reduce__(np.float64(0))[0]  # numpy's reconstructor, whose module moved in numpy 2
-    names = ("numpy._core.multiarray.scalar", "numpy.core.multiarray.scalar")
-    dtypes = [type(np.dtype(t)) for t in (np.float16, np.float32, np.float64, np.int32, np.int64, bool)]
-    return [*[(scalar, name) for name in names], np.dtype, *dtypes]
+    """A checkpoint, or another file of a trained model, cannot be used here."""
 
 
 def load_checkpoint_file(path: str | Path) -> dict:
@@ -39,23 +36,89 @@ def load_checkpoint_file(path: str | Path) -> dict:
     if not Path(path).is_file():
         raise CheckpointError(f"{path}: no such file, expected a checkpoint")
     try:
-        with _ALLOWING, torch.serialization.safe_globals(_safe_types()):
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # a damaged file can end in nearly any error of the unpickler
-        raise CheckpointError(
-            f"{path}: damaged, or holds more than tensors and plain data; it was not loaded ({_reason(error)})"
-        ) from error
+        checkpoint = read_tensor_file(path, mmap=True)
+    except TensorFileError as error:
+        raise CheckpointError(str(error)) from None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read, {error.strerror}") from None
     if not isinstance(checkpoint, dict) or "network_weights" not in checkpoint:
         raise CheckpointError(f"{path}: no 'network_weights' in it, expected a checkpoint of an nnU-Net trainer")
+    weights = checkpoint["network_weights"]
+    if not isinstance(weights, Mapping) or not all(isinstance(key, str) for key in weights):
+        raise CheckpointError(f"{path}: 'network_weights' is no mapping of names to tensors")
     return checkpoint
 
 
-def _reason(error: Exception) -> str:
-    """What an unpickler says, without its advice to load the file unsafely."""
-    refused = re.search(r"WeightsUnpickler error: (.*?)(?: was not an allowed|\n|$)", str(error))
-    if refused:
-        return refused[1]
-    return (str(error).splitlines() or [""])[0] or type(error).__name__
+def check_weights(weights: Mapping[str, Any], path: str | Path) -> None:
+    """Raise unless all weights are dense tensors of finite numbers.
+
+    Raises:
+        CheckpointError: with the name of the first one that is not.
+    """
+    for name, value in weights.items():
+        problem = check_tensor(name, value)
+        if problem:
+            raise CheckpointError(f"{path}: {problem}; the weights cannot be used")
+
+
+def validated(checkpoint: Mapping[str, Any], path: str | Path) -> dict:
+    """A checkpoint, if it describes a model that can be used to predict.
+
+    Args:
+        checkpoint: of ``load_checkpoint_file``.
+        path: its file, for errors.
+
+    Raises:
+        CheckpointError: naming the key, what was found and what was expected.
+        UnsupportedArchitectureError: if its plans name or number what is not allowed.
+    """
+    name, arguments = checkpoint.get("trainer_name"), checkpoint.get("init_args")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path}: trainer_name is {name!r}, expected the name of a trainer")
+    if not isinstance(arguments, Mapping):
+        raise CheckpointError(f"{path}: init_args is {type(arguments).__name__}, expected a mapping")
+    for key, kind in (("configuration", str), ("plans", dict), ("dataset_json", dict)):
+        if not isinstance(arguments.get(key), kind):
+            found = type(arguments[key]).__name__ if key in arguments else "missing"
+            raise CheckpointError(f"{path}: init_args.{key} is {found}, expected {kind.__name__}")
+    configuration = check_plans(arguments["plans"], arguments["configuration"], arguments["dataset_json"], path)
+    dims = len(configuration.patch_size)
+    axes = checkpoint.get("inference_allowed_mirroring_axes")
+    known = isinstance(axes, list | tuple) and all(isinstance(a, int) and 0 <= a < dims for a in axes)
+    if axes is not None and not (known and len(set(axes)) == len(axes)):
+        raise CheckpointError(f"{path}: inference_allowed_mirroring_axes is {axes!r}, expected some of 0 .. {dims - 1}")
+    check_weights(checkpoint["network_weights"], path)
+    return dict(checkpoint)
+
+
+def check_plans(plans: Any, configuration: str, dataset_json: Any, where: str | Path) -> ConfigurationManager:
+    """A configuration of plans, if it and dataset.json can be used to predict.
+
+    Raises:
+        CheckpointError: naming the key, what was found and what was expected.
+        UnsupportedArchitectureError: if the plans name or number what is not allowed.
+    """
+    try:
+        return check_plans_content(plans, configuration, dataset_json, str(where))
+    except PlansContentError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def read_model_json(file: Path) -> dict:
+    """plans.json or dataset.json of a trained model.
+
+    Raises:
+        CheckpointError: if it is missing, no JSON, or no mapping.
+    """
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file, expected beside the folds of a trained model")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{file}: cannot be read as JSON ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds {type(content).__name__}, expected a mapping as nnU-Net writes it")
+    return content
 
 
 def check_checkpoint(path: str | Path, trainer_name: str, num_heads: int) -> None:
@@ -72,7 +135,7 @@ def check_checkpoint(path: str | Path, trainer_name: str, num_heads: int) -> Non
         )
     weights = checkpoint["network_weights"]
     heads = next((w for key, w in weights.items() if key.endswith("decoder.seg_layers.0.weight")), None)
-    if heads is not None and len(heads) != num_heads:
+    if isinstance(heads, torch.Tensor) and heads.ndim and len(heads) != num_heads:
         raise CheckpointError(
             f"{path}: its network segments {len(heads)} classes or regions, dataset.json defines {num_heads}"
         )
@@ -84,10 +147,14 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
     Raises:
         CheckpointError: if nnU-Net does not find it.
     """
+    if not re.fullmatch(r"\w+", name):
+        raise CheckpointError(f"trainer {name!r}: expected the name of a class")
     try:
         return recursive_find_trainer_class_by_name(name)
     except RuntimeError as error:
         raise CheckpointError(f"{error}. Type: nnunetv2_diffusion doctor") from error
+    except (AssertionError, TypeError):  # nnU-Net: something of that name, which is no trainer
+        raise CheckpointError(f"trainer {name}: found what is no trainer of nnU-Net") from None
 
 
 def build_network(
@@ -96,22 +163,50 @@ def build_network(
     """The network of a trainer, for prediction, without weights.
 
     Raises:
-        CheckpointError: if nnU-Net does not find the trainer.
+        CheckpointError: if nnU-Net does not find the trainer, or memory is too little.
+        UnsupportedArchitectureError: if the plans name or number what is not allowed; nothing was imported.
     """
-    return find_trainer(trainer_name).build_network_architecture(
-        plans,
-        configuration,
-        determine_num_input_channels(plans, configuration, dataset_json),
-        plans.get_label_manager(dataset_json).num_segmentation_heads,
-        enable_deep_supervision=False,
-    )
+    check_configuration(configuration.configuration, f"plans {plans.plans.get('plans_name', '')}".strip())
+    trainer = find_trainer(trainer_name)
+    try:
+        return trainer.build_network_architecture(
+            plans,
+            configuration,
+            determine_num_input_channels(plans, configuration, dataset_json),
+            plans.get_label_manager(dataset_json).num_segmentation_heads,
+            enable_deep_supervision=False,
+        )
+    except (MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise CheckpointError(f"too little memory for the network of {trainer_name} and these plans") from None
+        raise
 
 
-def checkpoint_network(checkpoint: dict) -> nn.Module:
-    """The network of an nnU-Net checkpoint with its weights, on the CPU and in eval mode."""
+def load_weights(network: nn.Module, weights: Mapping[str, Any], path: str | Path) -> None:
+    """Give a network the weights of a file.
+
+    Raises:
+        CheckpointError: if they are of another network.
+    """
+    problem = describe_mismatch(network.state_dict(), weights)
+    if problem:
+        raise CheckpointError(f"{path}: {problem}")
+    try:
+        network.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:  # of another kind, as settings in an extra state
+        raise CheckpointError(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def checkpoint_network(checkpoint: dict, path: str | Path = "checkpoint") -> nn.Module:
+    """The network of an nnU-Net checkpoint with its weights, on the CPU and in eval mode.
+
+    Raises:
+        CheckpointError, UnsupportedArchitectureError: see ``validated`` and ``build_network``.
+    """
+    checkpoint = validated(checkpoint, path)
     arguments = checkpoint["init_args"]
     plans = PlansManager(arguments["plans"])
     configuration = plans.get_configuration(arguments["configuration"])
     network = build_network(checkpoint["trainer_name"], plans, configuration, arguments["dataset_json"])
-    network.load_state_dict(checkpoint["network_weights"])
+    load_weights(network, checkpoint["network_weights"], path)
     return network.eval()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from nnunetv2_diffusion import __version__
+from nnunetv2_diffusion.out_of_memory import is_memory_short, is_out_of_memory
 
 # verb: (module, what it does). A module has add_arguments(parser) and run(arguments) -> exit status. It is imported
 # only when its verb is called, so that --help and doctor work where torch or nnU-Net cannot be imported.
@@ -66,11 +67,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         parser = build_parser(verb)
     except Exception as error:
+        if is_out_of_memory(error) or is_memory_short():
+            return _out_of_memory(verb)
         print(f"nnunetv2_diffusion {verb} cannot start: {type(error).__name__}: {error}", file=sys.stderr)
         print("Type: nnunetv2_diffusion doctor", file=sys.stderr)
         return 1
     parsed = parser.parse_args(arguments)
-    return parsed.run(parsed)
+    try:
+        return parsed.run(parsed)
+    except (MemoryError, RuntimeError, OSError, ImportError) as error:
+        if not is_out_of_memory(error) and not (isinstance(error, ImportError | OSError) and is_memory_short()):
+            raise
+        return _out_of_memory(verb)
+
+
+def _out_of_memory(verb: str | None) -> int:
+    text = "too little memory: the system, or a limit (ulimit -v), gives no more; no file was found to be damaged"
+    print(f"nnunetv2_diffusion {verb}: {text}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -1,12 +1,27 @@
 """Which versions of the host this package is made for."""
 
+import platform
 import re
 import sys
 from importlib import metadata
 
+from nnunetv2_diffusion import __version__
+
 SUPPORTED_NNUNET = "2.8"
 MINIMUM_PYTHON = (3, 10)
 MINIMUM_TORCH = (2, 6)
+SAFE_TORCH = (2, 10)  # before it, torch.load(weights_only=True) of a hostile file could corrupt memory
+# what results depend on; batchgeneratorsv2 0.3.6 changed augmentation at borders
+PACKAGES = (
+    "torch",
+    "nnunetv2",
+    "dynamic_network_architectures",
+    "batchgenerators",
+    "batchgeneratorsv2",
+    "acvl_utils",
+    "numpy",
+    "scipy",
+)
 
 
 class UnsupportedVersionError(RuntimeError):
@@ -51,6 +66,17 @@ def installed(name: str) -> str | None:
         return metadata.version(name)
     except metadata.PackageNotFoundError:
         return None
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of what a result depends on, as all files of results name them."""
+    found = {name: installed(name) or "not installed" for name in PACKAGES}
+    return {"python": platform.python_version(), **found, "nnunetv2_diffusion": __version__}
+
+
+def unsafe_torch(version: str | None) -> bool:
+    """Whether this torch reads hostile files less safely than later ones."""
+    return version is not None and _release(version) < SAFE_TORCH
 
 
 def check_versions() -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from nnunetv2_diffusion import __version__, compat, installation, shell
 from nnunetv2_diffusion.installation import DISTRIBUTION, PACKAGE_FOLDER, PLANNERS, TRAINERS
 from nnunetv2_diffusion.planning.settings import (
+    ALLOW,
     ENVIRONMENT_PREFIX,
     DiffusionSettings,
     SettingsError,
@@ -108,6 +109,13 @@ def check_versions() -> Iterator[Check]:
     for name, version in found.items():
         bad = [p for p in problems if p.lower().startswith(name)]
         yield Check(FAIL, bad[0]) if bad else Check(OK, f"{name} {version}")
+    if compat.unsafe_torch(torch) and not any(p.startswith("torch") for p in problems):
+        safe = ".".join(map(str, compat.SAFE_TORCH))
+        yield Check(
+            WARN,
+            f"torch {torch}: a hostile checkpoint can corrupt memory while it is read; {safe} and later do not let it",
+            (f"use only models that you trust, or install torch {safe} or later",),
+        )
     text = f"nnunetv2_diffusion {__version__} in {PACKAGE_FOLDER}"
     installed = compat.installed(DISTRIBUTION)
     if installed not in (None, __version__):
@@ -313,6 +321,11 @@ def _write_problem(folder: str) -> str | None:
 
 def check_variables(environ: Mapping[str, str] = os.environ) -> Iterator[Check]:
     """Variables of this package that are set now."""
+    if environ.get("nnUNet_n_proc_DA", "").strip() == "0":
+        text = "nnUNet_n_proc_DA=0: a training makes its batches itself, between its steps, and is many times slower"
+        yield Check(WARN, text, (f"unless this is meant, type: {shell.set_line('nnUNet_n_proc_DA', '4')}",))
+    if environ.get(ALLOW, "").strip():
+        yield Check(WARN, f"{ALLOW}={environ[ALLOW]}: plans may import and run these names as well")
     for variable in environ:
         if variable.lower().startswith(ENVIRONMENT_PREFIX.lower()) and not variable.startswith(ENVIRONMENT_PREFIX):
             yield Check(WARN, f"{variable} has no effect, variables start with {ENVIRONMENT_PREFIX}")

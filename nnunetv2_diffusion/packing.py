@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from nnunetv2_diffusion.checkpoints import CheckpointError, checkpoint_network, load_checkpoint_file
+from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.binary_weights import pack, read_packed, unpack
 
 FOR_PREDICTION = ("init_args", "trainer_name", "inference_allowed_mirroring_axes")
@@ -23,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     convert = pack_checkpoint if arguments.verb == "pack" else unpack_checkpoint
     try:
         convert(arguments.input, arguments.output)
-    except (CheckpointError, OSError, ValueError) as error:
+    except (CheckpointError, UnsupportedArchitectureError, OSError, ValueError) as error:
         print(f"nnunetv2_diffusion {arguments.verb}: {error}", file=sys.stderr)
         return 1
     sizes = [file.stat().st_size / 2**20 for file in (arguments.input, arguments.output)]
@@ -42,7 +43,12 @@ def pack_checkpoint(source: Path, target: Path) -> None:
         FileExistsError: if target exists.
     """
     checkpoint = load_checkpoint_file(source)
-    packed = {**pack(checkpoint_network(checkpoint)), **{key: checkpoint.get(key) for key in FOR_PREDICTION}}
+    network = checkpoint_network(checkpoint, source)
+    try:
+        bits = pack(network)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+    packed = {**bits, **{key: checkpoint.get(key) for key in FOR_PREDICTION}}
     write_new(packed, target)
 
 
@@ -50,7 +56,8 @@ def unpack_checkpoint(source: Path, target: Path) -> None:
     """Write a checkpoint for nnU-Net's predictor from what ``pack_checkpoint`` wrote.
 
     Raises:
-        ValueError: if source is not such a file.
+        ValueError: if source is not such a file, or damaged.
+        CheckpointError: if its weights are not those of the network that its plans describe.
         FileExistsError: if target exists.
     """
     packed = read_packed(source)
@@ -58,7 +65,9 @@ def unpack_checkpoint(source: Path, target: Path) -> None:
         weights = unpack(packed)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
-    write_new({"network_weights": weights, **{key: packed[key] for key in FOR_PREDICTION}}, target)
+    checkpoint = {"network_weights": weights, **{key: packed.get(key) for key in FOR_PREDICTION}}
+    checkpoint_network(checkpoint, source)  # raises unless it fits
+    write_new(checkpoint, target)
 
 
 def write_new(content: dict, target: Path) -> None:

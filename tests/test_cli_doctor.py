@@ -159,6 +159,16 @@ def test_unsupported_version_fails_with_what_was_found(package, version, monkeyp
     assert {check.level for name, check in levels.items() if name != package} == {OK}
 
 
+@pytest.mark.parametrize(
+    ("version", "warned"), [("2.8.1+cu128", True), ("2.6.0", True), ("2.10.0", False), ("3.0", False)]
+)
+def test_a_torch_that_reads_hostile_files_less_safely_is_a_warning(version, warned, monkeypatch):
+    real = compat.installed
+    monkeypatch.setattr(compat, "installed", lambda name: version if name == "torch" else real(name))
+    found = [check for check in doctor.check_versions() if check.level == WARN]
+    assert [f"torch {version}: a hostile checkpoint" in check.text for check in found] == [True] * warned
+
+
 def test_files_of_another_version_than_pip_installed_are_reported(monkeypatch):
     monkeypatch.setattr(doctor, "__version__", "99.0")
     check = list(doctor.check_versions())[-1]
@@ -382,6 +392,18 @@ def test_variable_that_cannot_be_used_fails(variable, value, report, monkeypatch
     assert status == 1
     (line,) = bad(lines)
     assert f"nnUNet_diffusion_{variable}" in line
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("nnUNet_n_proc_DA", "0", "nnUNet_n_proc_DA=0: a training makes its batches itself"),
+        ("nnUNet_diffusion_allow", "a.B", "nnUNet_diffusion_allow=a.B: plans may import"),
+    ],
+)
+def test_a_variable_that_is_a_risk_is_a_warning(variable, value, words):
+    assert [c.text.startswith(words) for c in doctor.check_variables({variable: value}) if c.level == WARN] == [True]
+    assert not [c for c in doctor.check_variables({variable: ""}) if c.level == WARN]
 
 
 def test_variable_in_other_case_is_reported_as_without_effect():

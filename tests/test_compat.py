@@ -47,6 +47,23 @@ def test_an_unsupported_version_is_named_with_what_is_expected(change, found, ex
     assert re.search(expected, problem)
 
 
+def test_results_name_what_they_depend_on():
+    versions = compat.package_versions()
+    expected = {"python", "torch", "nnunetv2", "batchgeneratorsv2", "acvl_utils", "nnunetv2_diffusion"}
+    assert expected <= set(versions)
+    assert versions["batchgeneratorsv2"] == installed("batchgeneratorsv2")
+
+
+def test_pins_of_monai_are_those_that_a_message_names():
+    from nnunetv2_diffusion.evaluation.surface import REQUIREMENT
+
+    parser = ConfigParser()
+    parser.read(Path(__file__).parents[1] / "setup.cfg")
+    extras = parser["options.extras_require"]
+    assert REQUIREMENT == "monai>=1.5.2,<1.7"
+    assert all(REQUIREMENT in extras[name].split() for name in ("evaluation", "test"))
+
+
 def test_a_release_candidate_is_of_its_minor_version():
     assert version_problems("2.8rc1", "2.8.0", (3, 11)) == []
 

@@ -6,31 +6,27 @@ import platform
 import sys
 from dataclasses import asdict
 from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from nnunetv2_diffusion import __version__
 from nnunetv2_diffusion.analysis.cases import find_cases, read_cases
 from nnunetv2_diffusion.analysis.figures import all_figures, to_png
 from nnunetv2_diffusion.analysis.report import html_report
 from nnunetv2_diffusion.analysis.studies import MODES, Findings, Laboratory
 from nnunetv2_diffusion.analysis.tables import all_tables, rows_to_csv, summary
+from nnunetv2_diffusion.compat import package_versions
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.evaluation import EvaluationError
 from nnunetv2_diffusion.evaluation.tables import to_markdown, to_text
-from nnunetv2_diffusion.inference.devices import check_device
 from nnunetv2_diffusion.inference.inputs import InputError
 from nnunetv2_diffusion.inference.loading import load_predictor
-from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
+from nnunetv2_diffusion.inference.options import BOUNDS, OptionError, PredictionOptions, check_number
 from nnunetv2_diffusion.inference.predict import EXPECTED, add_model_options, model_folder
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.views import TTA
-
-PACKAGES = ("nnunetv2", "torch", "numpy")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,7 +87,8 @@ def analyse(arguments: argparse.Namespace) -> tuple[Findings, DiffusionPredictor
         raise InputError(f"{arguments.o} exists; the results go into a new folder")
     if arguments.cases is not None and arguments.cases < 1:
         raise OptionError(f"--cases is {arguments.cases}, expected at least 1")
-    check_device(arguments.device)
+    for name, (low, high) in BOUNDS.items():
+        check_number(f"--{name}", getattr(arguments, name), low, high)
     options = PredictionOptions(
         sampler=arguments.sampler, seed=arguments.seed, step_spacing=arguments.step_spacing, tta=arguments.tta
     )
@@ -146,7 +143,7 @@ def describe(arguments: argparse.Namespace, predictor: DiffusionPredictor, findi
         "cases": len(findings.samples),
         "date": date.today().isoformat(),
         "options": {k: v for k, v in given.items() if k not in ("i", "l", "o", "m")},
-        "versions": {"nnunetv2-diffusion": __version__, **{name: version(name) for name in PACKAGES}},
+        "versions": package_versions(),
         "python": platform.python_version(),
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}",
     }

@@ -18,6 +18,7 @@ from nnunetv2.utilities.label_handling.label_handling import determine_num_input
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
+from nnunetv2_diffusion.architecture import check_configuration
 from nnunetv2_diffusion.benchmarking.problem import BenchmarkError, Problem, random_case
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.planning.settings import SettingsError
@@ -93,6 +94,8 @@ def create_trainer(name: str, problem: Problem, device: torch.device) -> nnUNetT
     plans = {**deepcopy(problem.plans), "continue_training": False}  # nnU-Net's command adds the key, trainers pop it
     torch.manual_seed(SEED)
     with _quietly(name):
+        configuration = PlansManager(plans).get_configuration(problem.configuration).configuration
+        check_configuration(configuration, f"configuration {problem.configuration}")
         trainer = trainer_class(plans, problem.configuration, 0, deepcopy(problem.dataset_json), device)
         folder = Path(trainer.preprocessed_dataset_folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,6 +118,7 @@ def build_network(name: str, problem: Problem, device: torch.device) -> nn.Modul
     configuration = plans.get_configuration(problem.configuration)
     torch.manual_seed(SEED)
     with _quietly(name):
+        check_configuration(configuration.configuration, f"configuration {problem.configuration}")
         network = trainer_class.build_network_architecture(
             plans,
             configuration,

@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-import nnunetv2_diffusion
-from nnunetv2_diffusion.compat import installed
+from nnunetv2_diffusion.compat import package_versions
 
 SCHEMA = 1
 REFERENCE = "nnUNetTrainer"
@@ -206,11 +205,5 @@ def describe_hardware(device: torch.device) -> dict[str, Any]:
 
 
 def describe_versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "nnunetv2": installed("nnunetv2") or "not installed",
-        "dynamic_network_architectures": installed("dynamic_network_architectures") or "not installed",
-        "nnunetv2_diffusion": nnunetv2_diffusion.__version__,
-    }
+    """Versions of what the result depends on; torch with its build."""
+    return {**package_versions(), "torch": torch.__version__}

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from nnunetv2_diffusion.agreement import CAUTION
+from nnunetv2_diffusion.compat import package_versions
 from nnunetv2_diffusion.demo.data import RawDataError, hold_out, read_raw
 from nnunetv2_diffusion.demo.options import parse_arguments
 from nnunetv2_diffusion.demo.phantoms import write_phantoms
@@ -154,7 +155,7 @@ def write_result(
         "seconds": job.seconds,
         "seconds_per_case": seconds_per_case(job),
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {options.device}",
-        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "versions": package_versions(),
     }
     (job.out / "result.json").write_text(json.dumps(result, indent=2))
 

@@ -18,7 +18,7 @@ from nnunetv2.configuration import default_num_processes
 from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from tqdm import tqdm
 
-from nnunetv2_diffusion import __version__
+from nnunetv2_diffusion.compat import package_versions
 from nnunetv2_diffusion.evaluation import EvaluationError, sampled, strata, surface
 from nnunetv2_diffusion.evaluation.files import (
     LISTED,
@@ -323,7 +323,7 @@ def conventions(settings: EvaluationSettings, labels: LabelSet, example: CaseRes
             "NSD_tolerances": list(settings.tolerances),
         }
     return {
-        "versions": {"nnunetv2_diffusion": __version__, "nnunetv2": version("nnunetv2")},
+        "versions": package_versions(),
         "unit": example.unit,
         "volume_unit": example.volume_unit,
         "spacing": "of the file's header" if example.unit == "mm" else "1 along each axis",

@@ -15,7 +15,7 @@ from nnunetv2_diffusion.evaluation import EvaluationError
 from nnunetv2_diffusion.evaluation.metrics import EmptyRule, union_box
 
 LIBRARY = "monai"
-REQUIREMENT = "monai>=1.5.1,<1.6"  # 1.6 works too, but for it pip would replace a torch before 2.8
+REQUIREMENT = "monai>=1.5.2,<1.7"  # 1.5.1 unpacks a zip file's entries outside of its folder
 PERCENTILES = {
     "directed": "the larger of the 95th percentiles of both directions (MONAI, recycling paper)",
     "pooled": "the 95th percentile of the distances of both directions together (medpy, code of HiDiff's authors)",

@@ -4,12 +4,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from batchgenerators.utilities.file_and_folder_operations import load_json
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from torch import nn
 
 from nnunetv2_diffusion.checkpoint_files import whole_neighbour
-from nnunetv2_diffusion.checkpoints import CheckpointError, build_network, load_checkpoint_file
+from nnunetv2_diffusion.checkpoints import (
+    CheckpointError,
+    build_network,
+    check_plans,
+    load_checkpoint_file,
+    load_weights,
+    read_model_json,
+    validated,
+)
+from nnunetv2_diffusion.inference.devices import check_device
 from nnunetv2_diffusion.inference.options import PredictionOptions
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 
@@ -20,8 +27,14 @@ def find_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint: str)
     Raises:
         CheckpointError: if there is none, or one is missing, naming what there is.
     """
+    if folder.is_file():
+        install = f"; type: nnUNetv2_install_pretrained_model_from_zip {folder}" if folder.suffix == ".zip" else ""
+        raise CheckpointError(f"{folder}: a file, expected the folder of a trained model of nnU-Net{install}")
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder, expected a trained model of nnU-Net")
+    if Path(checkpoint).name != checkpoint:
+        raise CheckpointError(f"-chk {checkpoint}: expected the name of a file in the folders of the folds")
+    _check_folder(folder)
     present = sorted(p.parent.name.removeprefix("fold_") for p in folder.glob(f"fold_*/{checkpoint}"))
     if folds is None:
         folds = [f for f in present if f != "all"] or present
@@ -32,30 +45,26 @@ def find_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint: str)
     return [folder / f"fold_{f}" / checkpoint for f in folds]
 
 
-def _json(file: Path) -> dict:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file, expected beside the folds of a trained model")
-    return load_json(str(file))
+def _check_folder(folder: Path) -> None:
+    """Raise if a folder holds no folds, with what it is in nnU-Net's terms."""
+    if any(f.is_dir() for f in folder.glob("fold_*")):
+        return
+    expected = "expected nnU-Net's TRAINER__PLANS__CONFIGURATION with fold_0, fold_1, ... in it"
+    models = sorted(f.parent for pattern in ("*/fold_*", "*/*/fold_*") for f in folder.glob(pattern) if f.is_dir())
+    if folder.name.startswith("fold_"):
+        raise CheckpointError(f"{folder}: a single fold; give its parent folder, and -f {folder.name[5:]}")
+    raise CheckpointError(f"{folder}: no fold in it, {expected}" + (f", as {models[0]}" if models else ""))
 
 
 def _read(file: Path) -> dict:
     """A checkpoint; the error of one that was cut off names the whole one beside it."""
     try:
-        return load_checkpoint_file(file)
+        return validated(load_checkpoint_file(file), file)
     except CheckpointError as error:
         other = whole_neighbour(file)
         if other is None:
             raise
         raise CheckpointError(f"{error}. {other.name} beside it is whole: use it with -chk {other.name}") from error
-
-
-def _check_weights(network: nn.Module, weights: dict[Path, dict]) -> None:
-    """Load the weights of every fold, the first ones last."""
-    for file, values in reversed(weights.items()):
-        try:
-            network.load_state_dict(values)
-        except RuntimeError as error:
-            raise CheckpointError(f"{file}: {error}") from error
 
 
 def load_predictor(
@@ -69,7 +78,7 @@ def load_predictor(
     progress: bool = True,
     verbose: bool = False,
 ) -> DiffusionPredictor:
-    """A predictor that is ready; nothing in a checkpoint is run.
+    """A predictor that is ready; nothing that the model's files hold or name is run, but nnU-Net's own classes.
 
     Args:
         folder: nnU-Net's ``TRAINER__PLANS__CONFIGURATION``, with plans.json, dataset.json and ``fold_*``.
@@ -84,8 +93,10 @@ def load_predictor(
 
     Raises:
         CheckpointError: a file is missing, damaged, or of another network.
-        OptionError: the model cannot do what is asked for.
+        UnsupportedArchitectureError: the plans name or number what is not allowed.
+        OptionError: the model cannot do what is asked for, or there is no such device.
     """
+    check_device(device)
     predictor = DiffusionPredictor(
         options or PredictionOptions(),
         tile_step_size=step_size,
@@ -102,13 +113,17 @@ def load_predictor(
 
 def _load(predictor: DiffusionPredictor, folder: Path, files: list[Path]) -> None:
     """Give a predictor the network of a model, and the weights of its folds."""
-    plans, dataset_json = PlansManager(_json(folder / "plans.json")), _json(folder / "dataset.json")
+    content, dataset_json = read_model_json(folder / "plans.json"), read_model_json(folder / "dataset.json")
     checkpoints = [_read(file) for file in files]
     first = checkpoints[0]
-    configuration = plans.get_configuration(first["init_args"]["configuration"])
+    name = first["init_args"]["configuration"]
+    check_plans(content, name, dataset_json, folder)
+    plans = PlansManager(content)
+    configuration = plans.get_configuration(name)
     network = build_network(first["trainer_name"], plans, configuration, dataset_json)
     parameters = [c["network_weights"] for c in checkpoints]
-    _check_weights(network, dict(zip(files, parameters, strict=True)))
+    for file, weights in reversed(list(zip(files, parameters, strict=True))):
+        load_weights(network, weights, file)
     axes = first.get("inference_allowed_mirroring_axes")
     predictor.manual_initialization(
         network, plans, configuration, parameters, dataset_json, first["trainer_name"], axes

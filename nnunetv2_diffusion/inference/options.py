@@ -9,17 +9,27 @@ from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS, SamplingConfig
 from nnunetv2_diffusion.inference.sliding_window import COMBINATIONS
 from nnunetv2_diffusion.inference.views import TTA
 from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, LatentSegmentor
-from nnunetv2_diffusion.planning.settings import environment_overrides
+from nnunetv2_diffusion.planning.settings import LARGEST_SEED, MOST_SAMPLES, environment_overrides
 
 AGGREGATION = ("window", "volume")
 
 CHOICES = {
     "sampler": SAMPLERS, "step_spacing": SPACINGS, "tta": TTA, "aggregate": AGGREGATION, "combine": COMBINATIONS
 }  # fmt: skip
+BOUNDS = {"steps": (0, 100_000), "samples": (1, MOST_SAMPLES), "seed": (0, LARGEST_SEED)}
 
 
 class OptionError(ValueError):
     """An option cannot be used, or not with this model."""
+
+
+def check_number(name: str, value: float | None, low: float, high: float) -> None:
+    """Raise OptionError unless a number lies in [low, high]; None is not given."""
+    if value is None or (isinstance(value, int | float) and low <= value <= high):
+        return
+    expected = f"at least {low}" if isinstance(value, int | float) and value < low else f"a value in [{low}, {high}]"
+    found = f"{value!r}"
+    raise OptionError(f"{name} is {found if len(found) < 60 else found[:57] + '...'}, expected {expected}")
 
 
 @dataclass(frozen=True)
@@ -65,10 +75,8 @@ class PredictionOptions:
     save_probabilities: bool = False
 
     def __post_init__(self) -> None:
-        for name, low in (("steps", 0), ("samples", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is not None and value < low:
-                raise OptionError(f"--{name} is {value}, expected at least {low}")
+        for name, (low, high) in BOUNDS.items():
+            check_number(f"--{name}", getattr(self, name), low, high)
         for name, known in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in known:

@@ -16,16 +16,16 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from tqdm import tqdm
 
 from nnunetv2_diffusion.checkpoints import CheckpointError
+from nnunetv2_diffusion.compat import package_versions
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.inference.cases import CasePredictor, CaseResult, model_files
-from nnunetv2_diffusion.inference.devices import check_device
 from nnunetv2_diffusion.inference.export import SAMPLES, STEPS, UNCERTAINTY, work_folder
 from nnunetv2_diffusion.inference.exporter import Exporter
 from nnunetv2_diffusion.inference.failures import concerns_one_case, lacks_memory, reason_of
 from nnunetv2_diffusion.inference.inputs import InputError, list_cases, prepare_output
 from nnunetv2_diffusion.inference.loading import find_folds, load_predictor
 from nnunetv2_diffusion.inference.maps import MapWriterError, check_map_writer
-from nnunetv2_diffusion.inference.options import AGGREGATION, OptionError, PredictionOptions
+from nnunetv2_diffusion.inference.options import AGGREGATION, OptionError, PredictionOptions, check_number
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.prepared import FailedCase, PreparedCase, prepare_cases
 from nnunetv2_diffusion.inference.runs import (
@@ -37,7 +37,6 @@ from nnunetv2_diffusion.inference.runs import (
     check_place,
     describe_run,
     open_run,
-    versions,
     write_failures,
     write_json,
 )
@@ -46,6 +45,9 @@ from nnunetv2_diffusion.inference.views import TTA
 from nnunetv2_diffusion.locks import LockedError
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.planning.schema import SettingsError
+
+MOST_PROCESSES = 1024
+SMALLEST_STEP = 0.01  # of the window, in parts of the patch: tiles grow with its inverse to the third power
 
 
 class StoppedError(RuntimeError):
@@ -170,13 +172,13 @@ def read_options(arguments: argparse.Namespace) -> PredictionOptions:
     Raises:
         OptionError: for a value out of range, or options that exclude each other.
     """
+    check_number("-num_parts", arguments.num_parts, 1, 1_000_000)
     if not 0 <= arguments.part_id < arguments.num_parts:
         raise OptionError(f"-part_id is {arguments.part_id}, expected 0 .. {arguments.num_parts - 1} (-num_parts - 1)")
     for name in ("npp", "nps"):
-        if getattr(arguments, name) < 0:
-            raise OptionError(f"-{name} is {getattr(arguments, name)}, expected at least 0")
-    if not 0 < arguments.step_size <= 1:
-        raise OptionError(f"-step_size is {arguments.step_size}, expected more than 0 and at most 1")
+        check_number(f"-{name}", getattr(arguments, name), 0, MOST_PROCESSES)
+    if not SMALLEST_STEP <= arguments.step_size <= 1:
+        raise OptionError(f"-step_size is {arguments.step_size}, expected a part of the patch in [{SMALLEST_STEP}, 1]")
     if arguments.overwrite and arguments.continue_prediction:
         raise OptionError("--continue_prediction keeps what is there and --overwrite removes it: choose one")
     if arguments.retry_failed and not arguments.continue_prediction:
@@ -202,10 +204,11 @@ def model_folder(arguments: argparse.Namespace) -> Path:
         raise OptionError(f"{' and '.join(missing)} missing: give -d and -c, or -m with the folder of a trained model")
     try:
         return Path(get_output_folder(arguments.d, arguments.tr, arguments.p, arguments.c))
-    except ValueError as error:  # of int()
-        raise InputError(f"-d {arguments.d}: expected the number of a data set, or its name DatasetXXX_Name") from error
-    except (RuntimeError, TypeError) as error:  # nnU-Net: unknown data set, or no folder variable
-        raise InputError(f"-d {arguments.d}: {error}; are nnUNet_raw and nnUNet_results set?") from error
+    except (RuntimeError, TypeError, ValueError) as error:  # nnU-Net: unknown data set, or no folder variable
+        reason = str(error).split(". ")[0]  # the rest names folders and documentation
+        if isinstance(error, ValueError):
+            reason = "expected a number, or a name as Dataset001_NAME"
+        raise InputError(f"-d {arguments.d}: {reason}; are nnUNet_raw and nnUNet_results set?") from error
 
 
 @dataclass
@@ -231,7 +234,6 @@ def predict_folder(arguments: argparse.Namespace) -> Outcome:
     """All of the verb; every check comes before the first network pass."""
     start = time.monotonic()
     options = read_options(arguments)
-    check_device(arguments.device)
     model = model_folder(arguments)
     check_place(arguments.o, arguments.i, model, arguments.prev_stage_predictions)
     checkpoints = find_folds(model, arguments.f, arguments.chk)
@@ -447,7 +449,7 @@ def _write_records(arguments: argparse.Namespace, predictor: DiffusionPredictor,
     records: dict[str, Any] = {
         "plans.json": predictor.plans_manager.plans,
         "dataset.json": predictor.dataset_json,
-        ARGUMENTS: {"run_id": run.id, "versions": versions(), **given},
+        ARGUMENTS: {"run_id": run.id, "versions": package_versions(), **given},
     }
     for name, content in records.items():
         write_json(arguments.o / name, content)

@@ -18,11 +18,10 @@ import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nnunetv2_diffusion import __version__
+from nnunetv2_diffusion.compat import package_versions
 from nnunetv2_diffusion.locks import LockedError, holder, locked
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ ARGUMENTS = "predict_from_raw_data_args.json"
 FAILED = "failed.json"
 SIDE_FOLDERS = ("uncertainty", "samples", "steps")
 UNFINISHED = ".unfinished_"
-PACKAGES = ("torch", "nnunetv2", "batchgeneratorsv2", "acvl-utils", "numpy")
 SAMPLING = ("steps", "sampler", "step_spacing", "samples", "seed", "eta")
 START_WAIT = 60.0  # seconds that one part waits for another one to start
 LONGEST_NAME = 120  # characters of a case in names of our own; file systems allow 255 bytes
@@ -170,15 +168,6 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    """Of this package and of those that decide about its results."""
-    found = {"nnunetv2-diffusion": __version__}
-    for name in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
 
 
 def describe_run(predictor: "DiffusionPredictor", checkpoints: Sequence[Path], step_size: float) -> dict[str, Any]:
@@ -350,13 +339,15 @@ def _begin(out: Path, request: Request) -> RunRecord:
     (out / FAILED).unlink(missing_ok=True)
     (out / FOLDER).mkdir()
     run = RunRecord(out, str(uuid.uuid4()))
-    write_json(out / FOLDER / "run.json", {"run_id": run.id, "about": dict(request.about), "versions": versions()})
+    write_json(
+        out / FOLDER / "run.json", {"run_id": run.id, "about": dict(request.about), "versions": package_versions()}
+    )
     return run
 
 
 def _welcome(out: Path, found: Mapping[str, Any]) -> RunRecord:
     """A run to go on with; other versions are told of."""
-    now, then = versions(), found.get("versions", {})
+    now, then = package_versions(), found.get("versions", {})
     changed = [f"{name} was {then.get(name)} and is {now[name]}" for name in now if then.get(name) != now[name]]
     if changed:
         print(f"{out}: begun with other versions, results may differ a little: {'; '.join(changed)}")

@@ -5,6 +5,8 @@ is read back gives the same outputs, bit for bit. What is lost are the real-valu
 further training would need.
 """
 
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from torch import nn
 
 from nnunetv2_diffusion.networks.binary import BinaryConv, sign_and_scale
+from nnunetv2_diffusion.tensor_files import TensorFileError, check_tensor, read_tensor_file
 
 FORMAT = "nnunetv2_diffusion 1-bit weights, version 1"
 POWERS = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -57,15 +60,52 @@ def pack(module: nn.Module) -> dict[str, Any]:
     return {"format": FORMAT, "real": real, "binary": binary}
 
 
+def check_packed(packed: Any) -> None:
+    """Raise unless something is what pack returns: sizes agree and all numbers are finite.
+
+    Raises:
+        ValueError: naming the key, what was found and what was expected.
+    """
+    found = packed.get("format") if isinstance(packed, dict) else type(packed).__name__
+    if found != FORMAT:
+        raise ValueError(f"format is {found!r}; expected {FORMAT!r}")
+    for key in ("real", "binary"):
+        if not isinstance(packed.get(key), Mapping) or not all(isinstance(name, str) for name in packed[key]):
+            raise ValueError(f"{key} is {type(packed.get(key)).__name__}; expected a mapping of names")
+    problems = [check_tensor(name, value) for name, value in packed["real"].items()]
+    problems += [_layer_problem(name, parts) for name, parts in packed["binary"].items()]
+    problems += [f"{name} is both real and binary" for name in packed["binary"] if name in packed["real"]]
+    first = next((problem for problem in problems if problem), None)
+    if first:
+        raise ValueError(f"{first}; expected what pack returns")
+
+
+def _layer_problem(name: str, parts: Any) -> str | None:
+    """What is wrong with the signs, scale and shape of a binary weight; None if nothing."""
+    if not isinstance(parts, Mapping) or not {"signs", "scale", "shape"} <= set(parts):
+        return f"{name} has no signs, scale and shape"
+    signs, scale, shape = parts["signs"], parts["scale"], parts["shape"]
+    problem = check_tensor(f"signs of {name}", signs) or check_tensor(f"scale of {name}", scale)
+    if problem:
+        return problem
+    if not isinstance(shape, list | tuple) or len(shape) < 2 or not all(type(n) is int and n >= 1 for n in shape):
+        return f"shape of {name} is {str(shape)[:100]}"
+    if signs.dtype != torch.uint8 or signs.shape != (-(-math.prod(shape) // 8),):
+        return f"signs of {name} are {tuple(signs.shape)} of {signs.dtype}, not one bit for each of {shape}"
+    if not scale.is_floating_point() or scale.shape != (shape[0],) or bool((scale < 0).any()):
+        return (
+            f"scale of {name} is {tuple(scale.shape)} of {scale.dtype}, not one number from 0 on for each of {shape[0]}"
+        )
+    return None
+
+
 def unpack(packed: dict[str, Any]) -> dict[str, torch.Tensor]:
     """State dict from what pack returned: a binary weight is its scale times its sign, which binarises to itself.
 
     Raises:
         ValueError: it is not what pack returns.
     """
-    found = packed.get("format") if isinstance(packed, dict) else type(packed).__name__
-    if found != FORMAT:
-        raise ValueError(f"format is {found!r}; expected {FORMAT!r}")
+    check_packed(packed)
     state = dict(packed["real"])
     for name, parts in packed["binary"].items():
         positive = _unpack_bits(parts["signs"], parts["shape"])
@@ -94,11 +134,9 @@ def read_packed(path: str | Path) -> Any:
         ValueError: it is damaged, or holds more.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # of many kinds; the text advises to read the file unsafely, and is left out
-        raise ValueError(f"{path}: {type(error).__name__}; expected a file that save_packed wrote") from error
+        return read_tensor_file(path)
+    except TensorFileError as error:
+        raise TensorFileError(f"{error}; expected a file that save_packed wrote") from None
 
 
 def load_packed(module: nn.Module, path: str | Path) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from nnunetv2_diffusion.networks.cascaded_decoder import CascadedDecoder
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput
+from nnunetv2_diffusion.tensor_files import TensorFileError, read_tensor_file
 
 # timm's names of the backbones of both scales
 VARIANTS = {
@@ -198,9 +199,9 @@ def read_weights(
     if not Path(weights).is_file():
         raise MeritWeightsError(f"{weights}: no such file, expected weights of MERIT ({variant}), 'timm' or null")
     try:
-        content = torch.load(weights, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file can end in nearly any error of the unpickler
-        raise MeritWeightsError(f"{weights}: damaged, or holds more than tensors; it was not loaded") from error
+        content = read_tensor_file(weights)
+    except TensorFileError as error:
+        raise MeritWeightsError(str(error)) from None
     found = sorted(map(str, content)) if isinstance(content, Mapping) else type(content).__name__
     if not isinstance(content, Mapping) or set(content) != set(SCALES):
         raise MeritWeightsError(

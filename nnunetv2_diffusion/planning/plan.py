@@ -84,9 +84,12 @@ def dataset_folder(dataset: str) -> Path:
     if not root:
         raise PlansError(f"the environment variable {VARIABLE} is not set, expected the folder of plans and data")
     try:
-        name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdigit() else dataset)
-    except RuntimeError as error:
-        raise PlansError(f"-d {dataset}: {str(error).split('.')[0]}; looked in {root}") from None
+        name = maybe_convert_to_dataset_name(int(dataset) if dataset.isdecimal() else dataset)
+    except (RuntimeError, ValueError, TypeError, AttributeError) as error:  # the last two: no folder variable
+        reason = str(error).split(".")[0]
+        if isinstance(error, ValueError):
+            reason = "expected a number, or a name as Dataset001_NAME"
+        raise PlansError(f"-d {dataset}: {reason}; looked in {root}") from None
     folder = Path(root) / name
     if not folder.is_dir():
         raise PlansError(f"{folder}: no such folder; type nnUNetv2_plan_and_preprocess -d {dataset} first")

@@ -13,7 +13,9 @@ class SettingsError(ValueError):
 
 
 def setting(default: Any, doc: str, *, choices: tuple = (), low: Any = None, high: Any = None) -> Any:
-    """A field with its default, its meaning, and the values that it may have."""
+    """A field with its default, its meaning, and the values that it may have; numbers have both a low and a high."""
+    if isinstance(default, int | float) and not isinstance(default, bool) and None in (low, high):
+        raise TypeError(f"a number without bounds: {doc}")
     return field(default=default, metadata={"doc": doc, "choices": choices, "low": low, "high": high})
 
 
@@ -39,13 +41,20 @@ def _check_value(name: str, value: Any, annotation: Any, meta: Mapping[str, Any]
     fits = isinstance(value, kind) or (kind is float and isinstance(value, int))
     if not fits or (isinstance(value, bool) and kind is not bool):
         wanted = f"{kind.__name__}{' or null' if optional else ''}"
-        raise SettingsError(f"{name} is {value!r}, expected {wanted}")
+        raise SettingsError(f"{name} is {_short(value)}, expected {wanted}")
     if meta["choices"] and value not in meta["choices"]:
-        raise SettingsError(f"{name} is {value!r}, expected one of {', '.join(meta['choices'])}")
+        raise SettingsError(f"{name} is {_short(value)}, expected one of {', '.join(meta['choices'])}")
     low, high = meta["low"], meta["high"]
-    if value != value or (low is not None and value < low) or (high is not None and value > high):
-        limits = f"at least {low}" if high is None else f"a value in [{low}, {high}]"
-        raise SettingsError(f"{name} is {value!r}, expected {limits}")
+    if low is not None and not low <= value <= high:  # neither is NaN
+        raise SettingsError(f"{name} is {_short(value)}, expected a value in [{low}, {high}]")
+
+
+def _short(value: Any) -> str:
+    """A value for a message, shortened if it is long; Python does not print integers of thousands of digits."""
+    if isinstance(value, int) and abs(value) > 10**50:
+        return "an integer of more than 50 digits"
+    text = repr(value)
+    return text if len(text) <= 200 else text[:197] + "..."
 
 
 def parse(cls: type[S], section: Mapping[str, Any] | None, where: str, path: str) -> S:
@@ -62,13 +71,13 @@ def parse(cls: type[S], section: Mapping[str, Any] | None, where: str, path: str
     """
     section = {} if section is None else section
     if not isinstance(section, Mapping):
-        raise SettingsError(f"{where}: {path} is {section!r}, expected a mapping of settings")
+        raise SettingsError(f"{where}: {path} is {_short(section)}, expected a mapping of settings")
     known = [f.name for f in fields(cls)]
     for key in section:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(str(key)[:100], known, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-            raise SettingsError(f"{where}: unknown setting {key!r} in {path}; {hint}")
+            raise SettingsError(f"{where}: unknown setting {_short(key)} in {path}; {hint}")
     try:
         return cls(**section)
     except SettingsError as error:

@@ -8,6 +8,9 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from operator import mul
 from typing import Any
 
 from nnunetv2_diffusion.planning.schema import S, Settings, SettingsError, parse, setting
@@ -16,6 +19,10 @@ SECTION = "diffusion"
 HIDIFF = "hidiff"
 ENVIRONMENT_PREFIX = "nnUNet_diffusion_"
 ENVIRONMENT_KEYS = ("sampler", "steps", "samples", "seed")
+ALLOW = f"{ENVIRONMENT_PREFIX}allow"  # no setting: names that plans may use as well, see ``architecture``
+MOST_SAMPLES = 10_000
+MOST_EPOCHS = 100_000
+LARGEST_SEED = 2**63 - 1
 # as ``diffusion`` knows them, which is not imported here: torch takes seconds
 SAMPLERS = ("ddpm", "ddim", "renoise")
 SPACINGS = ("linspace", "trailing", "low")
@@ -35,35 +42,39 @@ class HiDiffSettings(Settings):
         "K, refinement steps of a prediction, 10 in the paper; 0 gives the segmentor's own mask; samples whose masks "
         "differ need more than 1",
         low=0,
+        high=1000,
     )
     sampler: str = setting("ddim", "reverse step", choices=SAMPLERS)
-    samples: int = setting(1, "masks drawn in a prediction; their probabilities are averaged", low=1)
-    seed: int = setting(0, "seed of the noise in prediction", low=0)
+    samples: int = setting(1, "masks drawn in a prediction; their probabilities are averaged", low=1, high=MOST_SAMPLES)
+    seed: int = setting(0, "seed of the noise in prediction", low=0, high=LARGEST_SEED)
     binarized: bool = setting(True, "refiner with 1-bit weights and activations")
     cross_transformer: bool = setting(True, "exchange features with the segmentor by the X-Former")
-    refiner_width: int = setting(32, "channels of the refiner's first stage; 128 in the paper (2D)", low=4)
+    refiner_width: int = setting(32, "channels of the refiner's first stage; 128 in the paper (2D)", low=4, high=1024)
     refiner_norm: str = setting("instance", "normalisation in the refiner; paper: batch", choices=("instance", "batch"))
     prior_residual: bool = setting(
         True, "the refiner corrects the prior's mask; paper: false, it estimates the noise from scratch"
     )
     noise_loss: str = setting("focal", "loss of the estimated noise beside the KL divergence", choices=("focal", "bce"))
-    focal_gamma: float = setting(2.0, "focusing parameter of the focal loss", low=0.0)
+    focal_gamma: float = setting(2.0, "focusing parameter of the focal loss", low=0.0, high=100.0)
     calibrated: bool = setting(
         True, "turn what the trained loss makes of probabilities back before sampling; paper: false"
     )
-    lambda_focal: float = setting(1.0, "weight of noise_loss in the diffusion loss", low=0.0)
-    lambda_diffusion: float = setting(1.0, "weight of the diffusion loss for the segmentor", low=0.0)
+    lambda_focal: float = setting(1.0, "weight of noise_loss in the diffusion loss", low=0.0, high=1000.0)
+    lambda_diffusion: float = setting(1.0, "weight of the diffusion loss for the segmentor", low=0.0, high=1000.0)
     collaborative: bool = setting(True, "train the segmentor as well, by turns; false keeps it frozen")
-    learning_rate: float = setting(1e-4, "of the refiner, at the start of the polynomial decay", low=0.0)
-    segmentor_learning_rate: float = setting(1e-4, "of the segmentor beside the refiner", low=0.0)
+    learning_rate: float = setting(1e-4, "of the refiner, at the start of the polynomial decay", low=0.0, high=1.0)
+    segmentor_learning_rate: float = setting(1e-4, "of the segmentor beside the refiner", low=0.0, high=1.0)
     segmentor_trainer: str = setting(
         "nnUNetTrainer", "whose checkpoint_final.pth, same plans and fold, is the segmentor's start, if there is one"
     )
     segmentor_checkpoint: str | None = setting(None, "an nnU-Net checkpoint to use instead")
     pretraining_epochs: int | None = setting(
-        None, "epochs for the segmentor alone if there is no checkpoint; null: half of the training", low=0
+        None,
+        "epochs for the segmentor alone if there is no checkpoint; null: half of the training",
+        low=0,
+        high=MOST_EPOCHS,
     )
-    pretraining_learning_rate: float = setting(8e-4, "of the segmentor in these epochs", low=0.0)
+    pretraining_learning_rate: float = setting(8e-4, "of the segmentor in these epochs", low=0.0, high=1.0)
     merit_variant: str = setting("small", "size of MERIT's backbones", choices=("small", "tiny", "nano"))
     merit_weights: str | None = setting(
         None, "MERIT's backbones: null random, timm for its pretrained weights, or a local file"
@@ -103,7 +114,7 @@ class ScoreSettings(Settings):
     )
     latent_channels: int = setting(8, "random numbers that a mask is drawn with", low=1, high=256)
     steps: int = setting(
-        8, "draws that nnunetv2_diffusion predict makes a mask of, each of another mirrored view", low=1
+        8, "draws that nnunetv2_diffusion predict makes a mask of, each of another mirrored view", low=1, high=1000
     )
 
 
@@ -115,14 +126,17 @@ class DiffusionSettings(Settings):
     beta_start: float = setting(1e-4, "first beta of the linear schedule", low=1e-8, high=0.999)
     beta_end: float = setting(0.02, "last beta of the linear schedule", low=1e-8, high=0.999)
     training_steps: int | None = setting(
-        None, "train on a schedule respaced to so many steps (5 in table 8 of the paper); null: all T", low=1
+        None,
+        "train on a schedule respaced to so many steps (5 in table 8 of the paper); null: all T",
+        low=1,
+        high=100_000,
     )
     time_sampling: str = setting(
         "uniform",
         "how training draws t; importance-published reproduces the wrong weight of the published code",
         choices=("uniform", "importance", "importance-published"),
     )
-    steps: int = setting(2, "K, network passes of one predicted sample; 5 in the paper", low=1)
+    steps: int = setting(2, "K, network passes of one predicted sample; 5 in the paper", low=1, high=100_000)
     sampler: str = setting("ddpm", "reverse step; renoise noises the estimate as training does", choices=SAMPLERS)
     step_spacing: str = setting(
         "trailing",
@@ -131,8 +145,8 @@ class DiffusionSettings(Settings):
         choices=SPACINGS,
     )
     eta: float = setting(0.0, "DDIM's noise, 0 deterministic to 1 as DDPM", low=0.0, high=1.0)
-    samples: int = setting(1, "masks drawn in a prediction; their probabilities are averaged", low=1)
-    seed: int = setting(0, "seed of the noise in prediction", low=0)
+    samples: int = setting(1, "masks drawn in a prediction; their probabilities are averaged", low=1, high=MOST_SAMPLES)
+    seed: int = setting(0, "seed of the noise in prediction", low=0, high=LARGEST_SEED)
     self_conditioning_probability: float = setting(
         0.5, "share of training samples that see the first pass's estimate", low=0.0, high=1.0
     )
@@ -144,8 +158,8 @@ class DiffusionSettings(Settings):
         "channels of the noisy mask: one a class, or ceil(log2 classes) analog bits; HiDiff has one a class",
         choices=("one-hot", "analog-bits"),
     )
-    transformer_layers: int = setting(1, "self-attention layers at the bottleneck, 0 for none", low=0)
-    transformer_heads: int = setting(8, "attention heads", low=1)
+    transformer_layers: int = setting(1, "self-attention layers at the bottleneck, 0 for none", low=0, high=64)
+    transformer_heads: int = setting(8, "attention heads", low=1, high=1024)
     transformer_width: float = setting(
         0.25, "share of the bottleneck's channels that attention works in; 1 in the paper", low=0.01, high=1.0
     )
@@ -154,9 +168,9 @@ class DiffusionSettings(Settings):
         "optimiser, schedule and loss: the host's own, or those of Fu et al. 2024",
         choices=("nnunet", "paper"),
     )
-    num_epochs: int | None = setting(None, "training length; null: nnU-Net's 1000", low=1)
-    num_iterations_per_epoch: int | None = setting(None, "null: nnU-Net's 250", low=1)
-    num_val_iterations_per_epoch: int | None = setting(None, "null: nnU-Net's 50", low=1)
+    num_epochs: int | None = setting(None, "training length; null: nnU-Net's 1000", low=1, high=MOST_EPOCHS)
+    num_iterations_per_epoch: int | None = setting(None, "null: nnU-Net's 250", low=1, high=1_000_000)
+    num_val_iterations_per_epoch: int | None = setting(None, "null: nnU-Net's 50", low=1, high=1_000_000)
     max_bad_steps: int = setting(
         20, "stop a training after so many steps in a row whose loss or gradients are not finite", low=2, high=10_000
     )
@@ -182,6 +196,13 @@ class DiffusionSettings(Settings):
                 f"steps is {self.steps}, expected 1 .. {self.most_steps} on a trained schedule of {self.chain_length} "
                 f"steps with step_spacing {self.step_spacing}"
             )
+        if not _has_signal(
+            self.timesteps, self.beta_start, self.beta_end, self.training_steps, self.steps, self.step_spacing
+        ):
+            raise SettingsError(
+                f"beta_end is {self.beta_end}, expected less, or fewer timesteps than {self.timesteps}: a step of the "
+                f"chain of {self.training_steps or self.steps} would be noise alone, with a beta of 1"
+            )
 
     @property
     def chain_length(self) -> int:
@@ -192,6 +213,33 @@ class DiffusionSettings(Settings):
     def most_steps(self) -> int:
         """The largest K."""
         return self.chain_length // 2 + 1 if self.step_spacing == "low" else self.chain_length
+
+
+def _kept(length: int, number: int, spacing: str) -> list[int]:
+    """Indices of a respaced chain, as ``DiffusionProcess.respace`` keeps them."""
+    if number == 1:
+        return [length - 1]
+    if spacing == "linspace":
+        return [round(k * (length - 1) / (number - 1)) for k in range(number)]
+    if spacing == "low":
+        return [*(round(k / (number - 1) * (length / 2)) - 1 for k in range(1, number)), length - 1]
+    return [round(k / number * length) - 1 for k in range(1, number + 1)]
+
+
+@lru_cache(maxsize=64)
+def _has_signal(length: int, first: float, last: float, trained: int | None, steps: int, spacing: str) -> bool:
+    """Whether all betas of a linear schedule are below 1 in double precision, also after it was respaced.
+
+    The shares of signal that are left after each step, ``alphas_cumprod``, fall fast where betas are large.
+    """
+    betas = (first + (last - first) * t / max(length - 1, 1) for t in range(length))
+    shares = list(accumulate((1 - beta for beta in betas), mul))
+    for number, kind in ((trained, "linspace"), (steps, spacing)):
+        if number is not None:
+            shares = [shares[i] for i in _kept(len(shares), number, kind)]
+            if not all(before > 0 and 0 < 1 - after / before < 1 for before, after in pairwise([1.0, *shares])):
+                return False
+    return True
 
 
 # sections within the section: name -> its settings
@@ -280,8 +328,10 @@ def environment_overrides(environ: Mapping[str, str] = os.environ) -> dict[str, 
         if not variable.lower().startswith(ENVIRONMENT_PREFIX.lower()):
             continue
         key = variable[len(ENVIRONMENT_PREFIX) :].lower()  # Windows gives names in upper case
+        if variable.lower() == ALLOW.lower():
+            continue
         if key not in ENVIRONMENT_KEYS:
-            expected = ", ".join(ENVIRONMENT_PREFIX + k for k in ENVIRONMENT_KEYS)
+            expected = ", ".join([*(ENVIRONMENT_PREFIX + k for k in ENVIRONMENT_KEYS), ALLOW])
             raise SettingsError(f"unknown environment variable {variable}; known are {expected}")
         if key == "sampler":
             overrides[key] = text.strip().lower()

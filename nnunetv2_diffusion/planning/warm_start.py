@@ -21,7 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunetv2_diffusion import shell
-from nnunetv2_diffusion.checkpoints import CheckpointError, build_network, load_checkpoint_file
+from nnunetv2_diffusion.checkpoints import CheckpointError, build_network, check_weights, load_checkpoint_file
 from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.discriminative import UNetSegmentor
 from nnunetv2_diffusion.networks.heads import HOST_SKIPS, carry_heads
@@ -33,6 +33,7 @@ from nnunetv2_diffusion.planning.schema import SettingsError
 HEADS = ("auto", "copy", "fresh")
 SECOND_NAMES = (".all_modules.", "decoder.encoder.")  # nnU-Net registers these weights a second time
 WITHOUT_EFFECT = ("dropout_op", "dropout_op_kwargs", "deep_supervision")  # on the logits of a trained network
+DICTS = ("plans", "dataset_json")  # of init_args
 COMPARED = ("spacing", "normalization_schemes", "patch_size")
 
 
@@ -100,16 +101,24 @@ class Source:
         self.file = file
         checkpoint = load_checkpoint_file(file)
         weights = checkpoint["network_weights"]
+        check_weights(weights, file)
         self.weights = {key.removeprefix("module."): w for key, w in weights.items()}
         self.trainer = str(checkpoint.get("trainer_name", "unknown"))
-        self.arguments: dict[str, Any] = checkpoint.get("init_args") or {}
+        arguments = checkpoint.get("init_args") or {}
+        if not isinstance(arguments, dict) or not all(isinstance(arguments.get(k, {}), dict) for k in DICTS):
+            raise CheckpointError(f"{file}: init_args is damaged, expected a mapping with {' and '.join(DICTS)}")
+        self.arguments: dict[str, Any] = arguments
 
     @cached_property
     def configuration(self) -> ConfigurationManager | None:
         """The configuration that it was trained with; None if the checkpoint does not tell."""
         if not {"plans", "configuration"} <= set(self.arguments):
             return None
-        return PlansManager(self.arguments["plans"]).get_configuration(self.arguments["configuration"])
+        try:
+            return PlansManager(self.arguments["plans"]).get_configuration(self.arguments["configuration"])
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, RecursionError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{self.file}: its plans cannot be read ({reason[:200]})") from error
 
     @property
     def labels(self) -> dict | None:

@@ -10,6 +10,7 @@ import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_diffusion.architecture import check_configuration
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.denoiser import SUPPORTED
 from nnunetv2_diffusion.planning.settings import SettingsError, read_settings
@@ -23,7 +24,8 @@ def check_plans(plans: dict, configuration: str, dataset_json: dict) -> None:
         SettingsError: unknown key or unusable value in the ``diffusion`` section, or an encoding for classes where
             dataset.json has regions.
         ValueError: classes are not numbered 0, 1, 2, ...
-        UnsupportedArchitectureError: not a PlainConvUNet or ResidualEncoderUNet.
+        UnsupportedArchitectureError: not a PlainConvUNet or ResidualEncoderUNet, or numbers or names that cannot be
+            used; nothing was imported.
     """
     plans_manager = PlansManager(plans)
     manager = plans_manager.get_configuration(configuration)
@@ -43,6 +45,7 @@ def check_plans(plans: dict, configuration: str, dataset_json: dict) -> None:
             f"{where}: the network is {manager.network_arch_class_name}, the diffusion trainers support "
             f"{' and '.join(supported)}. Plan with a stock nnU-Net planner and pass its plans with -p."
         )
+    check_configuration(manager.configuration, where)
 
 
 def check_label_numbers(labels: LabelManager) -> None:

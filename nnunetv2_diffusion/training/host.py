@@ -15,6 +15,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from nnunetv2_diffusion.architecture import check_architecture
 from nnunetv2_diffusion.checkpoint_files import (
     NAMES,
     is_whole,
@@ -56,7 +57,16 @@ def apply_schedule_length(trainer: nnUNetTrainer, settings: DiffusionSettings) -
 def plans_unet(
     configuration: ConfigurationManager, in_channels: int, out_channels: int, deep_supervision: bool
 ) -> nn.Module:
-    """The network that nnU-Net planned, initialised as nnU-Net does."""
+    """The network that nnU-Net planned, initialised as nnU-Net does.
+
+    Raises:
+        UnsupportedArchitectureError: if the plans name what is not allowed; nothing was imported.
+    """
+    check_architecture(
+        configuration.network_arch_class_name,
+        configuration.network_arch_init_kwargs,
+        configuration.network_arch_init_kwargs_req_import,
+    )
     return get_network_from_plans(
         configuration.network_arch_class_name,
         configuration.network_arch_init_kwargs,

@@ -289,6 +289,7 @@ def test_the_options_of_the_call_are_recorded(everything):
     record = json.loads((everything / "predict_from_raw_data_args.json").read_text())
     assert record["samples"] == 2
     assert record["tta"] == "interleaved"
+    assert {"torch", "batchgeneratorsv2", "acvl_utils"} <= set(record["versions"])
 
 
 # --- what cannot be done ---------------------------------------------------------------------------------------------
@@ -309,6 +310,16 @@ def refused(capsys, *arguments):
         (("-chk", "checkpoint_best.pth"), "no fold has a checkpoint_best.pth"),
         (("-num_parts", 2, "-part_id", 2), "-part_id is 2, expected 0 .. 1"),
         (("-step_size", 0), "-step_size is 0"),
+        (("-step_size", 1e-9), "-step_size is 1e-09, expected a part of the patch in [0.01, 1]"),
+        (("-step_size", "nan"), "-step_size is nan"),
+        (("--samples", 10**9), "--samples is 1000000000, expected a value in [1, 10000]"),
+        (("--steps", 10**9), "--steps is 1000000000"),
+        (("--seed", -1), "--seed is -1, expected at least 0"),
+        (("--seed", 2**64), "--seed is 18446744073709551616"),
+        (("-npp", 10**9), "-npp is 1000000000, expected a value in [0, 1024]"),
+        (("-nps", 10**9), "-nps is 1000000000"),
+        (("-num_parts", 0), "-num_parts is 0"),
+        (("-chk", "../x.pth"), "-chk ../x.pth"),
     ],
 )
 def test_bad_options_are_named_and_nothing_is_written(models, images, tmp_path, capsys, options, words):

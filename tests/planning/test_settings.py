@@ -500,3 +500,82 @@ def test_assignments_become_a_section():
 def test_an_assignment_that_is_none_is_refused(text):
     with pytest.raises(SettingsError, match="expected key=value"):
         read_assignments([text])
+
+
+# --- bounds ----------------------------------------------------------------------------------------------------------
+
+
+NUMBERS = [
+    (cls, f)
+    for cls in (DiffusionSettings, *SUBSECTIONS.values())
+    for f in fields(cls)
+    if any(kind in str(f.type) for kind in ("int", "float")) and "choices" in f.metadata
+]
+
+
+def section_of(cls, name, value):
+    inner = {name: value}
+    outer = next((key for key, c in SUBSECTIONS.items() if c is cls), None)
+    return inner if outer is None else {outer: inner}
+
+
+@pytest.mark.parametrize(("cls", "f"), NUMBERS, ids=lambda x: getattr(x, "name", getattr(x, "__name__", "")))
+def test_every_number_has_bounds_and_is_refused_beyond_them(cls, f):
+    low, high = f.metadata["low"], f.metadata["high"]
+    assert low is not None
+    assert high is not None
+    assert low < high < 2**63
+    kind = float if "float" in str(f.type) else int
+    for value in (low - 1, high + 1, -(10**30), 10**400, float("inf"), -float("inf"), float("nan")):
+        if kind is int and isinstance(value, float) and value == value and abs(value) != float("inf"):
+            value = int(value)
+        with pytest.raises(SettingsError, match=f"{f.name} is "):
+            parse_settings(section_of(cls, f.name, value))
+
+
+def test_a_number_without_bounds_cannot_be_declared():
+    from nnunetv2_diffusion.planning.schema import setting
+
+    with pytest.raises(TypeError, match="without bounds"):
+        setting(1, "of something", low=0)
+
+
+def test_a_beta_of_1_is_refused_with_the_settings_name():
+    for section in ({"beta_end": 0.2}, {"beta_end": 0.9, "timesteps": 100, "training_steps": 5}):
+        with pytest.raises(SettingsError, match=r"beta_end is .*expected less, or fewer timesteps"):
+            parse_settings(section)
+    assert parse_settings({"beta_end": 0.2, "timesteps": 100}).beta_end == 0.2
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "trailing", "low"])
+@pytest.mark.parametrize("beta_end", [0.02, 0.06, 0.08, 0.1, 0.15, 0.2, 0.5, 0.999])
+@pytest.mark.parametrize("timesteps", [10, 100, 1001])
+def test_settings_accept_a_schedule_if_the_process_can_be_built(spacing, beta_end, timesteps):
+    for trained in (None, 5, 10):
+        for steps in (1, 2, 3, 5):
+            try:
+                DiffusionSettings(timesteps, 1e-4, beta_end, trained, steps=steps, step_spacing=spacing)
+                accepted = True
+            except SettingsError as error:
+                if "expected 1 .." in str(error):
+                    continue
+                accepted = False
+            try:
+                process = diffusion.GaussianDiffusion(diffusion.linear_beta_schedule(timesteps, 1e-4, beta_end))
+                (process.respace(trained) if trained else process).respace(steps, spacing)
+                built = True
+            except ValueError:
+                built = False
+            assert accepted == built, (trained, steps)
+
+
+def test_every_schedule_of_hidiff_can_be_built():
+    for timesteps in (1, 2, 3, 10, 100, 999, 1000):
+        process = diffusion.BernoulliDiffusion(diffusion.cosine_beta_schedule(timesteps))
+        for steps in {1, 2, min(10, timesteps), timesteps}:
+            if steps <= timesteps:
+                process.respace(steps)
+
+
+def test_a_variable_of_names_is_no_setting():
+    assert environment_overrides({"nnUNet_diffusion_allow": "a.b", "nnUNet_diffusion_steps": "3"}) == {"steps": 3}

@@ -38,12 +38,18 @@ REGIONS_JSON = {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regi
 
 
 def make_plans(architecture: str = "PlainConvUNet", diffusion: dict | None = None) -> dict:
+    blocks = "n_conv_per_stage" if architecture == "PlainConvUNet" else "n_blocks_per_stage"
+    arguments = {"n_stages": 2, "features_per_stage": [4, 8], "conv_op": "torch.nn.modules.conv.Conv2d"}
+    arguments |= {"kernel_sizes": [[3, 3]] * 2, "strides": [[1, 1], [2, 2]], blocks: [1, 1]}
     configuration = {
+        "patch_size": [8, 8],
+        "batch_size": 2,
+        "spacing": [1.0, 1.0],
         "architecture": {
             "network_class_name": f"dynamic_network_architectures.architectures.unet.{architecture}",
-            "arch_kwargs": {},
-            "_kw_requires_import": [],
-        }
+            "arch_kwargs": {**arguments, "n_conv_per_stage_decoder": [1]},
+            "_kw_requires_import": ["conv_op"],
+        },
     }
     if diffusion is not None:
         configuration["diffusion"] = diffusion
