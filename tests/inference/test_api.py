@@ -95,7 +95,7 @@ def test_colours_come_first(models):
 
 def test_files_are_checked_as_by_the_command(model, images, tmp_path):
     cut_off(Path(shutil.copy(images / "case_0_0000.nii.gz", tmp_path)), 0.5)
-    with pytest.raises(InputError, match="case_0_0000.nii.gz: damaged or cut off"):
+    with pytest.raises(InputError, match=r"case_0_0000.nii.gz: damaged or cut off"):
         predict_image(model, tmp_path / "case_0_0000.nii.gz")
     with pytest.raises(InputError, match="2 channels, expected 1 as the model was trained with: MR"):
         predict_image(model, [images / "case_0_0000.nii.gz"] * 2)
