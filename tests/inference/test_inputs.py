@@ -247,7 +247,7 @@ def test_a_nifti_is_opened_by_its_content_as_itk_does(tmp_path):
 
 def test_what_follows_the_voxels_does_not_matter(tmp_path):
     """A longer file, another byte order, a wrong number of bits: ITK takes them."""
-    whole = write_nifti(tmp_path / "b.nii", volume(), np.eye(4)).read_bytes()
+    whole = write_nifti(tmp_path / "b_0000.nii", volume(), np.eye(4)).read_bytes()
     packed, file = gzip.compress(whole), tmp_path / "a_0000.nii.gz"
     for content in (
         packed + b"garbage",
@@ -261,7 +261,7 @@ def test_what_follows_the_voxels_does_not_matter(tmp_path):
     assert gzip.decompress(file.read_bytes())[:4] == b"\0\0\x01\x5c"
     assert not notes(model_of(), file)
     assert "cut off" in failure(model_of(), cut_off(file, 0.9))
-    odd = edit_header(tmp_path / "b.nii", 72, "<h", 64)  # bitpix; the values have 32
+    odd = edit_header(tmp_path / "b_0000.nii", 72, "<h", 64)  # bitpix; the values have 32
     assert not notes(model_of(ending=".nii"), odd)
 
 
