@@ -8,9 +8,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import tifffile
-from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+from nnunetv2.experiment_planning.verify_dataset_integrity import check_cases
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
-from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from nnunetv2.utilities.utils import (
+    create_lists_from_splitted_dataset_folder,
+    get_identifiers_from_splitted_dataset_folder,
+)
 from skimage import io
 
 sys.path.insert(0, str(Path(__file__).parent / "inference"))
@@ -106,10 +110,15 @@ def write_dataset(folder, names, ending, **more):
 
 
 def read_by_nnunet(folder):
-    """Case -> names of image files and of the label, after nnU-Net has verified a raw data set."""
-    verify_dataset_integrity(str(folder), num_processes=1)
-    found = get_filenames_of_train_images_and_targets(str(folder))
-    return {n: [Path(f).name for f in (*v["images"], v["label"])] for n, v in found.items()}
+    """Case -> names of its files; they are listed and checked as by nnU-Net's --verify_dataset_integrity."""
+    dataset = json.loads((folder / "dataset.json").read_text())
+    names = get_identifiers_from_splitted_dataset_folder(str(folder / "imagesTr"), dataset["file_ending"])
+    images = create_lists_from_splitted_dataset_folder(str(folder / "imagesTr"), dataset["file_ending"], names, 1)
+    reader = determine_reader_writer_from_dataset_json(dataset, images[0][0], verbose=False)
+    for name, files in zip(names, images, strict=True):
+        label = folder / "labelsTr" / f"{name}{dataset['file_ending']}"
+        assert check_cases(files, str(label), len(dataset["channel_names"]), reader)
+    return {str(name): [Path(f).name for f in files] for name, files in zip(names, images, strict=True)}
 
 
 @pytest.mark.parametrize("channels", [3, 4])
@@ -118,7 +127,7 @@ def test_colours_in_one_file_are_taken_as_nnunet_takes_them(tmp_path, channels):
     hold_out(tmp_path / "Dataset311_Rgb-x", tmp_path / "raw" / "Dataset311_Rgb-x", 1, 0)
     found = read_by_nnunet(tmp_path / "raw" / "Dataset311_Rgb-x")
     assert len(found) == 5
-    assert all(files == [f"{name}_0000.png", f"{name}.png"] for name, files in found.items())
+    assert all(files == [f"{name}_0000.png"] for name, files in found.items())
 
 
 def test_the_spacing_beside_a_3d_tiff_comes_along(tmp_path):

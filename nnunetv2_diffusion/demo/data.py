@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
+from nnunetv2_diffusion.inference.inputs import list_images
+
 
 class RawDataError(ValueError):
     """A folder is not a raw data set that the demo can use."""
@@ -101,10 +103,13 @@ def _read(source: Path) -> tuple[dict, dict[str, tuple[list[Path], Path]]]:
     for needed in ("imagesTr", "labelsTr") if "dataset" not in dataset else ():
         if not (source / needed).is_dir():
             raise RawDataError(f"{source}: no {needed}, expected nnU-Net's raw layout")
-    # a copy: nnU-Net writes whole paths into it
-    listed = get_filenames_of_train_images_and_targets(str(source), deepcopy(dataset))
-    cases = {str(n): ([Path(f) for f in v["images"]], Path(v["label"])) for n, v in listed.items()}
-    cases = {name: (images, label) for name, (images, label) in cases.items() if label.is_file()}
+    if "dataset" in dataset:  # a copy: nnU-Net writes whole paths into it
+        listed = get_filenames_of_train_images_and_targets(str(source), deepcopy(dataset))
+        cases = {str(n): ([Path(f) for f in v["images"]], Path(v["label"])) for n, v in listed.items()}
+    else:
+        images = list_images(source / "imagesTr", ending)
+        cases = {name: (files, source / "labelsTr" / f"{name}{ending}") for name, files in images.items()}
+    cases = {name: (files, label) for name, (files, label) in cases.items() if label.is_file()}
     labelled = {p.name.removesuffix(ending) for p in (source / "labelsTr").glob(f"*{ending}")}
     for case in sorted({*cases, *(labelled if "dataset" not in dataset else ())}):
         images = cases[case][0] if case in cases else []

@@ -55,7 +55,7 @@ def list_cases(folder: Path, dataset_json: Mapping[str, Any]) -> tuple[dict[str,
         folder, only = folder.parent, _case_of(folder, ending)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected images <case>_0000{ending}")
-    cases = _as_nnunet_lists(folder, ending)
+    cases = list_images(folder, ending)
     failed = {**_left_out(folder, ending, cases), **{n: r for n in cases if (r := _bad_name(n, ending))}}
     if only is not None:
         cases, failed = ({n: v for n, v in found.items() if n == only} for found in (cases, failed))
@@ -65,8 +65,11 @@ def list_cases(folder: Path, dataset_json: Mapping[str, Any]) -> tuple[dict[str,
     return good, [FailedCase(name, reason) for name, reason in sorted(failed.items())]
 
 
-def _as_nnunet_lists(folder: Path, ending: str) -> dict[str, list[Path]]:
-    """The result of ``create_lists_from_splitted_dataset_folder``, which one link loop or one other name stops."""
+def list_images(folder: Path, ending: str) -> dict[str, list[Path]]:
+    """Case -> images ``<case>_0000<ending>`` in the order of their numbers, as nnU-Net lists them.
+
+    The result is that of ``create_lists_from_splitted_dataset_folder``, which one link loop or one other name stops.
+    """
     naming, cases = _naming(ending), {}
     for file in sorted(folder.iterdir()):
         found = naming.fullmatch(file.name)

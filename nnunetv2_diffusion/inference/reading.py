@@ -19,6 +19,7 @@ from nnunetv2_diffusion.inference.inputs import NIFTI, CaseError
 
 GZIP_MAGIC = b"\x1f\x8b"
 GIPL_HEADER = 256  # bytes
+BLOCK = 2**20  # bytes
 LONGEST_NOTE = 300
 
 
@@ -195,7 +196,7 @@ def check_file(file: Path) -> list[str]:
             expected = _promised_gipl(file)
         else:
             return []
-        found = _size(file)
+        found = _size(file, expected)
     except (OSError, EOFError, zlib.error) as error:
         raise CaseError(f"{file}: damaged or cut off ({one_line(error)})") from error
     if found < expected:
@@ -210,13 +211,26 @@ def _open(file: Path) -> Any:
     return gzip.open(file) if magic == GZIP_MAGIC else file.open("rb")
 
 
-def _size(file: Path) -> int:
-    """Bytes, uncompressed."""
+def _size(file: Path, enough: int) -> int:
+    """Bytes, uncompressed, up to those that are enough; what follows them is not looked at, as by nnU-Net's readers."""
     size = 0
     with _open(file) as stream:
-        while block := stream.read(2**20):
+        while block := stream.read(min(BLOCK, enough - size)):
             size += len(block)
+        if size == enough:
+            _check_sum(stream)
     return size
+
+
+def _check_sum(stream: Any) -> None:
+    """Raise for a compressed file whose content is another than was written."""
+    try:
+        stream.read(1)
+    except EOFError:
+        return  # the sum itself is cut off
+    except gzip.BadGzipFile as error:
+        if "CRC" in str(error):
+            raise
 
 
 def _nifti_header(file: Path) -> nibabel.Nifti1Header | None:
@@ -235,7 +249,11 @@ def _promised(header: nibabel.Nifti1Header) -> int:
     """Bytes of a file with this header."""
     sizes = [max(1, int(n)) for n in header["dim"][1 : 1 + max(0, int(header["dim"][0]))]]
     offset = float(header["vox_offset"])
-    return prod(sizes) * int(header["bitpix"]) // 8 + (int(offset) if np.isfinite(offset) else 0)
+    try:
+        value_bytes = header.get_data_dtype().itemsize
+    except nibabel.spatialimages.HeaderDataError:
+        return 0  # reading it will say why
+    return prod(sizes) * value_bytes + (int(offset) if np.isfinite(offset) else 0)
 
 
 def _odd_spacing(file: Path, header: nibabel.Nifti1Header) -> list[str]:

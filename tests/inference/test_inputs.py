@@ -7,6 +7,7 @@ import shutil
 from contextlib import redirect_stdout
 from io import StringIO
 
+import nibabel
 import numpy as np
 import pytest
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -242,6 +243,34 @@ def test_a_nifti_is_opened_by_its_content_as_itk_does(tmp_path):
     plain = write_nifti(tmp_path / "a.nii", volume(), np.eye(4)).rename(tmp_path / "a_0000.nii.gz")
     assert not notes(model_of(), plain)
     assert "cut off" in failure(model_of(), cut_off(plain, 0.9))
+
+
+def test_what_follows_the_voxels_does_not_matter(tmp_path):
+    """A longer file, another byte order, a wrong number of bits: ITK takes them."""
+    whole = write_nifti(tmp_path / "b_0000.nii", volume(), np.eye(4)).read_bytes()
+    packed, file = gzip.compress(whole), tmp_path / "a_0000.nii.gz"
+    for content in (
+        packed + b"garbage",
+        packed[:-4],
+        gzip.compress(whole[:500]) + gzip.compress(whole[500:] + b"more"),
+    ):
+        file.write_bytes(content)
+        assert not notes(model_of(), file)
+    swapped = nibabel.Nifti1Image(volume().T, np.eye(4), nibabel.Nifti1Header(endianness=">"))
+    nibabel.save(swapped, file)
+    assert gzip.decompress(file.read_bytes())[:4] == b"\0\0\x01\x5c"
+    assert not notes(model_of(), file)
+    assert "cut off" in failure(model_of(), cut_off(file, 0.9))
+    odd = edit_header(tmp_path / "b_0000.nii", 72, "<h", 64)  # bitpix; the values have 32
+    assert not notes(model_of(ending=".nii"), odd)
+
+
+def test_a_changed_byte_of_a_compressed_file_is_found(tmp_path):
+    content = bytearray(gzip.compress(write_nifti(tmp_path / "b.nii", volume(), np.eye(4)).read_bytes(), 0))
+    content[len(content) // 2] ^= 1
+    file = tmp_path / "a_0000.nii.gz"
+    file.write_bytes(content)
+    assert "damaged or cut off (CRC check failed" in failure(model_of(), file)
 
 
 CONTENT = {
