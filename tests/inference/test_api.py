@@ -27,7 +27,9 @@ def test_a_file_gives_what_the_command_gives(models, images, model, tmp_path):
     np.testing.assert_array_equal(found.mask, mask)
     assert found.mask.shape == (10, 15, 9)
     assert len(found.samples) == 2
-    assert 0 <= found.confidence <= 1
+    assert 0 <= found.agreement <= 1
+    with pytest.warns(DeprecationWarning, match=r"use Prediction\.agreement"):
+        assert found.confidence == found.agreement
     assert set(found.maps) >= {"probability_left_part", "entropy", "mutual_information", "variance"}
     assert all(values.shape == mask.shape for values in found.maps.values())
 
@@ -39,7 +41,7 @@ def test_an_array_gives_what_its_file_gives(images, model):
     np.testing.assert_array_equal(by_file.mask, by_array.mask)
     np.testing.assert_array_equal(by_file.maps["entropy"], by_array.maps["entropy"])
     assert by_array.spacing == (1.0, 1.0, 1.0)
-    assert by_array.confidence is None
+    assert by_array.agreement is None
 
 
 def test_the_image_is_not_changed_and_channels_may_be_given(model):
@@ -95,7 +97,7 @@ def test_colours_come_first(models):
 
 def test_files_are_checked_as_by_the_command(model, images, tmp_path):
     cut_off(Path(shutil.copy(images / "case_0_0000.nii.gz", tmp_path)), 0.5)
-    with pytest.raises(InputError, match=r"case_0_0000.nii.gz: damaged or cut off"):
+    with pytest.raises(InputError, match=r"case_0_0000\.nii\.gz: damaged or cut off"):
         predict_image(model, tmp_path / "case_0_0000.nii.gz")
     with pytest.raises(InputError, match="2 channels, expected 1 as the model was trained with: MR"):
         predict_image(model, [images / "case_0_0000.nii.gz"] * 2)
