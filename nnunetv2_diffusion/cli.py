@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 
@@ -24,6 +25,15 @@ VERBS = {
     "pack": ("nnunetv2_diffusion.packing", "store a binarised HiDiff checkpoint with 1-bit weights"),
     "unpack": ("nnunetv2_diffusion.packing", "make a checkpoint for nnU-Net's predictor from a packed one"),
 }
+
+
+LIBRARIES = ("monai", "torch", "torchvision")  # whose FutureWarnings say nothing that a user could act on
+
+
+def hush_libraries() -> None:
+    """Leave out the FutureWarnings of other packages; those of this one and of nnU-Net are shown."""
+    for name in LIBRARIES:
+        warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{name}\.")
 
 
 def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
@@ -51,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         Exit status: 0, or 1 if the verb failed or cannot be imported.
     """
+    hush_libraries()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     verb = next((word for word in arguments if not word.startswith("-")), None)  # no option before it takes a value
     try:

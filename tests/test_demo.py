@@ -2,14 +2,25 @@
 
 import json
 import sys
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
+import tifffile
+from nnunetv2.experiment_planning.verify_dataset_integrity import verify_dataset_integrity
+from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from skimage import io
 
+sys.path.insert(0, str(Path(__file__).parent / "inference"))
+from tiny_model import make_model
+
+from nnunetv2_diffusion import cli
 from nnunetv2_diffusion.demo import __main__ as demo
 from nnunetv2_diffusion.demo.data import RawDataError, hold_out
 from nnunetv2_diffusion.demo.phantoms import LABELS, make_phantom, write_phantoms
-from nnunetv2_diffusion.demo.pipeline import Job
+from nnunetv2_diffusion.demo.pipeline import Job, draw_samples, ranges_that_hold
 
 
 @pytest.fixture
@@ -63,7 +74,7 @@ def test_held_out_cases_are_not_in_the_training_part(raw, tmp_path):
     [
         (lambda f: (f / "dataset.json").unlink(), "no dataset.json"),
         (lambda f: (f / "dataset.json").write_text("{"), "expected nnU-Net's format"),
-        (lambda f: next((f / "imagesTr").iterdir()).unlink(), "has 0 images, dataset.json names 1 channels"),
+        (lambda f: next((f / "imagesTr").iterdir()).unlink(), "has a label and no image"),
     ],
 )
 def test_raw_data_in_another_layout_is_named(raw, tmp_path, damage, said):
@@ -71,6 +82,75 @@ def test_raw_data_in_another_layout_is_named(raw, tmp_path, damage, said):
     with pytest.raises(RawDataError, match=said):
         hold_out(raw, tmp_path / "out", 2, 0)
     assert not (tmp_path / "out").exists()
+
+
+def pictures(folder, channels=3):
+    """A data set in nnU-Net's format for natural images: all colours of a case in one PNG."""
+    names = {str(number): "RGBA"[number] for number in range(channels)}
+    write_dataset(folder, names, ".png")
+    for case in range(6):
+        rng = np.random.default_rng(case)
+        colours = rng.integers(0, 255, (9, 8, channels), dtype=np.uint8)
+        io.imsave(folder / "imagesTr" / f"p{case}_0000.png", colours, check_contrast=False)
+        io.imsave(
+            folder / "labelsTr" / f"p{case}.png", rng.integers(0, 2, (9, 8), dtype=np.uint8), check_contrast=False
+        )
+
+
+def write_dataset(folder, names, ending, **more):
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    labels = {"background": 0, "blob": 1}
+    dataset = {"channel_names": names, "labels": labels, "numTraining": 6, "file_ending": ending, **more}
+    (folder / "dataset.json").write_text(json.dumps(dataset))
+
+
+def read_by_nnunet(folder):
+    """Case -> names of image files and of the label, after nnU-Net has verified a raw data set."""
+    verify_dataset_integrity(str(folder), num_processes=1)
+    found = get_filenames_of_train_images_and_targets(str(folder))
+    return {n: [Path(f).name for f in (*v["images"], v["label"])] for n, v in found.items()}
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_colours_in_one_file_are_taken_as_nnunet_takes_them(tmp_path, channels):
+    pictures(tmp_path / "Dataset311_Rgb-x", channels)
+    hold_out(tmp_path / "Dataset311_Rgb-x", tmp_path / "raw" / "Dataset311_Rgb-x", 1, 0)
+    found = read_by_nnunet(tmp_path / "raw" / "Dataset311_Rgb-x")
+    assert len(found) == 5
+    assert all(files == [f"{name}_0000.png", f"{name}.png"] for name, files in found.items())
+
+
+def test_the_spacing_beside_a_3d_tiff_comes_along(tmp_path):
+    source, target = tmp_path / "Dataset325_Tif", tmp_path / "raw" / "Dataset325_Tif"
+    write_dataset(source, {"0": "em"}, ".tif", overwrite_image_reader_writer="Tiff3DIO")
+    for case in range(6):
+        for file in (f"imagesTr/v_{case}001_0000.tif", f"labelsTr/v_{case}001.tif"):
+            tifffile.imwrite(source / file, np.zeros((4, 5, 6), np.uint8), photometric="minisblack")
+        for part in ("imagesTr", "labelsTr"):
+            (source / part / f"v_{case}001.json").write_text(json.dumps({"spacing": [2.0, 1.0, 1.0]}))
+    hold_out(source, target, 1, 0)
+    assert len(read_by_nnunet(target)) == 5
+    for part in ("Tr", "Ts"):
+        for file in (target / f"images{part}").glob("*.tif"):
+            assert Tiff3DIO().read_images([str(file)])[1]["spacing"] == [2.0, 1.0, 1.0]
+        for file in (target / f"labels{part}").glob("*.tif"):
+            assert Tiff3DIO().read_seg(str(file))[1]["spacing"] == [2.0, 1.0, 1.0]
+
+
+def test_files_that_dataset_json_names_are_linked(raw, tmp_path):
+    """nnU-Net's other layout: images anywhere, under any name."""
+    (tmp_path / "elsewhere").mkdir()
+    listed = {}
+    for label in sorted((raw / "labelsTr").iterdir()):
+        case = label.name.removesuffix(".nii.gz")
+        image = (raw / "imagesTr" / f"{case}_0000.nii.gz").rename(tmp_path / "elsewhere" / f"scan of {case}.nii.gz")
+        listed[case] = {"images": [str(image)], "label": f"labelsTr/{label.name}"}
+    (raw / "imagesTr").rmdir()
+    dataset = json.loads((raw / "dataset.json").read_text())
+    (raw / "dataset.json").write_text(json.dumps({**dataset, "dataset": listed}))
+    hold_out(raw, tmp_path / "raw" / raw.name, 2, 0)
+    assert len(read_by_nnunet(tmp_path / "raw" / raw.name)) == 6
 
 
 def test_too_few_cases_are_named(raw, tmp_path):
@@ -114,10 +194,62 @@ def test_a_command_that_fails_ends_the_demo_with_its_output(tmp_path):
         job.run("failed", sys.executable, "-c", "print('the reason'); raise SystemExit(3)")
 
 
+def test_a_class_that_is_never_found_is_named(capsys):
+    demo.print_scores({"some": {"1": np.array([0.5, 0.7]), "2": np.array([0.0, np.nan])}})
+    printed = capsys.readouterr().out
+    assert "class 1: 0.6000 ± 0.1000" in printed
+    assert "class 2 is never found" in printed
+    assert "class 1 is never found" not in printed
+
+
+def test_ranges_that_hold_the_true_volume_are_counted(tmp_path):
+    """Two cases of two labels; the truth is at the edge of a range, in it, below and above it."""
+    truths, predictions = tmp_path / "labelsTs", tmp_path / "out"
+    truths.mkdir()
+    (predictions / "uncertainty").mkdir(parents=True)
+    labels = np.zeros((10, 10, 10), np.uint8)
+    labels[:4], labels[4:6] = 1, 2  # 0.6 and 0.3 ml
+    ranges = {"a": ((0.6, 0.7), (0.2, 0.31)), "b": ((0.61, 0.7), (0.1, 0.299999))}
+    for case, of_labels in ranges.items():
+        nib.save(nib.Nifti1Image(labels, np.diag((1.0, 1.0, 1.5, 1.0))), truths / f"{case}.nii.gz")
+        volumes = {
+            name: {"spread": {"percentile_5": low, "percentile_95": high}}
+            for name, (low, high) in zip(("organ", "lesion"), of_labels, strict=True)
+        }
+        (predictions / "uncertainty" / f"{case}.json").write_text(json.dumps({"volumes": volumes}))
+    (predictions / "dataset.json").write_text(json.dumps({"labels": LABELS, "file_ending": ".nii.gz"}))
+    assert ranges_that_hold(predictions, truths) == (2, 4)
+
+
+def test_what_the_spread_is_worth_is_printed(tmp_path, monkeypatch, capsys):
+    job = Job(tmp_path, "Dataset501_Demo", "3d_fullres", 1, 1, 4, 2, "cpu")
+    monkeypatch.setattr(demo, "draw_samples", lambda job, trainer, samples: tmp_path)
+    monkeypatch.setattr(demo, "ranges_that_hold", lambda folder, truths: (3, 12))
+    assert demo.spread_of_samples(job, "any") == {"samples": 4, "ranges": 12, "held": 3}
+    printed = capsys.readouterr().out
+    assert "3 of 12 hold the true volume" in printed
+    assert "no interval with a guarantee" in printed
+    monkeypatch.setattr(demo, "draw_samples", lambda job, trainer, samples: None)
+    assert demo.spread_of_samples(job, "one without a chain") is None
+
+
+def test_samples_are_drawn_of_models_that_have_them(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(Job, "run", lambda self, title, *command, **variables: commands.append(command))
+    for trainer, drawn in (("nnUNetTrainerNoDiff", False), ("nnUNetTrainerRecycleXT", True)):
+        job = Job(tmp_path, "Dataset501_Demo", "3d_fullres", 1, 1, 4, 2, "cpu")
+        make_model(job.model_folder(trainer), trainer)
+        assert (draw_samples(job, trainer, 4) is not None) is drawn
+    (command,) = commands
+    assert command[:2] == ("nnunetv2_diffusion", "predict")
+    assert cli.build_parser("predict").parse_args(command[1:]).samples == 4
+
+
 @pytest.mark.slow
 def test_the_demo_meets_its_bound(tmp_path):
     out = tmp_path / "demo"
     assert demo.main(["--out", str(out), "--steps", "1"]) == 0
     result = json.loads((out / "result.json").read_text())
     assert result["mean_dice"]["nnUNetTrainerRecycleXT"] >= demo.BOUND
+    assert result["spread_of_samples"]["ranges"] == 12
     assert (out / "demo.png").stat().st_size > 10_000

@@ -5,6 +5,7 @@ import json
 import platform
 import sys
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from nnunetv2_diffusion.analysis.cases import find_cases, read_cases
 from nnunetv2_diffusion.analysis.figures import all_figures, to_png
 from nnunetv2_diffusion.analysis.report import html_report
 from nnunetv2_diffusion.analysis.studies import MODES, Findings, Laboratory
-from nnunetv2_diffusion.analysis.tables import all_tables, rows_to_csv
+from nnunetv2_diffusion.analysis.tables import all_tables, rows_to_csv, summary
 from nnunetv2_diffusion.compat import package_versions
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.evaluation import EvaluationError
@@ -128,7 +129,7 @@ def set_patch_size(predictor: DiffusionPredictor, size: list[int] | None) -> Non
     predictor.configuration_manager.configuration["patch_size"] = list(size)
 
 
-def describe(arguments: argparse.Namespace, predictor: DiffusionPredictor) -> dict[str, Any]:
+def describe(arguments: argparse.Namespace, predictor: DiffusionPredictor, findings: Findings) -> dict[str, Any]:
     """Model, options, versions and hardware."""
     given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("run", "verb")}
     chosen = {name: getattr(arguments, name) for name in ("steps", "sampler", "seed", "step_spacing")}
@@ -139,6 +140,8 @@ def describe(arguments: argparse.Namespace, predictor: DiffusionPredictor) -> di
         "plans": predictor.plans_manager.plans_name,
         "patch size": list(predictor.configuration_manager.patch_size),
         "sampling": asdict(predictor.sampling) if predictor.sampling else "one pass",
+        "cases": len(findings.samples),
+        "date": date.today().isoformat(),
         "options": {k: v for k, v in given.items() if k not in ("i", "l", "o", "m")},
         "versions": package_versions(),
         "python": platform.python_version(),
@@ -148,7 +151,7 @@ def describe(arguments: argparse.Namespace, predictor: DiffusionPredictor) -> di
 
 def write_results(arguments: argparse.Namespace, findings: Findings, predictor: DiffusionPredictor) -> None:
     """CSV of all rows, PNG of all figures, the tables as Markdown and report.html, in a new folder."""
-    settings, tables = describe(arguments, predictor), all_tables(findings)
+    settings, tables = describe(arguments, predictor, findings), all_tables(findings)
     figures = {name: (caption, to_png(figure)) for name, (caption, figure) in all_figures(findings).items()}
     arguments.o.mkdir(parents=True)
     for name in ("steps", "samples", "counts", "modes", "mask_use"):
@@ -160,4 +163,6 @@ def write_results(arguments: argparse.Namespace, findings: Findings, predictor: 
     (arguments.o / "settings.json").write_text(json.dumps(settings, indent=2))
     (arguments.o / "tables.md").write_text("\n\n".join(to_markdown(table) for table in tables) + "\n")
     title = f"{settings['trainer']} on {settings['data set']}"
-    (arguments.o / "report.html").write_text(html_report(title, list(figures.values()), tables, settings))
+    (arguments.o / "report.html").write_text(
+        html_report(title, list(figures.values()), tables, settings, summary(findings))
+    )

@@ -8,11 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunetv2_diffusion.agreement import mean_over_found
+from nnunetv2_diffusion.evaluation import EvaluationError
+from nnunetv2_diffusion.evaluation.diversity import mean_pairwise_dice
 from nnunetv2_diffusion.evaluation.files import read_segmentation
 from nnunetv2_diffusion.evaluation.labels import LabelSet, read_labels
 from nnunetv2_diffusion.evaluation.metrics import EMPTY_RULES, count, overlap_scores
-from nnunetv2_diffusion.inference.inputs import InputError, check_headers, list_cases
+from nnunetv2_diffusion.inference.cases import model_files
+from nnunetv2_diffusion.inference.inputs import CaseError, InputError, list_cases
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
+from nnunetv2_diffusion.inference.prepared import preprocess
+from nnunetv2_diffusion.inference.reading import channel_names, check_file, read_case
 
 MEAN = "mean"  # name of the mean over classes or regions
 
@@ -43,21 +49,36 @@ def label_set(predictor: DiffusionPredictor) -> LabelSet:
     return read_labels(predictor.dataset_json, predictor.plans_manager.plans, "dataset.json of the model")
 
 
+def label_names(labels: LabelSet) -> dict[int, str]:
+    """Value of a label in a mask -> the class, or the regions, that it belongs to; without the background."""
+    found = {value: [t.name for t in labels.targets if value in t.labels] for value in sorted(labels.known)}
+    return {value: " + ".join(names) for value, names in found.items() if value and names}
+
+
 def find_cases(
     predictor: DiffusionPredictor, images: Path, labels: Path, limit: int | None
 ) -> dict[str, tuple[list[Path], Path]]:
     """Name -> image files and reference of the first ``limit`` cases; all for None.
 
+    Everything is read and preprocessed once, which takes little beside the studies: none of them is lost to a bad file.
+
     Raises:
-        InputError: if an image or its reference is missing or cannot be read.
+        InputError: naming every image or reference that is missing or cannot be used.
     """
     ending = predictor.dataset_json["file_ending"]
-    cases = dict(list(list_cases(images, predictor.dataset_json).items())[:limit])
-    check_headers(cases, ending)
-    found = {name: (files, labels / f"{name}{ending}") for name, files in cases.items()}
-    for _, reference in found.values():
+    cases, failed = list_cases(images, predictor.dataset_json)
+    faults = [case.reason for case in failed]
+    found = {name: (files, labels / f"{name}{ending}") for name, files in list(cases.items())[:limit]}
+    for name, (files, reference) in found.items():
         if not reference.is_file():
-            raise InputError(f"{reference}: missing, expected the reference of a case in {images}")
+            faults.append(f"{reference}: missing, expected the reference of a case in {images}")
+            continue
+        try:
+            _read(predictor, name, files, reference, with_truth=False)
+        except (InputError, EvaluationError) as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError("\n".join(faults))
     return found
 
 
@@ -68,22 +89,32 @@ def read_cases(
 
     Raises:
         EvaluationError: a reference cannot be read or has an unknown label.
-        InputError: image and reference differ in shape.
+        CaseError: an image cannot be used, or it and its reference differ in shape.
     """
-    reader = predictor.plans_manager.image_reader_writer_class()
-    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
-    managers = predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
-    labels = label_set(predictor)
-    for name, (channels, file) in files.items():
-        image, properties = reader.read_images([str(f) for f in channels])
-        reference = read_segmentation(reader, file, labels, ignore=True).values.reshape(image.shape[1:])
-        truth = None
-        if with_truth:  # apart from the image, which must not depend on it
-            given = reference[None].astype(np.int16)  # it marks what lies outside of the image by -1
-            labelled = preprocessor.run_case_npy(image.copy(), given, dict(properties), *managers)[1]
-            truth = torch.from_numpy(labelled).long()
-        data, _, properties = preprocessor.run_case_npy(image.copy(), None, properties, *managers)
-        yield LabelledCase(name, torch.from_numpy(data).float(), properties, image[0], reference, truth)
+    for name, (channels, reference) in files.items():
+        yield _read(predictor, name, channels, reference, with_truth)
+
+
+def _read(
+    predictor: DiffusionPredictor, name: str, files: list[Path], reference: Path, with_truth: bool
+) -> LabelledCase:
+    model, reader = model_files(predictor), predictor.plans_manager.image_reader_writer_class()
+    image, properties, _ = read_case(reader, files, channel_names(predictor.dataset_json))
+    check_file(reference)
+    values = read_segmentation(reader, reference, label_set(predictor), ignore=True).values
+    if values.shape not in (image.shape[1:], image.shape[2:]) or values.size != image[0].size:
+        raise CaseError(f"{reference}: shape {values.shape}, expected {image.shape[1:]} as of {files[0]}")
+    values = values.reshape(image.shape[1:])
+    truth = None
+    if with_truth:  # apart from the image, which must not depend on it
+        preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
+        given = values[None].astype(np.int16)  # it marks what lies outside of the image by -1
+        labelled = preprocessor.run_case_npy(
+            image.copy(), given, dict(properties), model.plans_manager, model.configuration_manager, model.dataset_json
+        )[1]
+        truth = torch.from_numpy(labelled).long()
+    data, properties = preprocess(model, image, properties, str(files[0]))
+    return LabelledCase(name, data, properties, image[0], values, truth)
 
 
 def dice_scores(labels: LabelSet, reference: np.ndarray, mask: np.ndarray) -> dict[str, float]:
@@ -99,12 +130,6 @@ def dice_scores(labels: LabelSet, reference: np.ndarray, mask: np.ndarray) -> di
     return {**scores, MEAN: float(np.mean(known)) if known else float("nan")}
 
 
-def pairwise_dice(labels: LabelSet, masks: list[np.ndarray]) -> float:
-    """Mean Dice over all pairs of masks and all classes or regions; two empty masks agree."""
-    pairs = [(a, b) for i, a in enumerate(masks) for b in masks[i + 1 :]]
-    values = [
-        overlap_scores(count(labels.mask(a, t), labels.mask(b, t)), EMPTY_RULES["hidiff"])["Dice"]
-        for a, b in pairs
-        for t in labels.targets
-    ]
-    return float(np.mean(values)) if values else float("nan")
+def agreement(labels: LabelSet, masks: list[np.ndarray]) -> float:
+    """Agreement of masks: mean pairwise Dice, over the classes or regions that were found; see ``agreement``."""
+    return mean_over_found([mean_pairwise_dice([labels.mask(mask, t) for mask in masks]) for t in labels.targets])

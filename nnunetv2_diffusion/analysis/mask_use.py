@@ -7,7 +7,7 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 
 from nnunetv2_diffusion.analysis.cases import LabelledCase, dice_scores, label_set
-from nnunetv2_diffusion.inference.cases import final_mask
+from nnunetv2_diffusion.inference.cases import check_finite, final_mask
 from nnunetv2_diffusion.inference.chains import BoxNoise
 from nnunetv2_diffusion.inference.options import OptionError
 from nnunetv2_diffusion.inference.predictor import Canvas, DiffusionPredictor
@@ -109,6 +109,7 @@ def mask_use(
 
     Raises:
         OptionError: the model is given no noisy mask.
+        CaseError: the network's answer is not finite.
     """
     check_mask_use(predictor)
     canvas, labels = predictor.canvas(case.data), label_set(predictor)
@@ -118,6 +119,7 @@ def mask_use(
     for given, mask in given_masks(predictor, true_x_start(predictor, truth), seed).items():
         for level in levels:
             p = estimate_from(predictor, canvas, mask, level, seed)
+            check_finite(p, predictor, f"{case.name}: given the {given} mask")
             scores = dice_scores(labels, case.reference, final_mask(predictor, p, case.properties))
             where = {"case": case.name, "given": given, "level": level}
             rows += [{**where, "label": name, "Dice": value} for name, value in scores.items()]

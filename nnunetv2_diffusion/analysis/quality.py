@@ -1,4 +1,4 @@
-"""What a prediction is worth besides its Dice: how far it is off, how calibrated, and how sure the model is of it."""
+"""What a prediction is worth besides its Dice: how far it is off, how calibrated, and what Dice it lets expect."""
 
 import importlib.util
 from collections.abc import Mapping
@@ -10,6 +10,7 @@ from nnunetv2_diffusion.evaluation.labels import LabelSet
 from nnunetv2_diffusion.evaluation.metrics import EMPTY_RULES
 from nnunetv2_diffusion.evaluation.probabilistic import MARGIN, probabilistic_scores, scored_region
 from nnunetv2_diffusion.evaluation.surface import LIBRARY, surface_scores
+from nnunetv2_diffusion.inference.sample_statistics import volume_unit
 
 Scores = dict[str, dict[str, float]]  # name of a class or region, or of their mean -> metric -> value
 
@@ -19,10 +20,16 @@ def can_measure_distances() -> bool:
     return importlib.util.find_spec(LIBRARY) is not None
 
 
+def length_unit(case: LabelledCase) -> str:
+    """ "px" for 2D images, "mm" for volumes."""
+    return "px" if volume_unit(case.reference.shape, case.properties["spacing"])[1] == "px" else "mm"
+
+
 def _spacing(case: LabelledCase) -> tuple[float, ...]:
-    """In mm along the axes that are left when a single slice is taken for an image."""
+    """In the unit of lengths, along the axes that are left when a single slice is taken for an image."""
     spacing = tuple(float(s) for s in case.properties["spacing"])
-    return spacing[1:] if case.reference.shape[0] == 1 else spacing
+    spacing = spacing[1:] if case.reference.shape[0] == 1 else spacing
+    return spacing if length_unit(case) == "mm" else (1.0,) * len(spacing)
 
 
 def _flat(x: np.ndarray, case: LabelledCase) -> np.ndarray:
@@ -31,7 +38,7 @@ def _flat(x: np.ndarray, case: LabelledCase) -> np.ndarray:
 
 
 def distance_scores(labels: LabelSet, case: LabelledCase, mask: np.ndarray) -> Scores:
-    """HD95 in mm; NaN where one of the masks is empty, or both are.
+    """HD95 in ``length_unit``; NaN where one of the masks is empty, or both are.
 
     Args:
         labels: of the model.
@@ -43,19 +50,21 @@ def distance_scores(labels: LabelSet, case: LabelledCase, mask: np.ndarray) -> S
     if valid is not None:
         masks = [m & _flat(valid, case) for m in masks]
     rule = EMPTY_RULES["nnunet"]
+    spacing, unit = _spacing(case), length_unit(case)
     found = {
-        target.name: {"HD95": surface_scores(*(m[i] for m in masks), _spacing(case), (), "mm", rule)["HD95"]}
+        target.name: {"HD95": surface_scores(*(m[i] for m in masks), spacing, (), unit, rule)["HD95"]}
         for i, target in enumerate(labels.targets)
     }
     return with_mean(found)
 
 
 def probability_scores(labels: LabelSet, case: LabelledCase, mask: np.ndarray, probabilities: np.ndarray) -> Scores:
-    """ECE near the foreground, and the confidence in a mask.
+    """ECE near the foreground, and the soft Dice of the probabilities with their mask.
 
-    The confidence is the soft Dice of the probabilities p with the mask m that they gave, 2 sum(p m) / (sum p + sum m):
-    about the Dice that calibrated probabilities let expect, 1 if all of them are 0 or 1, and 0 if nothing was found.
-    It needs no samples, so models with a chain and without one can be compared by it.
+    The soft Dice of probabilities p with the mask m that they gave is 2 sum(p m) / (sum p + sum m): about the Dice that
+    calibrated probabilities would let expect, 1 if all of them are 0 or 1, and 0 if nothing was found. It is no
+    confidence before a model is calibrated. It needs no samples, so models with a chain and without one can be
+    compared by it.
 
     Args:
         labels: of the model.
@@ -71,8 +80,8 @@ def probability_scores(labels: LabelSet, case: LabelledCase, mask: np.ndarray, p
     found = {}
     for index, target in enumerate(labels.targets):
         total = p[index].sum() + predicted[index].sum()
-        confidence = float(2 * p[index][predicted[index]].sum() / total) if total else 0.0
-        found[target.name] = {"ECE": scores[index]["ECE"], "confidence": confidence}
+        soft_dice = float(2 * p[index][predicted[index]].sum() / total) if total else 0.0
+        found[target.name] = {"ECE": scores[index]["ECE"], "soft_dice": soft_dice}
     return with_mean(found)
 
 

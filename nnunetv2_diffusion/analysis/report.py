@@ -1,7 +1,7 @@
 """One HTML page with everything in it: it opens without a network."""
 
 from base64 import b64encode
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -9,16 +9,20 @@ from nnunetv2_diffusion.evaluation.tables import Table
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-top: 1px solid var(--line); padding-top: 1rem; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.92rem; }
 th, td { padding: 0.25rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 thead th { background: var(--soft); }
-figure { display: inline-block; margin: 0.5rem 1rem 0.5rem 0; vertical-align: top; max-width: 100%; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(34rem, 100%), 1fr)); gap: 1rem; }
+figure { margin: 0; } .figures figure:first-child { grid-column: 1 / -1; }
 figure img { max-width: 100%; height: auto; background: white; border-radius: 4px; }
-figcaption, .note { font-size: 0.85rem; opacity: 0.75; }
+figcaption, .note { font-size: 0.85rem; opacity: 0.75; max-width: 60rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1.2rem; font-size: 0.92rem; }
+dt { opacity: 0.75; } dd { margin: 0; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.4rem; } }
 """  # noqa: E501, CSS
 
 
@@ -42,20 +46,40 @@ def html_figure(caption: str, png: bytes) -> str:
     )
 
 
+def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Settings one by one, nested ones by dotted names; those that are not set are left out."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flat_settings(value, f"{prefix}{key}.")
+        elif value is not None:
+            yield f"{prefix}{key}", " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def html_settings(settings: Mapping[str, Any]) -> str:
+    """A list of names and values that can be read at any width."""
+    facts = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in flat_settings(settings))
+    return f"<h2>Settings and versions</h2><dl>{facts}</dl>"
+
+
 def html_report(
-    title: str, figures: Sequence[tuple[str, bytes]], tables: Sequence[Table], settings: Mapping[str, Any]
+    title: str,
+    figures: Sequence[tuple[str, bytes]],
+    tables: Sequence[Table],
+    settings: Mapping[str, Any],
+    summary: Sequence[str] = (),
 ) -> str:
     """The page.
 
     Args:
         title: of the page.
-        figures: caption and PNG of each.
+        figures: caption and PNG of each; the first takes the whole width.
         tables: below the figures.
         settings: name -> value, at the end: model, options, versions.
+        summary: sentences at the beginning.
     """
-    facts = Table("Settings and versions", ["what", "value"], [[str(k), str(v)] for k, v in settings.items()])
-    content = "".join(html_figure(*figure) for figure in figures)
-    content += "".join(html_table(table) for table in [*tables, facts])
+    content = "".join(f"<p>{escape(sentence)}</p>" for sentence in summary)
+    content += f'<div class="figures">{"".join(html_figure(*figure) for figure in figures)}</div>'
+    content += "".join(html_table(table) for table in tables) + html_settings(settings)
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

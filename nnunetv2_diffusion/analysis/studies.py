@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_diffusion.analysis.cases import LabelledCase, dice_scores, label_set, pairwise_dice
+from nnunetv2_diffusion.analysis.cases import LabelledCase, agreement, dice_scores, label_names, label_set
 from nnunetv2_diffusion.analysis.mask_use import check_mask_use, mask_use
 from nnunetv2_diffusion.analysis.quality import (
     can_measure_distances,
     distance_scores,
     error_correlation,
+    length_unit,
     probability_scores,
 )
 from nnunetv2_diffusion.inference.cases import CaseResult, draw_case, final_mask, uncertainty_maps
@@ -41,12 +42,15 @@ class Findings:
 
     Attributes:
         steps: case, sample, step, label, Dice, HD95: of every step of every sample.
-        counts: case, K, label, Dice, HD95, ECE, confidence, passes_per_tile, seconds: predictions with K steps.
+        counts: case, K, label, Dice, HD95, ECE, soft_dice, passes_per_tile, seconds: predictions with K steps.
         modes: case, mode, and as counts, and disagreement: kinds of mirroring and blending.
-        samples: case, Dice (of the mean), pairwise_dice (of the samples), sample_dice (mean of the samples'),
+        samples: case, Dice (of the mean), pairwise_dice (agreement of the samples), sample_dice (mean of the samples'),
             error_correlation (of their variance with the errors of the mean).
         mask_use: case, given, level, label, Dice: what is made of a given mask, see ``mask_use``.
-        pictures: case -> slices (rows, columns): image, reference, mask, entropy, variance.
+        pictures: case -> slices (rows, columns): image, reference, mask, entropy, variance; number of the slice and of
+            all slices.
+        names: value of a label -> the classes or regions that it belongs to.
+        unit: of HD95, "mm", or "px" for 2D images.
     """
 
     steps: list[Row] = field(default_factory=list)
@@ -55,6 +59,8 @@ class Findings:
     samples: list[Row] = field(default_factory=list)
     mask_use: list[Row] = field(default_factory=list)
     pictures: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    unit: str = "mm"
 
 
 class Laboratory:
@@ -85,7 +91,7 @@ class Laboratory:
         self.mask_use = mask_use
         self.distances = can_measure_distances()
         self.labels = label_set(predictor)
-        self.findings = Findings()
+        self.findings = Findings(names=label_names(self.labels))
 
     def plan(self) -> list[PredictionOptions]:
         """Options of every prediction of a case; raises OptionError if the model cannot follow one."""
@@ -108,6 +114,7 @@ class Laboratory:
     def study(self, case: LabelledCase) -> None:
         """All studies on one case."""
         first, *others = self.plan()
+        self.findings.unit = length_unit(case)
         self._study_samples(case, first)
         if self.mask_use:
             self.findings.mask_use += mask_use(self.predictor, case)
@@ -170,7 +177,7 @@ class Laboratory:
                 "case": case.name,
                 "Dice": dice_scores(self.labels, case.reference, mean)["mean"],
                 "sample_dice": float(np.nanmean(singles)) if not np.isnan(singles).all() else float("nan"),
-                "pairwise_dice": pairwise_dice(self.labels, masks),
+                "pairwise_dice": agreement(self.labels, masks),
                 "error_correlation": self._error_correlation(case, mean, result),
             }
         )
@@ -182,16 +189,18 @@ class Laboratory:
         return error_correlation(self.labels, case, mask, to_original_geometry(variance, case.properties, *managers)[0])
 
     def _picture(self, case: LabelledCase, mask: np.ndarray, result: CaseResult) -> dict[str, np.ndarray]:
-        """The slice with most foreground of what a report shows."""
+        """The slice with most foreground, of the mask if the reference has none, of what a report shows."""
         maps = uncertainty_maps(self.predictor, result)
         kinds = ["entropy", "variance"]
         managers = self.predictor.plans_manager, self.predictor.configuration_manager
         shown = to_original_geometry(np.stack([maps[k] for k in kinds]), case.properties, *managers)
-        index = int(np.argmax((case.reference > 0).sum((1, 2))))
+        foreground = case.reference if (case.reference > 0).any() else mask
+        index = int(np.argmax((foreground > 0).sum((1, 2))))
         slices = {
             "image": case.image,
             "reference": case.reference,
             "mask": mask,
             **dict(zip(kinds, shown, strict=True)),
         }
-        return {kind: np.array(values[index]) for kind, values in slices.items()}
+        picture = {kind: np.array(values[index]) for kind, values in slices.items()}
+        return {**picture, "slice": np.array(index), "slices": np.array(len(mask))}

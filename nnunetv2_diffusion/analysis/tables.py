@@ -1,4 +1,4 @@
-"""Tables of the papers from rows of numbers; means are over cases, of the mean over labels."""
+"""Tables of the papers from rows of numbers; means are over cases, of the mean over labels. NaN is no number."""
 
 import csv
 import io
@@ -7,10 +7,16 @@ from typing import Any
 
 import numpy as np
 
+from nnunetv2_diffusion.agreement import CAUTION
 from nnunetv2_diffusion.analysis.cases import MEAN
 from nnunetv2_diffusion.analysis.studies import Findings, Row
+from nnunetv2_diffusion.evaluation.comparison import direction
 from nnunetv2_diffusion.evaluation.failure import failure_scores
 from nnunetv2_diffusion.evaluation.tables import Table
+
+NONE = "none"
+DIGITS = {"HD95": 2}  # of other metrics three
+SPREAD_NOTE = "Mean ± standard deviation over cases; (n of N) have a value. A case without foreground has no Dice."
 
 
 def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple, list[Row]]:
@@ -26,76 +32,117 @@ def of_mean(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["label"] == MEAN]
 
 
-def spread(values: Sequence[float], digits: int = 4) -> str:
-    """Mean and standard deviation over cases, NaN left out."""
-    known = np.asarray([v for v in values if v is not None and not np.isnan(v)])
-    return f"{known.mean():.{digits}f} +- {known.std():.{digits}f}" if len(known) else "none"
+def known(values: Iterable[float | None]) -> np.ndarray:
+    """The values that are numbers, float64, (n,)."""
+    found = np.array([np.nan if v is None else v for v in values], np.float64)
+    return found[np.isfinite(found)]
+
+
+def mean_of(values: Iterable[float | None]) -> float:
+    """Mean of the values that are numbers; NaN if none is."""
+    found = known(values)
+    return float(found.mean()) if len(found) else float("nan")
+
+
+def number(value: float, digits: int = 3) -> str:
+    """One number, or a word for none."""
+    return f"{value:.{digits}f}" if np.isfinite(value) else NONE
+
+
+def mean_sd(values: Sequence[float | None], digits: int = 3) -> str:
+    """Mean and standard deviation of the values that are numbers, and how many are if not all."""
+    found = known(values)
+    if not len(found):
+        return NONE
+    text = f"{found.mean():.{digits}f} ± {found.std():.{digits}f}"
+    return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)})"
+
+
+def with_unit(metric: str, unit: str) -> str:
+    """Name of a metric with its unit, if it has one."""
+    return f"{metric} ({unit})" if metric == "HD95" else metric
+
+
+def step_metrics(findings: Findings) -> list[str]:
+    """Dice, and HD95 if it was measured."""
+    return [m for m in ("Dice", "HD95") if m == "Dice" or len(known(r.get(m) for r in findings.steps))]
 
 
 def _labels(rows: Iterable[Row]) -> list[str]:
     return list(dict.fromkeys(row["label"] for row in rows))
 
 
-def step_table(findings: Findings) -> Table:
-    """Dice of each step, the mean over samples first, and how far samples are apart (tables 2 and 3 of recycling)."""
-    labels = _labels(findings.steps)
+def step_table(findings: Findings, metric: str = "Dice") -> Table:
+    """A metric at each step, the mean over samples first, and how far samples are apart (recycling's table 3)."""
+    labels, digits = _labels(findings.steps), DIGITS.get(metric, 3)
     rows = []
     for (step,), of_step in grouped(findings.steps, "step").items():
-        by_label = [case_means([r for r in of_step if r["label"] == label]) for label in labels]
-        ranges = [
-            max(r["Dice"] for r in of_case) - min(r["Dice"] for r in of_case)
-            for of_case in grouped(of_mean(of_step), "case").values()
-        ]
-        rows.append([str(step), *map(spread, by_label), spread(ranges)])
+        by_label = [case_means([r for r in of_step if r["label"] == label], metric) for label in labels]
+        by_case = [known(r.get(metric) for r in rows) for rows in grouped(of_mean(of_step), "case").values()]
+        ranges = [np.ptp(values) if len(values) else np.nan for values in by_case]
+        rows.append([str(step), *(mean_sd(means, digits) for means in by_label), mean_sd(ranges, digits + 1)])
     return Table(
-        "Dice by reverse step", ["step", *labels, "range over samples"], rows,
-        ["Mean and standard deviation over cases of the mean over samples; step 1 is the noisiest."],
+        f"{with_unit(metric, findings.unit)} by reverse step", ["step", *labels, "range over samples"], rows,
+        [f"{SPREAD_NOTE} Of a case, the mean over samples; step 1 is the noisiest."],
     )  # fmt: skip
 
 
-def case_means(rows: Iterable[Row]) -> list[float]:
-    """Mean Dice over samples of each case."""
-    return [float(np.mean([r["Dice"] for r in of_case])) for of_case in grouped(rows, "case").values()]
+def case_means(rows: Iterable[Row], metric: str = "Dice") -> list[float]:
+    """Mean of a metric over samples of each case; NaN for a case without a value."""
+    return [mean_of(r.get(metric) for r in of_case) for of_case in grouped(rows, "case").values()]
 
 
-def gains(findings: Findings) -> dict[str, float]:
-    """Case -> Dice of the last step minus that of the first, mean over samples and labels."""
+def gains(findings: Findings, metric: str = "Dice") -> dict[str, float]:
+    """Case -> a metric at the last step minus that at the first, mean over samples and labels; NaN where undefined."""
     rows = of_mean(findings.steps)
     first, last = min(r["step"] for r in rows), max(r["step"] for r in rows)
 
     def at(step: int, of_case: list[Row]) -> float:
-        return float(np.mean([r["Dice"] for r in of_case if r["step"] == step]))
+        return mean_of(r.get(metric) for r in of_case if r["step"] == step)
 
     return {case: at(last, found) - at(first, found) for (case,), found in grouped(rows, "case").items()}
 
 
 def gain_table(findings: Findings) -> Table:
-    """Last minus first step."""
-    values = list(gains(findings).values())
-    better = sum(v > 0 for v in values)
-    rows = [[spread(values), f"{min(values):.4f}", f"{max(values):.4f}", f"{better} of {len(values)}"]]
-    return Table("Last step minus first, Dice", ["mean", "worst case", "best case", "cases that gain"], rows)
+    """Last minus first step (as figures 3 and 8 of the recycling paper), a row for each metric."""
+    rows = []
+    for metric in step_metrics(findings):
+        better, digits = direction(metric), DIGITS.get(metric, 3) + 1
+        found = gains(findings, metric)
+        ordered = sorted((better * v, case) for case, v in found.items() if np.isfinite(v))
+        ends = (
+            [f"{better * v:+.{digits}f} ({case})" for v, case in (ordered[0], ordered[-1])] if ordered else [NONE] * 2
+        )
+        gaining = f"{sum(v > 0 for v, _ in ordered)} of {len(ordered)}"
+        rows.append([with_unit(metric, findings.unit), mean_sd(list(found.values()), digits), *ends, gaining])
+    columns = ["last step minus first", "mean", "worst case", "best case", "cases that gain"]
+    notes = ["More Dice and less HD95 are a gain. Cases without a value count in neither column."]
+    return Table("What the steps after the first bring", columns, rows, notes)
 
 
-def cost_table(rows: Sequence[Row], key: str, title: str) -> Table:
-    """Dice and cost of settings that are compared."""
+def cost_table(rows: Sequence[Row], key: str, title: str, unit: str = "mm") -> Table:
+    """Quality and cost of settings that are compared (recycling's table 2 for numbers of steps)."""
     labels = _labels(rows)
     metrics = [metric for metric in ("HD95", "ECE") if any(metric in r for r in rows)]
-    columns = [key, *labels, *metrics, "AURC", "passes a tile", "seconds a case"]
+    columns = [key, *(f"Dice, {label}" for label in labels), *(with_unit(m, unit) for m in metrics)]
+    columns += ["AURC", "passes a tile", "seconds a case"]
     overlaps = any(r.get("disagreement") is not None for r in rows)
     lines = []
     for (value,), of_setting in grouped(rows, key).items():
-        cells = [spread([r["Dice"] for r in of_setting if r["label"] == label]) for label in labels]
+        cells = [mean_sd([r["Dice"] for r in of_setting if r["label"] == label]) for label in labels]
         of_cases = of_mean(of_setting)
-        cells += [spread([r[metric] for r in of_cases]) for metric in metrics]
-        failure = failure_scores([r["confidence"] for r in of_cases], [r["Dice"] for r in of_cases])
-        cells += [f"{failure['AURC']:.4f}"]
-        cells += [f"{np.mean([r['passes_per_tile'] for r in of_cases]):.2f}"]
-        cells += [f"{np.mean([r['seconds'] for r in of_cases]):.1f}"]
+        cells += [mean_sd([r.get(metric) for r in of_cases], DIGITS.get(metric, 3)) for metric in metrics]
+        failure = failure_scores([r["soft_dice"] for r in of_cases], [r["Dice"] for r in of_cases])
+        cells += [number(failure["AURC"])]
+        cells += [number(mean_of(r["passes_per_tile"] for r in of_cases), 2)]
+        cells += [number(mean_of(r["seconds"] for r in of_cases), 1)]
         if overlaps:
-            cells.append(spread([r["disagreement"] for r in of_cases]))
+            cells.append(mean_sd([r["disagreement"] for r in of_cases]))
         lines.append([str(value), *cells])
-    notes = ["AURC: risk 1 - Dice, confidence soft Dice of the probabilities with their mask; lower is better."]
+    notes = [
+        SPREAD_NOTE,
+        "AURC: risk 1 - Dice, cases ranked by the soft Dice of the probabilities with their mask; lower is better.",
+    ]
     if overlaps:
         columns.append("disagreement")
         notes.append("Disagreement: share of foreground voxels in overlaps of tiles that have another label there.")
@@ -108,14 +155,19 @@ def sample_table(findings: Findings) -> Table:
     dice, agreement = [r["Dice"] for r in rows], [r["pairwise_dice"] for r in rows]
     failure = failure_scores(agreement, dice)
     cells = [
-        spread(dice), spread([r["sample_dice"] for r in rows]), spread(agreement), f"{failure['AURC']:.4f}",
-        f"{failure['ExcessAURC']:.4f}", spread([r["error_correlation"] for r in rows]),
+        mean_sd(dice), mean_sd([r["sample_dice"] for r in rows]), mean_sd(agreement, 4), number(failure["AURC"]),
+        number(failure["ExcessAURC"]), mean_sd([r["error_correlation"] for r in rows]),
     ]  # fmt: skip
-    columns = ["Dice of the mean", "Dice of a sample", "pairwise Dice", "AURC", "excess AURC", "variance and errors"]
+    columns = ["Dice of the mean", "Dice of a sample", "agreement", "AURC", "excess AURC", "variance and errors"]
     notes = [
-        "AURC: risk 1 - Dice, confidence pairwise Dice; lower is better. Variance and errors: correlation over voxels "
-        "near the foreground."
+        f"{SPREAD_NOTE} Agreement: mean pairwise Dice of the samples, over the labels that were found. {CAUTION}",
+        "AURC: risk 1 - Dice, cases ranked by agreement; lower is better. Variance and errors: correlation over voxels "
+        "near the foreground.",
     ]
+    if failure["left_out"]:
+        notes.append(
+            f"AURC leaves out {failure['left_out']} of {len(rows)} cases, in which nothing was found or is there."
+        )
     return Table("Samples", columns, [cells], notes)
 
 
@@ -124,7 +176,7 @@ def mask_use_table(findings: Findings) -> Table:
     groups = grouped(of_mean(findings.mask_use), "given", "level")
     levels = list(dict.fromkeys(level for _, level in groups))
     rows = [
-        [given, *(spread([r["Dice"] for r in groups[given, level]]) for level in levels)]
+        [given, *(mean_sd([r["Dice"] for r in groups[given, level]]) for level in levels)]
         for given in dict.fromkeys(given for given, _ in groups)
     ]
     return Table(
@@ -135,14 +187,37 @@ def mask_use_table(findings: Findings) -> Table:
 
 def all_tables(findings: Findings) -> list[Table]:
     """Every table for which there are rows."""
-    tables = [step_table(findings), gain_table(findings), sample_table(findings)]
+    tables = []
+    if findings.steps:
+        tables += [step_table(findings, metric) for metric in step_metrics(findings)]
+        tables.append(gain_table(findings))
+    if findings.samples:
+        tables.append(sample_table(findings))
     if findings.counts:
-        tables.append(cost_table(findings.counts, "K", "Number of steps"))
+        tables.append(cost_table(findings.counts, "K", "Number of steps", findings.unit))
     if findings.modes:
-        tables.append(cost_table(findings.modes, "mode", "Mirroring and blending"))
+        tables.append(cost_table(findings.modes, "mode", "Mirroring and blending", findings.unit))
     if findings.mask_use:
         tables.append(mask_use_table(findings))
     return tables
+
+
+def summary(findings: Findings) -> list[str]:
+    """What was found, in sentences."""
+    dice = [r["Dice"] for r in findings.samples]
+    sentences = [f"{len(dice)} cases, Dice {mean_sd(dice)}."]
+    if findings.steps and len(grouped(findings.steps, "step")) > 1:
+        for metric in step_metrics(findings):
+            found, better, digits = known(gains(findings, metric).values()), direction(metric), DIGITS.get(metric, 3)
+            gaining = int((better * found > 0).sum())
+            sentences.append(
+                f"The steps after the first change {metric} by {number(mean_of(found), digits + 1)}"
+                f"{f' {findings.unit}' if metric == 'HD95' else ''} in the mean; {gaining} of {len(found)} cases gain."
+            )
+    agreement = mean_of(r["pairwise_dice"] for r in findings.samples)
+    if np.isfinite(agreement):
+        sentences.append(f"Agreement of samples {agreement:.4f}. {CAUTION}")
+    return sentences
 
 
 def rows_to_csv(rows: Sequence[Row]) -> str:

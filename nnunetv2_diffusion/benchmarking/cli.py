@@ -73,6 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--steps", nargs="+", type=_positive, default=[1, 2, 5], metavar="K", help="default: 1 2 5")
     predict.add_argument("--sampler", choices=SAMPLERS, default="ddpm", help="reverse step (default: ddpm)")
     predict.add_argument("--samples", type=_positive, default=1, help="masks that are averaged (default: 1)")
+    predict.add_argument(
+        "--case",
+        type=_sizes,
+        help="instead, time and memory of the commands nnUNetv2_predict and nnunetv2_diffusion predict, with the same "
+        f"model of {REFERENCE} on a made-up case of so many voxels, e.g. 192x192x192",
+    )
     _startup_parser(commands)
     _page_parser(commands)
     return parser
@@ -297,10 +303,13 @@ def run(args: argparse.Namespace, problem: Problem, device: torch.device) -> tup
     # nnU-Net takes seconds to import: help and errors in options do not wait for it
     from nnunetv2_diffusion.benchmarking import commands, host
 
-    with host.temporary_folders():
-        results, targets, rows = _measure(
-            args, problem, commands.Turns(device, Stopwatch(device, args.clock), args.rounds, args.warmup)
-        )
+    with host.temporary_folders() as root:
+        if getattr(args, "case", None) is not None:
+            results, targets, rows = _measure_commands(args, problem, root)
+        else:
+            results, targets, rows = _measure(
+                args, problem, commands.Turns(device, Stopwatch(device, args.clock), args.rounds, args.warmup)
+            )
     described = host.describe_problem(problem, None if args.what in ("train-step", "classes", "variants") else 1)
     return _reported(args, device, results, targets, rows, described)
 
@@ -362,6 +371,19 @@ def _measure(args: argparse.Namespace, problem: Problem, turns: Any) -> tuple[li
     configs = [SamplingConfig(steps, args.sampler, samples=args.samples) for steps in args.steps]
     results = commands.predictions(problem, args.trainers, configs, turns)
     return results, report.predict_targets(results), report.predict_table(results)
+
+
+def _measure_commands(
+    args: argparse.Namespace, problem: Problem, root: Path
+) -> tuple[list[dict], list[report.Target], str]:
+    """As ``_measure``, of whole commands that predict a case."""
+    from nnunetv2_diffusion.benchmarking.whole import whole_predictions, whole_targets
+
+    if args.plans is not None or args.clock != "wall" or len(args.case) not in (1, 3):
+        raise BenchmarkError("--case expects three sizes, made-up plans (no --plans) and --clock wall")
+    args.case, args.trainers, args.warmup = tuple(args.case) * (3 // len(args.case)), [REFERENCE], 0
+    results = whole_predictions(problem, REFERENCE, args.case, args.device, args.rounds, root)
+    return results, whole_targets(results), report.predict_table(results)
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""BraTS 2021 (Baid et al. 2021), as in Fu et al. 2023, section 4.1.4, and in Chen et al. 2024 (HiDiff), section IV-A.
+"""BraTS 2021 (Baid et al. 2021), as in Fu et al. 2023, section 4.1.4, and in Chen et al. 2024 (HiDiff), section III-A.
 
 Owner: https://www.synapse.org/#!Synapse:syn27046444 ; the papers' source is also
 https://www.kaggle.com/datasets/dschettler8845/brats-2021-task1 , a zip of ``BraTS2021_Training_Data.tar`` and two tars

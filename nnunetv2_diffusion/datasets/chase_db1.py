@@ -1,4 +1,4 @@
-"""CHASE_DB1 retinal vessels (Owen et al. 2011), as in Chen et al. 2024 (HiDiff), section IV-A.
+"""CHASE_DB1 retinal vessels (Owen et al. 2011), as in Chen et al. 2024 (HiDiff), section III-A.
 
 Owner: https://blogs.kingston.ac.uk/retinal/chasedb1/ (``CHASEDB1.zip``).
 

@@ -1,4 +1,4 @@
-"""CVC-ClinicDB polyps (Bernal et al. 2015), as in Chen et al. 2024 (HiDiff), section IV-A.
+"""CVC-ClinicDB polyps (Bernal et al. 2015), as in Chen et al. 2024 (HiDiff), section III-A.
 
 Owner: https://polyp.grand-challenge.org/CVCClinicDB/ (``CVC-ClinicDB.rar``, which Python cannot open: unpack it and
 give the folder).

@@ -1,4 +1,4 @@
-"""DRIVE retinal vessels (Staal et al. 2004), as in Chen et al. 2024 (HiDiff), section IV-A.
+"""DRIVE retinal vessels (Staal et al. 2004), as in Chen et al. 2024 (HiDiff), section III-A.
 
 Owner: https://drive.grand-challenge.org/ (``training.zip`` and ``test.zip``; give both, or a folder with both
 unpacked).

@@ -1,4 +1,4 @@
-"""Kvasir-SEG polyps (Jha et al. 2020), as in Chen et al. 2024 (HiDiff), section IV-A.
+"""Kvasir-SEG polyps (Jha et al. 2020), as in Chen et al. 2024 (HiDiff), section III-A.
 
 Owner: https://datasets.simula.no/kvasir-seg/ (``kvasir-seg.zip``).
 

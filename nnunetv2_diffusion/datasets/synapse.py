@@ -1,4 +1,4 @@
-"""Synapse multi-organ CT (BTCV, Landman et al. 2015), as in Chen et al. 2024 (HiDiff), section IV-A.
+"""Synapse multi-organ CT (BTCV, Landman et al. 2015), as in Chen et al. 2024 (HiDiff), section III-A.
 
 Owner: https://www.synapse.org/#!Synapse:syn3193805/wiki/217789 (``Abdomen/RawData.zip``).
 

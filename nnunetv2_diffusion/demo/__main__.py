@@ -1,6 +1,7 @@
 """Command line of the demo; see scripts/demo."""
 
 import argparse
+import glob
 import json
 import platform
 from pathlib import Path
@@ -8,59 +9,30 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from nnunetv2_diffusion.agreement import CAUTION
 from nnunetv2_diffusion.compat import package_versions
-from nnunetv2_diffusion.demo.data import RawDataError, hold_out
+from nnunetv2_diffusion.demo.data import RawDataError, hold_out, read_raw
+from nnunetv2_diffusion.demo.options import parse_arguments
 from nnunetv2_diffusion.demo.phantoms import write_phantoms
 from nnunetv2_diffusion.demo.picture import draw_case, reverse_steps
-from nnunetv2_diffusion.demo.pipeline import PRESET, Job, dice_scores, plan, predict_and_score, train
-from nnunetv2_diffusion.planning.presets import load_preset
+from nnunetv2_diffusion.demo.pipeline import (
+    Job,
+    dice_scores,
+    draw_samples,
+    plan,
+    predict_and_score,
+    ranges_that_hold,
+    train,
+)
 from nnunetv2_diffusion.planning.schema import SettingsError
 from nnunetv2_diffusion.planning.settings import parse_settings, read_assignments
-from nnunetv2_diffusion.training.recipes import RECIPES
 
 SYNTHETIC = "Dataset501_Demo"
 BOUND = 0.6  # mean Dice on phantoms; labelling everything as organ scores below 0.2
 EQUAL_LENGTH = {"nnUNetTrainer": "nnUNetTrainerBaseline"}  # the host's trainer, its length read from the plans
 MARGIN = 0.015  # Dice that a trainer may be below the one it is compared with
+SAMPLES = 4  # masks that are drawn of a case, to see what their spread says
 REFINED_MARGIN = 0.002  # Dice that a refined mask may be below the segmentor's own
-
-
-def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Options of the demo."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/demo",
-        description="Data, plan, train, predict, score, picture: all through nnU-Net's own commands.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--raw", type=Path, metavar="DIR", help="a raw data set DatasetXXX_Name; default: synthetic phantoms")
-    add("--out", type=Path, metavar="DIR", help="new folder for everything; default: the first free demo_output*")
-    add("--trainer", default="nnUNetTrainerRecycleXT", help="trainer to show")
-    add("--compare", metavar="TRAINER", help="a second trainer, same plans and iterations")
-    add(
-        "--steps", type=int, nargs="+", default=[], metavar="K", help="predict also with these numbers of reverse steps"
-    )
-    add("--configuration", "-c", default="3d_fullres", choices=("2d", "3d_fullres"), help="nnU-Net configuration")
-    add("--epochs", type=int, default=5, help="length of the training")
-    add("--iterations", type=int, default=50, help="optimiser steps of an epoch")
-    add(
-        "--recipe",
-        default="paper",
-        choices=tuple(RECIPES),
-        help="of the diffusion trainers; the paper's is fast in short runs",
-    )
-    add("--set", nargs="+", default=[], metavar="KEY=VALUE", help="settings, for example hidiff.refiner_norm=batch")
-    add("--base-features", type=int, help="channels of the first stage; nnU-Net plans 32, the preset cpu-demo 8")
-    add("--batch-size", type=int, help="patches in a step; default: that of the preset cpu-demo, 2 volumes or 8 slices")
-    add("--patch-size", type=int, nargs="+", metavar="N", help="voxels along each axis; default: as nnU-Net plans")
-    add("--test-cases", type=int, help="unseen cases to score; default 6 phantoms, or 10 %% of --raw, 20 at most")
-    add("--seed", type=int, default=0, help="of the phantoms and of the choice of unseen cases")
-    add("-device", "--device", default="cpu", choices=("cpu", "cuda", "mps"), help="as in nnU-Net")
-    options = parser.parse_args(arguments)
-    for name, value in load_preset(PRESET).overrides(2 if options.configuration == "2d" else 3).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-    return options
 
 
 def free_folder(name: str) -> Path:
@@ -80,7 +52,7 @@ def make_data(options: argparse.Namespace, out: Path) -> str:
         print(f"made 24 training and {options.test_cases or 6} unseen phantoms in {folder}")
         return SYNTHETIC
     source = options.raw.resolve()
-    labelled = len(list((source / "labelsTr").glob("*"))) if source.is_dir() else 0
+    labelled = len(read_raw(source)[1])
     test_cases = options.test_cases or max(1, min(20, labelled // 10))
     hold_out(source, out / "nnUNet_raw" / source.name, test_cases, options.seed)
     print(f"held out {test_cases} of {labelled} labelled cases of {source.name}")
@@ -93,7 +65,9 @@ def print_scores(scores: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
     for name, by_label in scores.items():
         print(f"\n{name}: Dice on {len(next(iter(by_label.values())))} unseen cases")
         for label, values in by_label.items():
-            print(f"  class {label}: {np.nanmean(values):.4f} +- {np.nanstd(values):.4f}")
+            print(f"  class {label}: {np.nanmean(values):.4f} ± {np.nanstd(values):.4f}")
+            if not np.nansum(values):
+                print(f"  class {label} is never found: is the training too short?")
         means[name] = float(np.nanmean([np.nanmean(v) for v in by_label.values()]))
         print(f"  mean: {means[name]:.4f}")
     return means
@@ -125,9 +99,23 @@ def judge(means: dict[str, float], by_steps: dict[str, float], options: argparse
     return good
 
 
+def spread_of_samples(job: Job, trainer: str) -> dict[str, int] | None:
+    """Draw samples, and print how many ranges of their volumes hold the true one; None for a model without samples."""
+    folder = draw_samples(job, trainer, SAMPLES)
+    if folder is None:
+        return None
+    held, ranges = ranges_that_hold(folder, job.raw / "labelsTs")
+    print(
+        f"\nranges from 5 to 95 % of the volumes of {SAMPLES} samples, one for each case and class: "
+        f"{held} of {ranges} hold the true volume. {CAUTION}"
+    )
+    return {"samples": SAMPLES, "ranges": ranges, "held": held}
+
+
 def seconds_per_case(job: Job) -> dict[str, float]:
     """Of every prediction, start of the command included; printed as well."""
-    prefix, cases = "predict_", len(list((job.raw / "labelsTs").iterdir()))
+    ending = json.loads((job.raw / "dataset.json").read_text())["file_ending"]
+    prefix, cases = "predict_", len(list((job.raw / "labelsTs").glob(f"*{ending}")))
     result = {k.removeprefix(prefix): s / cases for k, s in job.seconds.items() if k.startswith(prefix)}
     print("\nseconds per case:", ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.items()))
     return result
@@ -136,9 +124,9 @@ def seconds_per_case(job: Job) -> dict[str, float]:
 def draw(job: Job, trainers: list[str]) -> Path:
     """The picture of the first unseen case."""
     ending = json.loads((job.raw / "dataset.json").read_text())["file_ending"]
-    truth = sorted((job.raw / "labelsTs").iterdir())[0]
+    truth = sorted((job.raw / "labelsTs").glob(f"*{ending}"))[0]
     case = truth.name.removesuffix(ending)
-    images = sorted((job.raw / "imagesTs").glob(f"{case}_*"))
+    images = sorted((job.raw / "imagesTs").glob(f"{glob.escape(case)}_????{ending}"))
     steps = reverse_steps(job.model_folder(trainers[0]), images, steps=5, device=job.device)
     masks = {t: job.out / f"predictions_{t}" / truth.name for t in trainers}
     picture = job.out / "demo.png"
@@ -152,6 +140,7 @@ def write_result(
     scores: dict[str, dict[str, np.ndarray]],
     means: dict[str, float],
     means_by_steps: dict[str, float],
+    spread: dict[str, int] | None,
 ) -> None:
     """Write all numbers, with the options, hardware and versions that they belong to, to ``<out>/result.json``."""
     result = {
@@ -162,6 +151,7 @@ def write_result(
         "mean_dice": means,
         "mean_dice_by_steps": means_by_steps,
         "dice_by_class": {t: {k: v.tolist() for k, v in s.items()} for t, s in scores.items()},
+        "spread_of_samples": spread,
         "seconds": job.seconds,
         "seconds_per_case": seconds_per_case(job),
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {options.device}",
@@ -197,7 +187,7 @@ def main(arguments: list[str] | None = None) -> int:
     means = print_scores(scores)
     means_by_steps = print_scores(by_steps)
     good = judge(means, means_by_steps, options)
-    write_result(job, options, scores, means, means_by_steps)
+    write_result(job, options, scores, means, means_by_steps, spread_of_samples(job, trainers[0]))
     print(f"\npicture: {draw(job, trainers)}\nnumbers: {out / 'result.json'}")
     return 0 if good else 1
 

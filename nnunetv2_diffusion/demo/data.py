@@ -5,9 +5,11 @@ import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
+from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 
 
 class RawDataError(ValueError):
@@ -49,7 +51,7 @@ def link_parts(source: Path, folder: Path, parts: Mapping[str, Sequence[str]]) -
         RawDataError: naming what is missing in source.
         FileExistsError: if folder exists.
     """
-    dataset, cases = read_raw(source)
+    dataset, cases = _read(source)
     missing = sorted({case for part in parts.values() for case in part} - set(cases))
     if missing:
         shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
@@ -60,47 +62,69 @@ def link_parts(source: Path, folder: Path, parts: Mapping[str, Sequence[str]]) -
         for kind in ("images", "labels"):
             (folder / f"{kind}{part}").mkdir()
         for case in members:
-            _link(source / "labelsTr" / (case + ending), folder / f"labels{part}")
-            for image in _channels(source, case, ending):
-                _link(image, folder / f"images{part}")
+            images, label = cases[case]
+            _link(label, folder / f"labels{part}" / f"{case}{ending}")
+            for number, image in enumerate(images):
+                _link(image, folder / f"images{part}" / f"{case}_{number:04d}{ending}")
+            # nnU-Net's reader of 3D TIFF looks for a spacing beside images and labels
+            _link_if_there(images[0].name[: -len(ending) - 5], images[0].parent, folder / f"images{part}", case)
+            _link_if_there(label.name.removesuffix(ending), label.parent, folder / f"labels{part}", case)
+    dataset.pop("dataset", None)  # the files are where nnU-Net looks without it
     dataset["numTraining"] = len(parts["Tr"])
     (folder / "dataset.json").write_text(json.dumps(dataset, indent=2))
 
 
 def read_raw(source: Path) -> tuple[dict, list[str]]:
-    """dataset.json and the sorted names of the labelled cases of a raw data set.
+    """dataset.json and the sorted names of the labelled cases of a raw data set, as nnU-Net finds them.
+
+    How many channels their files hold is checked by nnU-Net, which reads them (``--verify_dataset_integrity``).
 
     Raises:
         RawDataError: naming what is missing or of an unexpected form.
     """
-    if not re.fullmatch(r"Dataset\d{3}_\w+", source.name):
+    dataset, cases = _read(source)
+    return dataset, sorted(cases)
+
+
+def _read(source: Path) -> tuple[dict, dict[str, tuple[list[Path], Path]]]:
+    """dataset.json, and the images and the label file of every labelled case."""
+    if not re.fullmatch(r"Dataset\d{3}_.+", source.name):
         raise RawDataError(f"{source}: expected a folder named DatasetXXX_Name, as nnU-Net does")
-    for needed in ("dataset.json", "imagesTr", "labelsTr"):
-        if not (source / needed).exists():
-            raise RawDataError(f"{source}: no {needed}, expected nnU-Net's raw layout")
+    file = source / "dataset.json"
+    if not file.is_file():
+        raise RawDataError(f"{source}: no dataset.json, expected nnU-Net's raw layout")
     try:
-        dataset = json.loads((source / "dataset.json").read_text())
-        ending, channels = dataset["file_ending"], len(dataset["channel_names"])
-    except (ValueError, KeyError) as error:
-        raise RawDataError(f"{source / 'dataset.json'}: {error}, expected nnU-Net's format") from error
-    cases = sorted(p.name.removesuffix(ending) for p in (source / "labelsTr").glob(f"*{ending}"))
-    for case in cases:
-        found = len(_channels(source, case, ending))
-        if found != channels:
+        dataset = json.loads(file.read_text())
+        ending = dataset["file_ending"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RawDataError(f"{file}: {error}, expected nnU-Net's format") from error
+    for needed in ("imagesTr", "labelsTr") if "dataset" not in dataset else ():
+        if not (source / needed).is_dir():
+            raise RawDataError(f"{source}: no {needed}, expected nnU-Net's raw layout")
+    # a copy: nnU-Net writes whole paths into it
+    listed = get_filenames_of_train_images_and_targets(str(source), deepcopy(dataset))
+    cases = {str(n): ([Path(f) for f in v["images"]], Path(v["label"])) for n, v in listed.items()}
+    cases = {name: (images, label) for name, (images, label) in cases.items() if label.is_file()}
+    labelled = {p.name.removesuffix(ending) for p in (source / "labelsTr").glob(f"*{ending}")}
+    for case in sorted({*cases, *(labelled if "dataset" not in dataset else ())}):
+        images = cases[case][0] if case in cases else []
+        if not images or not all(image.is_file() for image in images):
             raise RawDataError(
-                f"{source / 'imagesTr'}: case {case} has {found} images, dataset.json names {channels} channels"
+                f"{source}: case {case} has a label and no image, expected imagesTr/{case}_0000{ending} or what "
+                "dataset.json names"
             )
     return dataset, cases
 
 
-def _channels(source: Path, case: str, ending: str) -> list[Path]:
-    pattern = re.compile(re.escape(case) + r"_\d{4}" + re.escape(ending))
-    return sorted(p for p in (source / "imagesTr").glob(f"{case}_*{ending}") if pattern.fullmatch(p.name))
+def _link_if_there(stem: str, source: Path, folder: Path, case: str) -> None:
+    file = source / f"{stem}.json"
+    if file.is_file():
+        _link(file, folder / f"{case}.json")
 
 
-def _link(file: Path, folder: Path) -> None:
+def _link(file: Path, target: Path) -> None:
     """A link where the system allows one, else a copy."""
     try:
-        os.symlink(file.resolve(), folder / file.name)
+        os.symlink(file.resolve(), target)
     except OSError:
-        shutil.copyfile(file, folder / file.name)
+        shutil.copyfile(file, target)

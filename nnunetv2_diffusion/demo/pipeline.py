@@ -6,8 +6,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 
 from nnunetv2_diffusion.commands import CommandError, CommandRunner
+from nnunetv2_diffusion.demo.options import PRESET
+from nnunetv2_diffusion.inference.export import UNCERTAINTY
+from nnunetv2_diffusion.inference.loading import load_predictor
+from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
+from nnunetv2_diffusion.inference.sample_statistics import foreground_labels, mask_volumes
 from nnunetv2_diffusion.planning.derive import derive_plans, write_plans
 from nnunetv2_diffusion.planning.presets import load_preset
 from nnunetv2_diffusion.planning.settings import HIDIFF, merge_settings
@@ -15,7 +21,6 @@ from nnunetv2_diffusion.planning.settings import HIDIFF, merge_settings
 PLANS = "demoPlans"
 # Of HiDiff: the paper's rate of 1e-4 is for tens of thousands of iterations. One step gives the mean mask; what more
 # steps draw from a refiner that has seen a few hundred batches is worse (README).
-PRESET = "cpu-demo"
 
 
 @dataclass
@@ -113,7 +118,7 @@ def plan(job: Job) -> None:
 def write_split(job: Job, validation_cases: int = 4) -> None:
     """A fold 0 with few validation cases: the unseen cases are what is scored."""
     ending = json.loads((job.raw / "dataset.json").read_text())["file_ending"]
-    cases = sorted(p.name.removesuffix(ending) for p in (job.raw / "labelsTr").iterdir())
+    cases = sorted(p.name.removesuffix(ending) for p in (job.raw / "labelsTr").glob(f"*{ending}"))
     validation = cases[:: max(1, len(cases) // validation_cases)][:validation_cases]
     split = [{"train": [c for c in cases if c not in validation], "val": validation}]
     (job.preprocessed / "splits_final.json").write_text(json.dumps(split, indent=2))
@@ -154,6 +159,45 @@ def predict_and_score(job: Job, trainer: str, steps: int | None = None) -> Path:
         "-djfile", str(predictions / "dataset.json"), "-pfile", str(predictions / "plans.json"),
     )  # fmt: skip
     return predictions
+
+
+def draw_samples(job: Job, trainer: str, samples: int) -> Path | None:
+    """Draw samples of the unseen cases with the verb ``predict``, without mirrors.
+
+    Returns:
+        its output folder, with a JSON for each case in ``uncertainty/``; None for a model that has no samples.
+    """
+    try:
+        load_predictor(job.model_folder(trainer), options=PredictionOptions(samples=samples), progress=False)
+    except OptionError:
+        return None
+    number, folder = job.dataset[len("Dataset") :][:3], job.out / f"samples_{trainer}"
+    job.run(
+        f"samples_{trainer}", "nnunetv2_diffusion", "predict", "-d", number, "-c", job.configuration, "-f", "0",
+        *_common(job, trainer), "-i", str(job.raw / "imagesTs"), "-o", str(folder), "-npp", "1", "-nps", "1",
+        "--samples", str(samples), "--tta", "none", "--save_uncertainty",
+    )  # fmt: skip
+    return folder
+
+
+def ranges_that_hold(predictions: Path, truths: Path) -> tuple[int, int]:
+    """Of the 5 to 95 % ranges of the samples' volumes, a case and label each: those that hold the true volume, and all.
+
+    Args:
+        predictions: folder with dataset.json and ``uncertainty/<case>.json`` of the verb ``predict``.
+        truths: folder of the cases' labels.
+    """
+    dataset = json.loads((predictions / "dataset.json").read_text())
+    held = []
+    for file in sorted((predictions / UNCERTAINTY).glob("*.json")):
+        truth = str(truths / (file.stem + dataset["file_ending"]))
+        reader = determine_reader_writer_from_file_ending(dataset["file_ending"], truth, verbose=False)()
+        labels, properties = reader.read_seg(truth)
+        volumes = mask_volumes(labels[0], foreground_labels(dataset), properties["spacing"])
+        for name, found in json.loads(file.read_text())["volumes"].items():
+            low, high = (found["spread"][f"percentile_{p}"] for p in (5, 95))
+            held.append(low <= volumes[name] <= high)
+    return sum(held), len(held)
 
 
 def dice_scores(predictions: Path) -> dict[str, np.ndarray]:

@@ -1,12 +1,7 @@
 """Diffusion processes on tensors: no network and no nnU-Net is known here."""
 
 from nnunetv2_diffusion.diffusion.bernoulli import BernoulliDiffusion
-from nnunetv2_diffusion.diffusion.bernoulli_loss import (
-    focal_logits,
-    focal_to_probability,
-    noise_loss,
-    variational_bound,
-)
+from nnunetv2_diffusion.diffusion.bernoulli_loss import NoiseCalibration, noise_loss, variational_bound
 from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion
 from nnunetv2_diffusion.diffusion.mask_encoding import ENCODINGS, AnalogBits, MaskEncoding, make_encoding
 from nnunetv2_diffusion.diffusion.noise import ContentNoise
@@ -40,14 +35,13 @@ __all__ = [
     "GaussianDiffusion",
     "ImportanceTimeSampler",
     "MaskEncoding",
+    "NoiseCalibration",
     "PositionNoise",
     "SamplingConfig",
     "UniformTimeSampler",
     "bernoulli_reverse_process",
     "bernoulli_reverse_step",
     "cosine_beta_schedule",
-    "focal_logits",
-    "focal_to_probability",
     "gaussian_reverse_step",
     "linear_beta_schedule",
     "make_encoding",

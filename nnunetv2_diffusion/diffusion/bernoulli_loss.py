@@ -5,19 +5,22 @@ it. Results are at least float32; the operations used are those that autocast le
 """
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import cached_property
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-from nnunetv2_diffusion.diffusion.bernoulli import BernoulliDiffusion, to_common_float
+from nnunetv2_diffusion.diffusion.bernoulli import MIN_PRIOR, BernoulliDiffusion, to_common_float
 
 # Far below every probability of a step t > 0. Zeros occur at t = 0 alone, whose KL is not used but must be finite.
 _MIN_PROBABILITY = 1e-30
 
-TABLE_EPS = 1e-5
-TABLE_LIMIT = math.log((1 - TABLE_EPS) / TABLE_EPS)
+SUREST = 1e-3  # probability that is left to the refiner where the prior is 0 or 1
+MAX_LOGIT = 30.0  # of outputs that are calibrated
+PRIOR_LIMIT = math.log((1 - MIN_PRIOR) / MIN_PRIOR)
+TABLE_SIZE = 4001
+CHUNK = 2**20  # voxels and channels that are calibrated at once
 
 
 def _mean_in_bits(nats: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
@@ -113,61 +116,147 @@ def noise_loss(
     return _mean_in_bits(-focus * F.logsigmoid(logits), valid)
 
 
-def focal_to_probability(p: torch.Tensor, gamma: float) -> torch.Tensor:
-    """True probability behind an output that was trained with the focal loss (Charoenphakdee et al. 2021, eq. 8).
+class NoiseCalibration:
+    """What a trained estimate of the noise says of its probability: the inverse of the loss that was trained.
 
-    The focal loss is not proper: where noise has probability eta, its minimiser is about (eta / 3)^(1/3) for gamma = 2
-    and small eta, 0.07 for eta = 0.001. Drawn from as it is, such an estimate speckles the mask with noise that was
-    never seen in training.
+    Per voxel and channel the refiner is trained with L = KL + weight * focal (``variational_bound``, ``noise_loss``).
+    Where noise has probability eta, training leads to the logit x at which eta L'(x; noise) + (1 - eta) L'(x; none) is
+    0, so that eta = g_0 / (g_0 - g_1), with g_v the derivative of L by x if the truth is v. This holds for every loss
+    of single voxels. With s = sigmoid(x), g_0 = s w_0 and g_1 = -(1 - s) w_1,
 
-    Args:
-        p: outputs in [0, 1].
-        gamma: of the focal loss; 0 returns p.
+        logit eta = x + log w_0 - log w_1.
 
-    Returns:
-        float32 or float64, shape of p, increasing in p; 0, 0.5 and 1 stay.
-    """
-    p = p if p.dtype == torch.float64 else p.float()
-    if gamma == 0:
-        return p
-    return torch.sigmoid(_true_log_odds(p, gamma))
+    Only for the binary cross-entropy w_0 = w_1, so that s is eta itself (t = 0 has it in place of the KL). The focal
+    loss draws s towards 1/2 (Charoenphakdee et al. 2021). The KL does not have eta as its minimiser either for
+    0 < t < T - 1: alone it has the odds s / (1 - s) = eta / (1 - eta) * D_0 / D_1, with D_v = P(y_t | truth v, prior)
+    up to a factor. That is the estimate of y_start before y_t is seen, because equation 10 of Chen et al. 2024 puts it
+    into the posterior of a known y_start, where y_t counts once more.
 
-
-def _true_log_odds(p: torch.Tensor, gamma: float) -> torch.Tensor:
-    """log of [p / phi(p)] / [(1 - p) / phi(1 - p)] with phi(v) = (1 - v)^gamma - gamma (1 - v)^(gamma - 1) v log v."""
-    tiny = torch.finfo(p.dtype).tiny
-
-    def log_phi(v: torch.Tensor) -> torch.Tensor:
-        phi = (1 - v) ** gamma - gamma * (1 - v) ** (gamma - 1) * v * v.clamp(min=tiny).log()
-        return phi.clamp(min=tiny).log()
-
-    q = 1 - p
-    return p.clamp(min=tiny).log() - log_phi(p) - q.clamp(min=tiny).log() + log_phi(q)
-
-
-def focal_logits(eta: torch.Tensor, gamma: float) -> torch.Tensor:
-    """Logits that the focal loss would train where noise has probability eta: the inverse of focal_to_probability.
+    Because 0 and 1 can change places, all depends on x, t and f = |y_t - prior| alone, the probability that the prior
+    gives to the other value.
 
     Args:
-        eta: probabilities, used between 1e-5 and 1 - 1e-5.
-        gamma: of the focal loss; 0 returns the logits of eta.
+        process: the trained chain.
+        gamma: of the focal loss; 0 is the binary cross-entropy.
+        weight: of the focal loss beside the KL, at least 0.
+        bound: the KL is trained as well; False inverts the focal loss alone, whatever its weight.
 
-    Returns:
-        float32 logits, shape of eta; from a table, to about 1e-4.
+    Raises:
+        ValueError: if gamma or weight is negative.
     """
-    logits = torch.logit(eta.float(), eps=TABLE_EPS)
-    if gamma == 0:
-        return logits
-    table = _focal_table(gamma).to(eta.device)
-    place = (logits / TABLE_LIMIT + 1) * ((len(table) - 1) / 2)
-    below = place.nan_to_num().floor().clamp(0, len(table) - 2).long()  # NaN stays NaN, and is named by the trainer
-    return torch.lerp(table[below], table[below + 1], place - below)
+
+    def __init__(self, process: BernoulliDiffusion, gamma: float = 2.0, weight: float = 1.0, bound: bool = True):
+        if not gamma >= 0 or not weight >= 0:
+            raise ValueError(f"gamma is {gamma} and weight is {weight}, expected at least 0")
+        self.process, self.gamma, self.bound = process, gamma, bound
+        self.weight = weight if bound else 1.0
+
+    def logits(self, eps_logits: torch.Tensor, y_t: torch.Tensor, prior: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Log-odds of P(y_t != y_start) behind the network's output.
+
+        Args:
+            eps_logits: the network's output, (B, K, *spatial); used between -MAX_LOGIT and MAX_LOGIT.
+            y_t: same shape, values 0 or 1.
+            prior: same shape, probabilities.
+            t: LongTensor (B,), training time.
+
+        Returns:
+            float32 or float64, shape of eps_logits, without gradient. Increasing in it, but for a gamma above 1 and a
+            y_t that the prior gives less than 1 % (T = 10): there it can fall by up to 0.4 in between.
+
+        Raises:
+            ValueError: if shapes differ.
+        """
+        eps_logits, y_t, prior = to_common_float(eps_logits=eps_logits, y_t=y_t, prior=prior)
+
+        def calibrate(x: torch.Tensor, y_t: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+            return self._true_logits(x.clamp(-MAX_LOGIT, MAX_LOGIT), _other(y_t, prior), t)
+
+        return _in_chunks(calibrate, eps_logits, y_t, prior)
+
+    def prior_logits(self, y_t: torch.Tensor, prior: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Outputs that ``logits`` turns into Bayes' P(y_t != y_start) for a mask drawn from the prior.
+
+        That probability is (1 - alphas_cumprod) |prior - y_t|; a prior of 0 or 1 counts as ``SUREST`` there.
+
+        Args:
+            y_t: (B, K, *spatial), values 0 or 1.
+            prior: same shape, probabilities.
+            t: LongTensor (B,), training time.
+
+        Returns:
+            float32 or float64, shape of y_t, from a table, to about 1e-4; NaN where the prior is.
+
+        Raises:
+            ValueError: if shapes differ.
+        """
+        y_t, prior = to_common_float(y_t=y_t, prior=prior)
+        rows = self.table.to(prior.device)[t.to(prior.device)].to(prior.dtype)
+
+        def look_up(y_t: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+            place = (torch.logit(_other(y_t, prior)) / PRIOR_LIMIT + 1) * ((TABLE_SIZE - 1) / 2)
+            below = place.nan_to_num().floor().clamp(0, TABLE_SIZE - 2).long()
+            return torch.lerp(rows.gather(1, below), rows.gather(1, below + 1), place - below)
+
+        return _in_chunks(look_up, y_t, prior)
+
+    @cached_property
+    def table(self) -> torch.Tensor:
+        """float32 (T, TABLE_SIZE): ``prior_logits`` at equally spaced logits of |prior - y_t|, by bisection."""
+        t = torch.arange(self.process.num_timesteps)
+        other = torch.linspace(-PRIOR_LIMIT, PRIOR_LIMIT, TABLE_SIZE, dtype=torch.float64).sigmoid().expand(len(t), -1)
+        noise = self.process.noise_probability(torch.zeros_like(other), other.clamp(SUREST, 1 - SUREST), t)
+        wanted = torch.logit(noise)
+        low, high = torch.full_like(wanted, -MAX_LOGIT), torch.full_like(wanted, MAX_LOGIT)
+        for _ in range(24):  # 2 MAX_LOGIT / 2^24 is less than float32 tells apart
+            middle = (low + high) / 2
+            above = self._true_logits(middle, other, t) > wanted
+            low, high = torch.where(above, low, middle), torch.where(above, middle, high)
+        return ((low + high) / 2).float()
+
+    def _true_logits(self, x: torch.Tensor, other: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """x + log w_0 - log w_1 of (B, N); in logarithms, because the weights can be far below float32."""
+        s, q = x.sigmoid(), (-x).sigmoid()
+        # of -(1 - p)^gamma log p, p the probability of the truth
+        zero = self.gamma * F.logsigmoid(x) + torch.log1p(self.gamma * q * F.softplus(x) / s)
+        one = self.gamma * F.logsigmoid(-x) + torch.log1p(self.gamma * s * F.softplus(-x) / q)
+        if self.bound:
+            weight = math.log(self.weight) if self.weight else -math.inf
+            bound = self._bound_weights(s, q, other, t)
+            zero, one = (torch.logaddexp(a, b + weight) for a, b in zip(bound, (zero, one), strict=True))
+        return x + zero - one
+
+    def _bound_weights(
+        self, s: torch.Tensor, q: torch.Tensor, other: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """log w_0 and log w_1 of ``variational_bound``, with q = 1 - s; 0 at t = 0."""
+        process = self.process
+        signal = process._at(process.alphas_cumprod_prev, t, s)
+        noise = process._at(1 - process.alphas_cumprod_prev, t, s)
+        beta = process._at(process.betas, t, s)
+        ratio = beta * (1 - other) / (1 - beta * other)  # P(y_t | other value before) / P(y_t | same value before)
+        m_zero, m_one = signal * q + noise * (1 - other), signal * s + noise * other
+        truths = [
+            signal + noise * (1 - other) + ratio * noise * other,
+            noise * (1 - other) + ratio * (signal + noise * other),
+        ]
+        common = ratio * signal**2 * s * q / ((m_zero + ratio * m_one) * m_zero * m_one)
+        last = (t == 0).to(s.device).reshape(-1, 1)
+        tiny = torch.finfo(s.dtype).tiny
+        return tuple(torch.where(last, 0.0, (common / d).clamp(min=tiny).log()) for d in truths)
 
 
-@lru_cache(maxsize=4)
-def _focal_table(gamma: float) -> torch.Tensor:
-    """Focal logits at 4001 equally spaced logits of the true probability, -TABLE_LIMIT .. TABLE_LIMIT."""
-    focal = torch.linspace(-30, 30, 60_001, dtype=torch.float64)
-    true = _true_log_odds(focal.sigmoid(), gamma)
-    wanted = torch.linspace(-TABLE_LIMIT, TABLE_LIMIT, 4001, dtype=torch.float64)
-    return torch.from_numpy(np.interp(wanted.numpy(), true.numpy(), focal.numpy())).float()
+def _other(y_t: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
+    """Probability that the prior gives to the value that y_t does not have, within the bounds of the process."""
+    return (y_t - prior).abs().clamp(MIN_PRIOR, 1 - MIN_PRIOR)
+
+
+@torch.no_grad()
+def _in_chunks(function: Callable[..., torch.Tensor], *maps: torch.Tensor) -> torch.Tensor:
+    """An elementwise function of maps (B, K, *spatial), given as (B, N): a dozen temporaries are made of parts only."""
+    flat = [m.flatten(1) for m in maps]
+    result = torch.empty_like(flat[0])
+    number = max(1, CHUNK // len(result))
+    for out, *parts in zip(*(m.split(number, 1) for m in (result, *flat)), strict=True):
+        out.copy_(function(*parts))
+    return result.reshape(maps[0].shape)

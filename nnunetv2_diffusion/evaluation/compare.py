@@ -94,7 +94,7 @@ def score_table(comparison: Comparison, decimals: int = 3) -> Table:
         for score, cell in _score_cells(list(group), options.alpha, decimals):
             cells[score.label, score.name, score.metric] = cell
     rows = [
-        [label, name, *(cells[label, name, metric] for metric in metrics)]
+        [comparison.names.get(label, label), name, *(cells[label, name, metric] for metric in metrics)]
         for label, name in dict.fromkeys((score.label, score.name) for score in comparison.scores)
     ]
     total = comparison.scores[0].cases + comparison.scores[0].left_out
@@ -113,7 +113,8 @@ def difference_table(comparison: Comparison, decimals: int = 3) -> Table:
             difference = [_number(test.difference, decimals), f"[{low}, {high}]"]
             tests = [_p_value(test.p_t), _p_value(test.p_wilcoxon)]
             won = MISSING if np.isnan(test.won) else f"{100 * test.won:.1f} %"
-            rows.append([score.label, score.metric, score.name, left_out, *difference, *tests, won])
+            label = comparison.names.get(score.label, score.label)
+            rows.append([label, score.metric, score.name, left_out, *difference, *tests, won])
     columns = ["class", "metric", "method", "pairs", "difference", f"{100 * (1 - options.alpha):g} % interval"]
     columns += ["p (t-test)", "p (Wilcoxon)", "won"]
     notes = [
@@ -149,7 +150,8 @@ def flat_table(comparison: Comparison) -> Table:
 def _score_notes(comparison: Comparison) -> list[str]:
     options, better = comparison.options, {score.metric: score.better for score in comparison.scores}
     notes = [
-        "Mean ± standard deviation (n - 1) over cases. The best mean is marked, and all that are printed alike.",
+        "Mean ± standard deviation (n - 1) over cases. The best mean is marked, and those that are printed like it; "
+        "none if all are.",
         f"†: differs from {options.reference} at {options.alpha:g} by a paired t-test; not corrected for the number of "
         "tests.",
     ]
@@ -158,7 +160,13 @@ def _score_notes(comparison: Comparison) -> list[str]:
         if metrics:
             notes.append(f"{text}: {', '.join(metrics)}.")
     if FOREGROUND in options.classes:
-        notes.append(f"Class {FOREGROUND}: per case, the mean over the foreground classes that have a value.")
+        text = f"Class {FOREGROUND}: per case, the mean over the foreground classes that have a value."
+        if any(score.undefined for score in comparison.scores if score.label == FOREGROUND):
+            text += (
+                " [-n]: so many values of a case and class it leaves out, because the class was not found or is not "
+                "there; a method that misses a class may look better for it."
+            )
+        notes.append(text)
     if any(score.left_out for score in comparison.scores):
         notes.append(
             "NaN and infinite values are left out: (n of N) cases have a value. They may not be the same ones."
@@ -171,11 +179,15 @@ def _score_cells(scores: list[Score], alpha: float, decimals: int) -> list[tuple
     printed = [_number(score.mean, decimals) for score in scores]
     known = [score.mean for score in scores if score.better and not np.isnan(score.mean)]
     best = _number(max(known, key=lambda mean: mean * scores[0].better), decimals) if known else None
+    if len(set(printed)) == 1:  # nobody is better
+        best = None
     cells = []
     for score, mean in zip(scores, printed, strict=True):
         text = MISSING if score.cases == 0 else f"{mean} ± {_number(score.sd, decimals)}"
         if score.left_out and score.cases:
             text += f" ({score.cases} of {score.cases + score.left_out})"
+        if score.label == FOREGROUND and score.undefined and score.cases:
+            text += f" [-{score.undefined}]"
         if score.test is not None and score.test.p_t < alpha:
             text += " †"
         cells.append((score, Cell(text, best=mean == best)))

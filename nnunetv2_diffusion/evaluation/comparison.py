@@ -1,8 +1,8 @@
 """Methods on the same cases: mean and standard deviation, paired tests against one of them."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ class Options:
 
     Attributes:
         metrics: their names; None for those of Dice and HD95 that there are.
-        classes: 'mean' (over the foreground of a case), labels and regions; None for mean and each.
+        classes: 'mean' (over the foreground of a case), labels and regions, by value or name; None for mean and each.
         reference: name of the method that the others are tested against; None for the first.
         alpha: level of the tests, in (0, 1); the intervals have 1 - alpha.
         resamples: of the bootstrap, at least 100.
@@ -85,6 +85,7 @@ class Score:
         name: of the method.
         cases: number of those that have a value.
         left_out: number of those whose value is NaN or infinite.
+        undefined: of 'mean', number of the values of a case and class that it leaves out; of a class, ``left_out``.
         mean: over ``cases``; NaN if there are none.
         sd: over ``cases``, with n - 1; NaN below two.
         better: 1 if higher is better, -1 if lower is, 0 if it is not known or neither is.
@@ -96,6 +97,7 @@ class Score:
     name: str
     cases: int
     left_out: int
+    undefined: int
     mean: float
     sd: float
     better: int
@@ -104,10 +106,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Scores by class, then metric, then method, and the options without any None."""
+    """Scores by class, then metric, then method, the options without any None, and names of classes."""
 
     scores: Sequence[Score]
     options: Options
+    names: Mapping[str, str] = field(default_factory=dict)
 
 
 def compare(sources: Sequence[Path], names: Sequence[str] | None = None, options: Options | None = None) -> Comparison:
@@ -129,15 +132,28 @@ def compare(sources: Sequence[Path], names: Sequence[str] | None = None, options
         raise ValueError(f"reference is {reference}, expected one of {', '.join(names)}")
     summaries = [read_summary(Path(source), name) for source, name in zip(sources, names, strict=True)]
     check_same_cases(summaries)
+    class_names = _common_names(summaries)
     foreground = list(dict.fromkeys(key for summary in summaries for key in summary.classes()))
     if options.classes is None:
         classes = foreground if len(foreground) == 1 else [FOREGROUND, *foreground]
     else:
-        classes = list(dict.fromkeys(map(class_key, options.classes)))
+        keys = {name: key for key, name in class_names.items()}
+        classes = list(dict.fromkeys(keys.get(name, class_key(name)) for name in options.classes))
     metrics = _default_metrics(summaries) if options.metrics is None else list(dict.fromkeys(options.metrics))
     options = replace(options, metrics=metrics, classes=classes, reference=reference)
     scores = [s for key in classes for metric in metrics for s in _scores(summaries, foreground, key, metric, options)]
-    return Comparison(scores, options)
+    return Comparison(scores, options, class_names)
+
+
+def _common_names(summaries: Sequence[Summary]) -> dict[str, str]:
+    """Class -> name where all summaries that tell one agree, and no two classes share it."""
+    told: dict[str, set[str]] = {}
+    for summary in summaries:
+        for key, name in summary.names.items():
+            told.setdefault(key, set()).add(name)
+    names = {key: found.pop() for key, found in told.items() if len(found) == 1}
+    used = Counter(names.values())
+    return {key: name for key, name in names.items() if used[name] == 1 and name != FOREGROUND}
 
 
 def method_names(sources: Sequence[Path], names: Sequence[str] | None = None) -> list[str]:
@@ -199,6 +215,13 @@ def _scores(
         summary.name: summary.foreground(foreground, metric) if label == FOREGROUND else summary.values(label, metric)
         for summary in summaries
     }
+    undefined = {
+        summary.name: sum(
+            int((~np.isfinite(summary.values(key, metric))).sum())
+            for key in (foreground if label == FOREGROUND else [label])
+        )
+        for summary in summaries
+    }
     better = direction(metric, options.higher, options.lower)
     for name, column in values.items():
         known = column[np.isfinite(column)]
@@ -212,6 +235,7 @@ def _scores(
             name=name,
             cases=len(known),
             left_out=len(column) - len(known),
+            undefined=undefined[name],
             mean=float(known.mean()) if len(known) else np.nan,
             sd=float(known.std(ddof=1)) if len(known) > 1 else np.nan,
             better=better,

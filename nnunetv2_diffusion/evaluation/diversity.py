@@ -1,6 +1,7 @@
 """Sets of masks: samples of a model and annotations of raters, compared as distributions.
 
-Masks are bool arrays of one shape. Two empty masks are equal: their distance is 0, their IoU and Dice are 1.
+Masks are bool arrays of one shape. Two empty masks are equal: their distance is 0, their IoU is 1. As samples they are
+no agreement: see ``mean_pairwise_dice``.
 """
 
 import math
@@ -8,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 from scipy.optimize import linear_sum_assignment
+
+from nnunetv2_diffusion.agreement import pairwise_dice
 
 
 def squared_energy_distance(
@@ -56,17 +59,18 @@ def hungarian_iou(
 
 
 def mean_pairwise_dice(samples: Sequence[np.ndarray], where: np.ndarray | None = None) -> float:
-    """Mean Dice over the pairs of different samples: their agreement, a confidence score (Zenk et al. 2025).
+    """Mean Dice over the pairs of different samples of which at least one is not empty: their agreement.
+
+    Zenk et al. 2025 rank cases by it to find failures. It is no calibrated confidence: see ``agreement.CAUTION``.
 
     Returns:
-        In [0, 1]; NaN of fewer than two samples.
+        In [0, 1]; NaN of fewer than two samples, or if all are empty.
 
     Raises:
         ValueError: if there are no samples, shapes differ or masks are not bool.
     """
     samples, _ = _voxels(samples, samples, where)
-    iou = _overlaps(samples, samples)[np.triu_indices(len(samples), 1)]
-    return float((2 * iou / (1 + iou)).mean()) if iou.size else np.nan
+    return float(pairwise_dice(_shared(samples, samples)))
 
 
 def _voxels(
@@ -90,6 +94,11 @@ def _voxels(
 def _overlaps(first: list[np.ndarray], second: list[np.ndarray]) -> np.ndarray:
     """IoU of every mask of one list with every mask of the other, (len(first), len(second))."""
     sizes = [[np.count_nonzero(mask) for mask in masks] for masks in (first, second)]
-    common = np.array([[np.count_nonzero(a & b) for b in second] for a in first], np.float64)
+    common = _shared(first, second)
     union = np.add.outer(*sizes) - common
     return np.divide(common, union, out=np.ones_like(common), where=union > 0)
+
+
+def _shared(first: list[np.ndarray], second: list[np.ndarray]) -> np.ndarray:
+    """Voxels that masks of two lists share, (len(first), len(second))."""
+    return np.array([[np.count_nonzero(a & b) for b in second] for a in first], np.float64)

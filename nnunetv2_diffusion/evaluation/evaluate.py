@@ -42,6 +42,7 @@ from nnunetv2_diffusion.evaluation.results import (
     to_json,
     write_files,
 )
+from nnunetv2_diffusion.evaluation.run_ids import check_one_run
 
 SHOWN = ("Dice", "IoU", "HD95", "ASSD", "NSD")  # columns of the table that is printed
 
@@ -267,6 +268,7 @@ def evaluate_folders(
     if settings.surface:
         surface.library_version()
     jobs = _jobs(Path(reference), Path(prediction), settings, dataset_json, plans, samples, raters)
+    run_id = check_one_run(Path(prediction), [job.files for job in jobs])
     results = _run_jobs(jobs, processes, progress)
     if len({result.unit for result in results}) > 1:
         raise EvaluationError(f"{prediction}: holds volumes and 2D images, expected one kind; or use --unit px")
@@ -274,7 +276,8 @@ def evaluate_folders(
     summary = summarise(results, labels, settings.strata)
     for scorer in FOLDER_SCORERS:
         summary |= scorer(results, settings)
-    return Evaluation({**summary, "conventions": conventions(settings, labels, results[0])}, results, labels)
+    notes = conventions(settings, labels, results[0]) | {"run_id": run_id}
+    return Evaluation({**summary, "conventions": notes}, results, labels)
 
 
 def evaluate_case(case: Case, settings: EvaluationSettings) -> CaseResult:

@@ -1,4 +1,8 @@
-"""Does a confidence score find the cases that failed? Area under the risk-coverage curve, over cases."""
+"""Does a score find the cases that failed? Area under the risk-coverage curve, over cases.
+
+The score is called confidence, as in the literature on selective prediction: any number by which cases are ranked, the
+surest first, such as the agreement of samples. It need not be calibrated.
+"""
 
 from collections.abc import Sequence
 

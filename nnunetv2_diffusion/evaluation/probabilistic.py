@@ -41,7 +41,8 @@ def probabilistic_scores(
         bins: of ECE.
 
     Returns:
-        Class index -> metric -> value; NaN: ECE, Brier and NLL without any foreground, PairwiseDice of one sample.
+        Class index -> metric -> value; NaN: ECE, Brier and NLL without any foreground, PairwiseDice of one
+        sample or of empty ones.
 
     Raises:
         ValueError: if shapes differ, a list is empty, or masks are not bool.

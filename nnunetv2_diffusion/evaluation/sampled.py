@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunetv2_diffusion.agreement import CAUTION, DEFINITION, mean_over_found
 from nnunetv2_diffusion.evaluation.failure import failure_scores
 from nnunetv2_diffusion.evaluation.files import Case
 from nnunetv2_diffusion.evaluation.probabilistic import MARGIN, probabilistic_scores
@@ -14,8 +15,9 @@ CONVENTIONS = {
     "ECE, Brier, NLL": f"one class or region against the rest, within {MARGIN:g} (mm, pixels) of the foreground of "
     "reference or prediction; ECE of 15 bins of equal width, NLL clipped at 1e-6",
     "GED2, HungarianIoU": "of samples and all raters, distance 1 - IoU; two empty masks are equal",
-    "PairwiseDice": "mean over pairs of samples; two empty masks are equal",
-    "failure_detection": "risk: 1 - Dice, mean over classes; confidence: PairwiseDice, mean over classes; over cases",
+    "PairwiseDice": DEFINITION,
+    "failure_detection": "risk: 1 - Dice, mean over classes; cases are ranked by agreement: PairwiseDice, mean over "
+    f"the classes that were found; left_out: cases without either. {CAUTION}",
 }
 
 
@@ -40,14 +42,10 @@ def folder_scores(results: Sequence[CaseResult], settings: object) -> Mapping[st
     """AURC over cases if there are samples."""
     if not any("PairwiseDice" in scores for result in results for scores in result.metrics.values()):
         return {}
-    confidence, dice = (_case_means(results, metric) for metric in ("PairwiseDice", "Dice"))
-    return {"failure_detection": failure_scores(confidence, dice)}
+    agreement, dice = (_case_means(results, metric) for metric in ("PairwiseDice", "Dice"))
+    return {"failure_detection": failure_scores(agreement, dice)}
 
 
 def _case_means(results: Sequence[CaseResult], metric: str) -> list[float]:
     """Mean over the classes that have a value, for each case."""
-    means = []
-    for result in results:
-        values = np.array([scores.get(metric, np.nan) for scores in result.metrics.values()], np.float64)
-        means.append(float(np.nanmean(values)) if np.isfinite(values).any() else float("nan"))
-    return means
+    return [mean_over_found([scores.get(metric, np.nan) for scores in result.metrics.values()]) for result in results]

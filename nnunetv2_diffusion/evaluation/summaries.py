@@ -4,13 +4,14 @@ import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
 from nnunetv2_diffusion.evaluation import EvaluationError
+from nnunetv2_diffusion.evaluation.run_ids import check_summary
 
 FILE = "summary.json"
 FOREGROUND = "mean"  # the class that is the mean over all but the background
@@ -26,11 +27,13 @@ class Summary:
         name: of the method.
         path: of the file.
         cases: case -> class -> metric -> value; cases in alphabetical order, classes as ``class_key`` has them.
+        names: class -> name of its label or region, of those that the summary or dataset.json beside it tells.
     """
 
     name: str
     path: Path
     cases: Mapping[str, Mapping[str, Mapping[str, float]]]
+    names: Mapping[str, str] = field(default_factory=dict)
 
     def classes(self) -> list[str]:
         """Classes of any case but the background, labels before regions, in order of their numbers."""
@@ -100,7 +103,7 @@ def read_summary(source: Path, name: str) -> Summary:
     """Read a summary file, or that of a folder of predictions.
 
     Raises:
-        EvaluationError: naming the file and what is wrong with it.
+        EvaluationError: naming the file and what is wrong with it, also if the folder holds another run by now.
     """
     path = source / FILE if source.is_dir() else source
     if not path.is_file():
@@ -116,13 +119,28 @@ def read_summary(source: Path, name: str) -> Summary:
         raise EvaluationError(
             f"{path} has no cases; expected a list 'metric_per_case', as nnU-Net's evaluation writes it"
         )
+    check_summary(path, content)
     cases: dict[str, dict] = {}
     for index, entry in enumerate(entries):
         case, classes = _read_entry(entry, f"{path}: metric_per_case[{index}]")
         if case in cases:
             raise EvaluationError(f"{path} has case {case} twice")
         cases[case] = classes
-    return Summary(name, path, dict(sorted(cases.items())))
+    return Summary(name, path, dict(sorted(cases.items())), _class_names(content, path.parent))
+
+
+def _class_names(content: Mapping[str, Any], folder: Path) -> dict[str, str]:
+    """Class -> name, of our own summary or of dataset.json in its folder; nothing where neither tells."""
+    try:
+        told = content["conventions"]["names"]
+        pairs = [(key, name) for key, name in told.items()]
+    except (KeyError, TypeError, AttributeError):
+        try:
+            labels = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
+            pairs = [(str(v if isinstance(v, int) else tuple(v)), name) for name, v in labels.items()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+    return {class_key(key): str(name) for key, name in pairs}
 
 
 def check_same_cases(summaries: Sequence[Summary]) -> None:

@@ -1,6 +1,7 @@
 """The predictor for programs: one image in, one result out."""
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 
-from nnunetv2_diffusion.inference.cases import describe, draw_case, final_mask, uncertainty_maps
+from nnunetv2_diffusion.inference.cases import (
+    CaseResult,
+    describe,
+    draw_case,
+    final_mask,
+    model_files,
+    uncertainty_maps,
+)
 from nnunetv2_diffusion.inference.inputs import InputError
 from nnunetv2_diffusion.inference.loading import load_predictor
-from nnunetv2_diffusion.inference.maps import to_original_geometry
+from nnunetv2_diffusion.inference.maps import map_limit, to_original_geometry, within_limit
 from nnunetv2_diffusion.inference.options import PredictionOptions
-from nnunetv2_diffusion.inference.predictor import DiffusionPredictor, Member
+from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
+from nnunetv2_diffusion.inference.prepared import preprocess
+from nnunetv2_diffusion.inference.reading import channel_names, check_image, read_case
+from nnunetv2_diffusion.inference.sample_statistics import add_mask_volumes, foreground_labels, mask_volumes
 
 Image = np.ndarray | str | Path | Sequence[str | Path]
 
@@ -25,8 +36,8 @@ class Prediction:
 
     Attributes:
         mask: labels, integer.
-        maps: float32 maps by kind: ``probability_<label>``, ``entropy`` and ``mutual_information`` in nats,
-            ``variance``.
+        maps: float32 maps by kind: ``probability_<label>`` (see ``maps.map_names``), ``entropy`` and
+            ``mutual_information`` in nats, ``variance``.
         samples: the mask of every sample, if asked for.
         spacing: mm along the axes of the arrays.
         summary: volumes, agreement of samples, settings, passes and seconds; see ``sample_statistics.case_summary``.
@@ -39,9 +50,24 @@ class Prediction:
     summary: dict[str, Any]
 
     @property
+    def agreement(self) -> float | None:
+        """Mean pairwise Dice of the samples over the labels that were found, in [0, 1]; no confidence.
+
+        It tells how the samples of this model differ, which says little about errors until a model is calibrated. None
+        for a single sample, or if nothing was found.
+        """
+        return self.summary["agreement"]
+
+    @property
     def confidence(self) -> float | None:
-        """Mean pairwise Dice of the samples; None for a single one."""
-        return self.summary["confidence"]
+        """Deprecated: ``agreement``, which is no confidence."""
+        warnings.warn(
+            "Prediction.confidence is the agreement of samples and no confidence; use Prediction.agreement, the next "
+            "version leaves confidence out",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.agreement
 
 
 def load_model(
@@ -76,7 +102,7 @@ def predict_image(
     """Predict one image.
 
     Args:
-        model: of ``load_model``.
+        model: of ``load_model``; for one thread at a time, as it is told the options.
         image: a file, one file a channel, or an array (z, y, x), (C, z, y, x) or for 2D models (y, x) or (C, y, x).
         spacing: of an array, mm along its spatial axes.
         keep_samples: return the mask of every sample.
@@ -88,25 +114,38 @@ def predict_image(
         OptionError: the model cannot do what is asked for.
     """
     _set_options(model, options)
-    data, properties = _preprocess(model, image, spacing)
+    data, properties, notes = _preprocess(model, image, spacing)
     kept: list[np.ndarray] = []
 
-    def keep(member: Member, number: int) -> None:
-        kept.append(final_mask(model, member.steps[-1], properties))
+    def to_mask(p: torch.Tensor) -> np.ndarray:
+        mask = final_mask(model, p, properties)
+        if keep_samples:
+            kept.append(mask)
+        return mask
 
     with tempfile.TemporaryDirectory() as folder:
-        result = draw_case(model, data, "image", Path(folder), keep if keep_samples else None)
-    maps, managers = uncertainty_maps(model, result), (model.plans_manager, model.configuration_manager)
-    stacked = to_original_geometry(np.stack(list(maps.values())), properties, *managers)
+        result = draw_case(model, data, "image", Path(folder), to_mask=to_mask)
+    maps, map_notes = _maps(model, result, properties)
+    mask = final_mask(model, result.moments.mean(), properties)
     spacing = tuple(float(s) for s in properties["spacing"])
-    summary = describe(model, "image", data, properties, result)
-    return Prediction(
-        final_mask(model, result.moments.mean(), properties),
-        dict(zip(maps, stacked, strict=True)),
-        kept,
-        spacing,
-        summary,
-    )
+    summary = describe(model, "image", properties, result, [*notes, *map_notes])
+    add_mask_volumes(summary, mask_volumes(mask, foreground_labels(model.dataset_json), spacing))
+    return Prediction(mask, maps, kept, spacing, summary)
+
+
+def _maps(
+    model: DiffusionPredictor, result: CaseResult, properties: dict[str, Any]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    """Maps on the grid of the image, and notes on what is wrong with them."""
+    maps = uncertainty_maps(model, result)
+    managers = model.plans_manager, model.configuration_manager
+    heads, regions = len(result.moments.mean()), model.label_manager.has_regions
+    found, notes = {}, []
+    stacked = to_original_geometry(np.stack(list(maps.values())), properties, *managers)
+    for kind, values in zip(maps, stacked, strict=True):
+        found[kind], note = within_limit(values, map_limit(kind, heads, regions), kind)
+        notes += [note] if note else []
+    return found, notes
 
 
 def _set_options(model: DiffusionPredictor, options: dict[str, Any]) -> None:
@@ -119,40 +158,64 @@ def _set_options(model: DiffusionPredictor, options: dict[str, Any]) -> None:
 
 def _preprocess(
     model: DiffusionPredictor, image: Image, spacing: Sequence[float] | None
-) -> tuple[torch.Tensor, dict[str, Any]]:
-    """nnU-Net's preprocessing of a file or an array."""
-    array, properties = _read(model, image) if not isinstance(image, np.ndarray) else _as_read(image, spacing)
-    channels = len(model.dataset_json.get("channel_names", model.dataset_json.get("modality", ())))
-    if array.ndim != 4 or len(array) != channels:
-        raise InputError(f"the image has shape {array.shape}, expected ({channels} channels, z, y, x)")
+) -> tuple[torch.Tensor, dict[str, Any], list[str]]:
+    """nnU-Net's preprocessing of a file or an array, its properties, and notes on the image."""
     if model.configuration_manager.previous_stage_name is not None:
         raise InputError("the model is the second stage of a cascade; use the command nnunetv2_diffusion predict")
-    preprocessor = model.configuration_manager.preprocessor_class(verbose=False)
-    data, _, properties = preprocessor.run_case_npy(
-        array, None, properties, model.plans_manager, model.configuration_manager, model.dataset_json
-    )
-    return torch.from_numpy(data).float(), properties
+    channels = channel_names(model.dataset_json)
+    if isinstance(image, np.ndarray):
+        array, properties = _as_read(image, spacing, len(model.configuration_manager.patch_size), len(channels))
+        source, notes = "the image", check_image(array, properties, channels)
+    else:
+        files = _files(image)
+        source = str(files[0])
+        array, properties, notes = read_case(model.plans_manager.image_reader_writer_class(), files, channels)
+    return *preprocess(model_files(model), array, properties, source), notes
 
 
-def _read(model: DiffusionPredictor, image: str | Path | Sequence[str | Path]) -> tuple[np.ndarray, dict[str, Any]]:
+def _files(image: str | Path | Sequence[str | Path]) -> list[Path]:
     files = [image] if isinstance(image, str | Path) else list(image)
-    for file in files:
-        if not Path(file).is_file():
-            raise InputError(f"{file}: no such file, expected an image")
-    return model.plans_manager.image_reader_writer_class().read_images([str(f) for f in files])
+    if not files or not all(isinstance(file, str | Path) for file in files):
+        raise InputError(f"the image is {type(image).__name__}, expected a file, a list of files or a numpy array")
+    return [Path(file) for file in files]
 
 
-def _as_read(image: np.ndarray, spacing: Sequence[float] | None) -> tuple[np.ndarray, dict[str, Any]]:
-    """An array and its spacing as a reader of nnU-Net would give them."""
+def _as_read(
+    image: np.ndarray, spacing: Sequence[float] | None, dims: int, channels: int
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """An array and its spacing as a reader of nnU-Net would give them, for a model of 2 or 3 dimensions."""
+    axes, number = "(y, x)" if dims == 2 else "(z, y, x)", f"expected ({channels} channels, z, y, x)"
+    if image.dtype.kind not in "biuf":
+        raise InputError(f"the image has values of type {image.dtype}, expected real numbers")
+    if image.ndim > 2 and image.shape[-1] == channels > 1 and image.shape[0] != channels:
+        raise InputError(
+            f"the image has shape {image.shape} and the model {channels} channels: move the channels to the front, "
+            "np.moveaxis(image, -1, 0)"
+        )
+    if dims == 3 and (image.ndim == 2 or (spacing is not None and len(spacing) == 2)):
+        raise InputError(
+            f"the image has shape {image.shape}, and the model is 3D: give a volume {axes}, {number}, and its spacing "
+            "along each spatial axis; image[None] makes a single slice one"
+        )
     if spacing is None:
-        raise InputError("spacing is missing: expected mm along each spatial axis of the array")
+        raise InputError(f"spacing is missing: expected mm along each spatial axis of the array, {axes}")
     spacing = [float(s) for s in spacing]
-    if len(spacing) not in (2, 3) or min(spacing) <= 0 or image.ndim not in (len(spacing), len(spacing) + 1):
+    positive = all(np.isfinite(s) and s > 0 for s in spacing)
+    if len(spacing) not in (2, 3) or not positive or image.ndim not in (len(spacing), len(spacing) + 1):
         raise InputError(
             f"the image has shape {image.shape} and spacing {spacing}, expected 2 or 3 positive numbers, one for each "
             "spatial axis, and at most one more axis for channels"
         )
     array = image if image.ndim == len(spacing) + 1 else image[None]
+    if len(array) != channels:
+        raise InputError(f"the image has shape {image.shape}, {number}{_colours_last(image)}")
     if len(spacing) == 2:  # nnU-Net's readers give a 2D image one slice, very thick
         array, spacing = array[:, None], [999 * max(spacing), *spacing]
-    return array.astype(np.float32), {"spacing": spacing}
+    with np.errstate(over="ignore"):  # what is too large is found as a value that is not finite
+        return array.astype(np.float32), {"spacing": spacing}
+
+
+def _colours_last(image: np.ndarray) -> str:
+    if image.shape[-1] not in (3, 4):
+        return ""
+    return f"; if the last axis holds {image.shape[-1]} colours, take one of them or move them to the front"

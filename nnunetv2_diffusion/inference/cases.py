@@ -1,10 +1,8 @@
 """From a preprocessed case to its files: samples are drawn, summed up and exported."""
 
-import multiprocessing
-import re
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from nnunetv2.inference.export_prediction import convert_predicted_logits_to_segmentation_with_correct_shape
 
 from nnunetv2_diffusion.inference.export import (
     SAMPLES,
@@ -21,33 +18,36 @@ from nnunetv2_diffusion.inference.export import (
     ModelFiles,
     bounded_logits,
     cleared_on_error,
-    export_case,
+    label_map,
     work_folder,
     write_mask,
 )
+from nnunetv2_diffusion.inference.inputs import CaseError
+from nnunetv2_diffusion.inference.maps import map_names
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor, Member, PassCount
+from nnunetv2_diffusion.inference.prepared import PreparedCase
 from nnunetv2_diffusion.inference.running import RunningMoments
+from nnunetv2_diffusion.inference.runs import RunRecord
 from nnunetv2_diffusion.inference.sample_statistics import (
     SampleCounts,
     SampleMasks,
     case_summary,
     foreground_labels,
     json_ready,
+    rounded,
 )
-
-NOT_IN_NAMES = r"[^\w.+-]+"  # of folders
 
 
 @dataclass
 class CaseResult:
-    """What all samples of a case say together, in the geometry of the network.
+    """What all samples of a case say together, probabilities in the geometry of the network.
 
     Attributes:
         moments: of the probabilities.
-        counts: of the masks; None if they were not asked for.
+        counts: of the masks, on the grid of the image; None if they were not asked for.
         steps: mean probabilities (K, *spatial) after each step; only the result if steps were not asked for.
         passes: of the network.
-        seconds: that the network took, sampling and blending included.
+        seconds: that the network took, sampling, blending and the masks of samples included.
     """
 
     moments: RunningMoments
@@ -56,12 +56,10 @@ class CaseResult:
     passes: PassCount = field(default_factory=PassCount)
     seconds: float = 0.0
 
-
-def network_grid(predictor: DiffusionPredictor, properties: dict, shape: Iterable[int]) -> tuple[float, ...]:
-    """Spacing in mm of a preprocessed case: nnU-Net rounds its shape, so it differs a little from the plans'."""
-    original = properties["shape_after_cropping_and_before_resampling"]
-    spacing = [properties["spacing"][axis] for axis in predictor.plans_manager.transpose_forward]
-    return tuple(s * n / m for s, n, m in zip(spacing, original, shape, strict=True))
+    def take_mean(self) -> torch.Tensor:
+        """Mean probabilities (K, *spatial), for the caller to keep and change; moments and steps are empty then."""
+        self.steps = []
+        return self.moments.take_mean()
 
 
 class CasePredictor:
@@ -69,45 +67,59 @@ class CasePredictor:
 
     Args:
         predictor: prepared.
-        out: output folder.
+        run: the record of this run in the output folder.
         export: called with a finished case; may return before it is written.
     """
 
-    def __init__(self, predictor: DiffusionPredictor, out: Path, export: Callable[[CaseExport], None]):
-        self.predictor, self.out, self.export = predictor, out, export
+    def __init__(self, predictor: DiffusionPredictor, run: RunRecord, export: Callable[[CaseExport], None]):
+        self.predictor, self.run, self.export = predictor, run, export
         self.options = predictor.options
         self.model = model_files(predictor)
         self.regions = predictor.label_manager.has_regions
 
-    def __call__(self, name: str, data: torch.Tensor, properties: dict[str, Any]) -> CaseResult:
-        """Predict one case and hand it to export."""
-        work = work_folder(self.out, name)
+    def __call__(self, case: PreparedCase, inputs: Sequence[Path]) -> CaseResult:
+        """Predict one case and hand it to export, which learns of the files that it was made of."""
+        work = work_folder(self.run.out, case.name)
         shutil.rmtree(work, ignore_errors=True)  # of a run that was interrupted
         with cleared_on_error(work):
             work.mkdir(parents=True)
 
             def keep(member: Member, number: int) -> None:
-                target = work / SAMPLES / f"{number:03d}" / name
-                self._write(member.steps[-1], target, properties)
+                target = work / SAMPLES / f"{number:03d}" / case.name
+                self._write(member.steps[-1], target, case.properties)
 
             keeper = keep if self.options.save_samples else None
-            result = draw_case(self.predictor, data, name, work if self.options.save_uncertainty else None, keeper)
+            folder = work if self.options.save_uncertainty else None
+            result = draw_case(
+                self.predictor, case.data, case.name, folder, keeper,
+                lambda p: final_mask(self.predictor, p, case.properties),
+            )  # fmt: skip
             if self.options.save_steps:
                 for number, p in enumerate(result.steps, start=1):
-                    self._write(p, work / STEPS / f"{number:02d}" / name, properties)
-            self.export(self._finished(name, data, properties, result))
+                    self._write(p, work / STEPS / f"{number:02d}" / case.name, case.properties)
+            self.export(self._finished(case, inputs, result))
         return result
 
     def _write(self, p: torch.Tensor, target: Path, properties: dict[str, Any]) -> None:
         write_mask(bounded_logits(p, self.regions), target, properties, self.model, npz=False)
 
-    def _finished(self, name: str, data: torch.Tensor, properties: dict[str, Any], result: CaseResult) -> CaseExport:
-        logits = bounded_logits(result.moments.mean(), self.regions)
-        case = CaseExport(name, self.out, properties, logits, save_probabilities=self.options.save_probabilities)
+    def _finished(self, case: PreparedCase, inputs: Sequence[Path], result: CaseResult) -> CaseExport:
+        maps = self.options.save_uncertainty  # which are made of the mean as well
+        mean = result.moments.mean() if maps else result.take_mean()
+        logits = bounded_logits(mean, self.regions, given_away=not maps)
+        finished = CaseExport(
+            case.name,
+            case.properties,
+            logits,
+            self.run,
+            tuple(inputs),
+            save_probabilities=self.options.save_probabilities,
+        )
         if self.options.save_uncertainty:
-            case.maps = uncertainty_maps(self.predictor, result)
-            case.summary = describe(self.predictor, name, data, properties, result)
-        return case
+            finished.maps = uncertainty_maps(self.predictor, result)
+            summary = describe(self.predictor, case.name, case.properties, result, case.notes)
+            finished.summary = {**summary, "run_id": self.run.id}
+        return finished
 
 
 def model_files(predictor: DiffusionPredictor) -> ModelFiles:
@@ -117,36 +129,43 @@ def model_files(predictor: DiffusionPredictor) -> ModelFiles:
 
 def final_mask(predictor: DiffusionPredictor, p: torch.Tensor, properties: dict[str, Any]) -> np.ndarray:
     """Labels in the geometry of the image, as nnU-Net's export makes them from probabilities (K, *spatial)."""
-    mask = convert_predicted_logits_to_segmentation_with_correct_shape(
-        bounded_logits(p, predictor.label_manager.has_regions), predictor.plans_manager,
-        predictor.configuration_manager, predictor.label_manager, properties, num_threads_torch=1,
-    )  # fmt: skip
-    return np.asarray(mask)
+    return label_map(bounded_logits(p, predictor.label_manager.has_regions), properties, model_files(predictor))
 
 
 def uncertainty_maps(predictor: DiffusionPredictor, result: CaseResult) -> dict[str, np.ndarray]:
-    """Kind of map -> (*spatial): mean probability of each foreground label or region, entropy and what is derived."""
-    names = list(foreground_labels(predictor.dataset_json))
+    """Kind of map -> (*spatial): mean probability of each foreground label or region, entropy and what is derived.
+
+    Every label has a map of its own, ``probability_<name>`` with the names of ``map_names``.
+    """
+    names = map_names(foreground_labels(predictor.dataset_json)).values()
     first = 0 if predictor.label_manager.has_regions else 1
     mean = result.moments.mean()
-    maps = {f"probability_{re.sub(NOT_IN_NAMES, '_', name)}": mean[first + i] for i, name in enumerate(names)}
+    maps = {f"probability_{name}": mean[first + i] for i, name in enumerate(names)}
     return {kind: values.cpu().numpy() for kind, values in {**maps, **result.moments.maps()}.items()}
 
 
 def describe(
-    predictor: DiffusionPredictor, name: str, data: torch.Tensor, properties: dict[str, Any], result: CaseResult
+    predictor: DiffusionPredictor,
+    name: str,
+    properties: dict[str, Any],
+    result: CaseResult,
+    notes: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The JSON of a case."""
-    shape = tuple(data.shape[1:])
-    spacing = network_grid(predictor, properties, shape)
+    """The JSON of a case, but for the volumes of its mask: see ``add_mask_volumes``."""
+    shape = [properties["shape_before_cropping"][axis] for axis in predictor.plans_manager.transpose_backward]
     settings = {
         **{k: v for k, v in asdict(predictor.options).items() if not k.startswith("save_")},
+        "tiles_at_once": predictor.tiles_at_once,
         "sampling": asdict(predictor.sampling) if predictor.sampling else None,
         "folds": len(predictor.list_of_parameters),
         "trainer": predictor.trainer_name,
     }
-    summary = case_summary(name, result.counts, shape, spacing, settings)
-    passes = {"tiles": result.passes.tiles, "passes_per_tile": result.passes.per_tile, "seconds": result.seconds}
+    summary = case_summary(name, result.counts, shape, properties["spacing"], settings, notes)
+    passes = {
+        "tiles": result.passes.tiles,
+        "passes_per_tile": rounded(result.passes.per_tile),
+        "seconds": rounded(result.seconds),
+    }
     return {**summary, **json_ready(passes)}
 
 
@@ -157,6 +176,7 @@ def draw_case(
     name: str = "",
     folder: Path | None = None,
     keep: Callable[[Member, int], None] | None = None,
+    to_mask: Callable[[torch.Tensor], np.ndarray] | None = None,
 ) -> CaseResult:
     """Draw all samples of a case; memory does not grow with their number.
 
@@ -165,27 +185,56 @@ def draw_case(
         data: preprocessed, (C, *spatial).
         name: for the progress bar.
         folder: where the masks of samples are kept for their statistics, which are left out without it.
-        keep: called with every member and its number.
+        keep: called with every member and its number, when it has been checked.
+        to_mask: makes of a sample's probabilities (K, *spatial) the label map that is counted, see ``final_mask``;
+            needed with ``folder``.
+
+    Raises:
+        CaseError: the network's answer is not finite; see ``check_finite``.
     """
     regions = predictor.label_manager.has_regions
     start, steps = time.monotonic(), []
     result = CaseResult(RunningMoments(regions), None)
+    alone = predictor.samples * len(predictor.list_of_parameters) == 1  # then nothing is summed, nor copied
+    number = 0  # enumerate() would hold a member until the next one is drawn
     with ExitStack() as stack:
         masks = None
         if folder is not None:
             labels = foreground_labels(predictor.dataset_json)
-            masks = stack.enter_context(SampleMasks(folder, labels, region_masks=regions))
-        for number, member in enumerate(predictor.members(data, name, result.passes)):
-            result.moments.add(member.steps[-1])
-            steps = _running_mean(steps, member.steps[:-1], number)
+            masks = stack.enter_context(SampleMasks(folder, labels))
+        for member in predictor.members(data, name, result.passes):
+            for p in member.steps:
+                check_finite(p, predictor, f"{name}: sample {number}")
+            result.moments.add(member.steps[-1], given_away=alone)
+            steps = member.steps[:-1] if alone else _running_mean(steps, member.steps[:-1], number)
             if masks is not None:
-                masks.add(_hard(member.steps[-1], regions))
+                masks.add(to_mask(member.steps[-1]))
             if keep is not None:
                 keep(member, number)
+            number += 1
+            del member, p
         result.counts = masks.counts() if masks is not None else None
     result.steps = [*steps, result.moments.mean()]
     result.seconds = time.monotonic() - start
     return result
+
+
+def check_finite(p: torch.Tensor, predictor: DiffusionPredictor, what: str) -> None:
+    """See that probabilities (K, *spatial) are numbers before anything is made of them.
+
+    The check reads them once and makes nothing of their size: a sum is finite if all of its terms are.
+
+    Raises:
+        CaseError: naming what they are of, the classes or regions, and how many of their voxels are not finite.
+    """
+    if torch.isfinite(p.sum()):
+        return
+    names = list(foreground_labels(predictor.dataset_json))
+    names = names if predictor.label_manager.has_regions else ["background", *names]
+    counts = {name: int((~torch.isfinite(head)).sum()) for name, head in zip(names, p, strict=True)}
+    found = [f"{name!r} at {count} of {p[0].numel()} voxels" for name, count in counts.items() if count]
+    shown = ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+    raise CaseError(f"{what}: probabilities that are not finite, of {shown}; are the model's weights damaged?")
 
 
 def _running_mean(means: list[torch.Tensor], new: list[torch.Tensor], count: int) -> list[torch.Tensor]:
@@ -195,63 +244,3 @@ def _running_mean(means: list[torch.Tensor], new: list[torch.Tensor], count: int
     for mean, p in zip(means, new, strict=True):
         mean += (p - mean) / (count + 1)
     return means
-
-
-def _hard(p: torch.Tensor, regions: bool) -> np.ndarray:
-    """Label map of probabilities (K, *spatial); for regions their masks."""
-    return (p > 0.5).cpu().numpy() if regions else p.argmax(0).cpu().numpy()
-
-
-class Exporter:
-    """Writes cases here, or in worker processes as nnU-Net does.
-
-    Args:
-        model: of the predictor.
-        processes: 0 for none.
-    """
-
-    def __init__(self, model: ModelFiles, processes: int):
-        self.model, self.processes = model, processes
-        self._pool: Any = None
-        self._pending: list[tuple[str, Any]] = []
-
-    def __enter__(self) -> "Exporter":
-        if self.processes:
-            self._pool = multiprocessing.get_context("spawn").Pool(self.processes)
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if self._pool is None:
-            return
-        try:
-            if kind is None:
-                self._wait(0)
-        finally:
-            self._pool.terminate()
-            self._pool.join()
-
-    def __call__(self, case: CaseExport) -> None:
-        """Write a case, or queue it; waits while more cases wait than there are processes and two."""
-        if self._pool is None:
-            export_case(case, self.model)
-            return
-        self._wait(self.processes + 1)
-        self._pending.append((case.name, self._pool.apply_async(export_case, (case, self.model))))
-
-    def _wait(self, allowed: int) -> None:
-        """Until at most so many cases are pending; an error of a worker is raised here.
-
-        Raises:
-            RuntimeError: if a worker was killed.
-        """
-        workers = list(self._pool._pool)
-        while True:
-            for _, job in [p for p in self._pending if p[1].ready()]:
-                job.get()
-            self._pending = [p for p in self._pending if not p[1].ready()]
-            if len(self._pending) <= allowed:
-                return
-            if not all(w.is_alive() for w in workers):
-                names = ", ".join(name for name, _ in self._pending)
-                raise RuntimeError(f"an export process was killed, probably for want of memory; not written: {names}")
-            time.sleep(0.05)

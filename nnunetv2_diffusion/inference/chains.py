@@ -15,6 +15,9 @@ from nnunetv2_diffusion.diffusion import (
     gaussian_reverse_step,
 )
 from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, LatentSegmentor, to_x_start
+from nnunetv2_diffusion.networks.heads import check_finite
+
+LEAST = 1e-6  # probability of a class before a distribution is made of them, as in export: all may be 0
 
 
 @dataclass(frozen=True)
@@ -98,9 +101,11 @@ class Chain(ABC):
         stochastic: samples differ.
         independent: steps are draws that know nothing of each other, so the answer is their mean.
         channels: of a state, C_mask; 0 without states.
+        network: whose passes the steps are, for messages.
     """
 
     steps: int
+    network: nn.Module | None = None
     channels: int = 0
     has_prior = False
     stochastic = True
@@ -130,6 +135,17 @@ class Chain(ABC):
         self, state: torch.Tensor | None, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: Noise
     ) -> torch.Tensor | None:
         """The state after a step."""
+
+    def answer(self, estimate: torch.Tensor) -> torch.Tensor:
+        """What leaves the chain, from a mean of estimates (B, K, *spatial): of classes a distribution over them.
+
+        Estimates of a softmax are one already.
+
+        Raises:
+            NotFiniteError: if the estimate is not finite.
+        """
+        check_finite(estimate, self.network)
+        return estimate
 
 
 class GaussianChain(Chain):
@@ -182,8 +198,8 @@ class BernoulliChain(Chain):
 
     has_prior = True
 
-    def __init__(self, network: HybridSegmentor, config: SamplingConfig):
-        self.network, self.config = network, config
+    def __init__(self, network: HybridSegmentor, config: SamplingConfig, sigmoid: bool):
+        self.network, self.config, self.sigmoid = network, config, sigmoid
         self.steps, self.channels = config.steps, network.num_heads
         self.process = network.process.respace(config.steps, config.step_spacing)
 
@@ -220,6 +236,14 @@ class BernoulliChain(Chain):
         return bernoulli_reverse_step(
             self.process, eps, state, prior, self._index(step), lambda: noise.uniform(step + 1), self.config.sampler
         )
+
+    def answer(self, estimate: torch.Tensor) -> torch.Tensor:
+        """See ``Chain``: an estimate is a probability for each class by itself, which do not sum to 1."""
+        estimate = super().answer(estimate)
+        if self.sigmoid:
+            return estimate
+        estimate = estimate.clamp(min=LEAST)
+        return estimate / estimate.sum(1, keepdim=True)
 
 
 class LatentChain(Chain):
@@ -259,13 +283,15 @@ class LatentChain(Chain):
 
 
 class SinglePass(Chain):
-    """A network without a chain: stock models, NoDiff, and HiDiff's segmentor alone (K = 0)."""
+    """A network without a chain: stock models, NoDiff, and HiDiff's segmentor alone (K = 0).
 
-    steps = 1
+    Further steps are the same pass again: folds of a model share a plan of views, and one may do without its refiner.
+    """
+
     stochastic = False
 
-    def __init__(self, network: nn.Module, sigmoid: bool):
-        self.network, self.sigmoid = network, sigmoid
+    def __init__(self, network: nn.Module, sigmoid: bool, steps: int = 1):
+        self.network, self.sigmoid, self.steps = network, sigmoid, steps
 
     def look(self, image: torch.Tensor) -> Window:
         """See ``Chain``."""
@@ -307,7 +333,9 @@ def make_chain(network: nn.Module, config: SamplingConfig | None, sigmoid: bool)
         sigmoid: heads are regions.
     """
     if isinstance(network, HybridSegmentor):
-        return BernoulliChain(network, config) if config is not None else SinglePass(_PriorOnly(network), sigmoid)
+        if config is not None and network.uses_refiner():
+            return BernoulliChain(network, config, sigmoid)
+        return SinglePass(_PriorOnly(network), sigmoid, 1 if config is None else config.steps)
     if isinstance(network, LatentSegmentor):
         return LatentChain(network, config)
     if isinstance(network, DiffusionSegmentor) and network.process is not None:

@@ -1,15 +1,17 @@
 """Looks at input and output folders before anything is predicted."""
 
 import os
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import SimpleITK as sitk  # noqa: N813, its usual name
-from nnunetv2.utilities.utils import get_identifiers_from_splitted_dataset_folder
+from nnunetv2.imageio.reader_writer_registry import LIST_OF_IO_CLASSES
+from tqdm import tqdm
 
-GEOMETRY_TOLERANCE = 1e-3  # mm, and of the entries of the direction matrix
-WITH_HEADER = (".nii.gz", ".nii", ".nrrd", ".mha", ".mhd")  # read by SimpleITK without the voxels
+LONGEST_NAME = 255  # bytes of a file's name on every usual file system
+NIFTI = (".nii", ".nii.gz")
 
 
 class InputError(ValueError):
@@ -20,69 +22,126 @@ class CaseError(InputError):
     """One case cannot be predicted; the others can."""
 
 
-def list_cases(folder: Path, dataset_json: Mapping[str, Any]) -> dict[str, list[Path]]:
-    """Case -> one file a channel, in nnU-Net's naming ``<case>_0000<ending>``.
+@dataclass
+class FailedCase:
+    """A case that cannot be predicted; the others go on.
+
+    Attributes:
+        name: of the case.
+        reason: what was found and what was expected, one sentence that names the file.
+    """
+
+    name: str
+    reason: str
+
+
+def list_cases(folder: Path, dataset_json: Mapping[str, Any]) -> tuple[dict[str, list[Path]], list[FailedCase]]:
+    """Cases of a folder as nnU-Net lists them, and what looks like a case and is none.
+
+    Files are not opened: how many channels they hold is known when they are read.
+
+    Args:
+        folder: of images ``<case>_0000<ending>``, or one such image, which stands for its case.
+        dataset_json: of the model.
+
+    Returns:
+        case -> files in the order of their numbers; and links to nowhere, folders, other names and other endings.
 
     Raises:
-        InputError: naming the folder without images, or the channel that a case lacks or has too many.
+        InputError: no such folder, nothing in it that could be a case, or a single file with another name.
     """
-    ending = dataset_json["file_ending"]
+    ending, only = dataset_json["file_ending"], None
+    if folder.is_file():
+        folder, only = folder.parent, _case_of(folder, ending)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected images <case>_0000{ending}")
-    channels = len(dataset_json.get("channel_names", dataset_json.get("modality", ())))
-    names = [str(n) for n in get_identifiers_from_splitted_dataset_folder(str(folder), ending)]
-    if not names:
+    cases = _as_nnunet_lists(folder, ending)
+    failed = {**_left_out(folder, ending, cases), **{n: r for n in cases if (r := _bad_name(n, ending))}}
+    if only is not None:
+        cases, failed = ({n: v for n, v in found.items() if n == only} for found in (cases, failed))
+    if not cases and not failed:
         raise InputError(f"{folder}: no file ends in {ending}, expected images <case>_0000{ending}")
-    cases = {name: [folder / f"{name}_{c:04d}{ending}" for c in range(channels)] for name in names}
-    for name, files in cases.items():
-        for file in files:
-            if not file.is_file():
-                raise InputError(f"{file}: missing; the model was trained with {channels} channels a case")
-        if (folder / f"{name}_{channels:04d}{ending}").exists():
-            raise InputError(f"{folder / f'{name}_{channels:04d}{ending}'}: the model has {channels} channels only")
-    return cases
+    good = {name: files for name, files in cases.items() if name not in failed}
+    return good, [FailedCase(name, reason) for name, reason in sorted(failed.items())]
 
 
-def check_headers(cases: Mapping[str, Sequence[Path]], ending: str) -> None:
-    """Look at every header: it can be read, and the channels of a case lie in the same place.
-
-    Raises:
-        InputError: naming the file, what was found and what was expected.
-    """
-    if ending.lower() not in WITH_HEADER:
-        return
-    for files in cases.values():
-        first = _header(files[0])
-        for file in files[1:]:
-            for kind, value in _header(file).items():
-                if len(value) != len(first[kind]) or any(
-                    abs(a - b) > GEOMETRY_TOLERANCE for a, b in zip(value, first[kind], strict=True)
-                ):
-                    raise InputError(f"{file}: {kind} is {value}, expected {first[kind]} as in {files[0].name}")
+def _as_nnunet_lists(folder: Path, ending: str) -> dict[str, list[Path]]:
+    """The result of ``create_lists_from_splitted_dataset_folder``, which one link loop or one other name stops."""
+    naming, cases = _naming(ending), {}
+    for file in sorted(folder.iterdir()):
+        found = naming.fullmatch(file.name)
+        if found and file.is_file():
+            cases.setdefault(found[1], []).append(file)
+    return dict(sorted(cases.items()))
 
 
-def _header(file: Path) -> dict[str, tuple]:
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(file))
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError as error:
-        raise InputError(f"{file}: cannot be read as an image ({str(error).strip().splitlines()[-1]})") from error
-    return {
-        "size": reader.GetSize(),
-        "spacing": reader.GetSpacing(),
-        "origin": reader.GetOrigin(),
-        "direction": reader.GetDirection(),
-    }
+def _naming(ending: str) -> re.Pattern:
+    return re.compile(r"(.*)_\d{4}" + re.escape(ending), re.DOTALL)
+
+
+def _case_of(file: Path, ending: str) -> str:
+    """Name of the case that a single image stands for."""
+    found = _naming(ending).fullmatch(file.name)
+    if found is None:
+        stem = file.name.removesuffix(ending).split(".")[0]
+        raise InputError(
+            f"{file}: expected a folder, or an image named <case>_0000{ending}; rename it to {stem}_0000{ending}, "
+            f"one file for each channel"
+        )
+    return found[1]
+
+
+def _left_out(folder: Path, ending: str, cases: Mapping[str, Sequence[Path]]) -> dict[str, str]:
+    """Name -> why it is no case, of everything in the folder that a person may take for one."""
+    used, found = {f.name for files in cases.values() for f in files}, {}
+    endings = sorted({e for reader in LIST_OF_IO_CLASSES for e in reader.supported_file_endings}, key=len, reverse=True)
+    others = re.compile(rf"(.+)_\d{{4}}(?:{'|'.join(map(re.escape, endings))})", re.IGNORECASE)
+    for file in sorted(folder.iterdir()):
+        if file.name in used:
+            continue
+        if not file.name.endswith(ending):
+            other = others.fullmatch(file.name)
+            if other and other[1] not in cases:
+                found.setdefault(other[1], f"{file}: the model reads files that end in {ending}")
+        elif file.is_file() and file.name[: -len(ending) - 5] in cases:
+            tqdm.write(f"{file}: not used, as its name does not end in a number of four digits and {ending}")
+        else:
+            stem = file.name.removesuffix(ending)
+            found.setdefault(re.sub(r"_\d{4}$", "", stem), f"{file}: {_what_it_is(file, ending)}")
+    return found
+
+
+def _what_it_is(file: Path, ending: str) -> str:
+    if file.is_file():
+        return f"expected a name <case>_0000{ending}"
+    if file.is_dir():
+        return "a folder, expected an image"
+    if file.is_symlink():
+        return f"a link to {os.readlink(file)}, where no file is"
+    return "no ordinary file, expected an image"
+
+
+def _bad_name(name: str, ending: str) -> str | None:
+    """Why results of a case could not be written, however good its images are."""
+    size = len(f"{name}{ending}".encode())
+    if size > LONGEST_NAME:
+        return f"{name[:40]}...{ending}: the name of its mask has {size} bytes, a file's may have {LONGEST_NAME}"
+    if ending in NIFTI and name.endswith(NIFTI):  # ITK would write x.nii.gz.nii.gz to x.nii.gz
+        return f"{name}: the name of a case cannot end in {ending}; rename {name}_0000{ending}"
+    return None
 
 
 def prepare_output(out: Path, inputs: Path) -> None:
     """Make the output folder and see that it can be written to.
 
+    Args:
+        out: the folder.
+        inputs: folder of images, or one image.
+
     Raises:
         InputError: if it cannot, or is the input folder.
     """
-    if out.resolve() == inputs.resolve():
+    if out.resolve() == (inputs.parent if inputs.is_file() else inputs).resolve():
         raise InputError(f"{out}: output and input are the same folder")
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -91,15 +150,3 @@ def prepare_output(out: Path, inputs: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"{out}: cannot be written to ({error.strerror})") from error
-
-
-def is_finished(out: Path, name: str, ending: str, wanted: Sequence[str]) -> bool:
-    """Whether all files of a case are there; its mask is always the last one to come.
-
-    Args:
-        out: output folder.
-        name: of the case.
-        ending: of masks.
-        wanted: further files, relative to the folder.
-    """
-    return all((out / f).is_file() for f in (f"{name}{ending}", *wanted))

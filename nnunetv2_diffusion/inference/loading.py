@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
+from nnunetv2_diffusion.checkpoint_files import whole_neighbour
 from nnunetv2_diffusion.checkpoints import (
     CheckpointError,
     build_network,
@@ -15,7 +16,8 @@ from nnunetv2_diffusion.checkpoints import (
     read_model_json,
     validated,
 )
-from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
+from nnunetv2_diffusion.inference.devices import check_device
+from nnunetv2_diffusion.inference.options import PredictionOptions
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 
 
@@ -54,17 +56,15 @@ def _check_folder(folder: Path) -> None:
     raise CheckpointError(f"{folder}: no fold in it, {expected}" + (f", as {models[0]}" if models else ""))
 
 
-def check_device(device: str) -> None:
-    """Raise unless PyTorch can compute on a device.
-
-    Raises:
-        OptionError: with what to type.
-    """
-    kind = torch.device(device).type
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise OptionError(f"-device {device}: PyTorch finds no GPU of NVIDIA here. Add: -device cpu")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise OptionError(f"-device {device}: PyTorch finds no GPU of Apple here. Add: -device cpu")
+def _read(file: Path) -> dict:
+    """A checkpoint; the error of one that was cut off names the whole one beside it."""
+    try:
+        return validated(load_checkpoint_file(file), file)
+    except CheckpointError as error:
+        other = whole_neighbour(file)
+        if other is None:
+            raise
+        raise CheckpointError(f"{error}. {other.name} beside it is whole: use it with -chk {other.name}") from error
 
 
 def load_predictor(
@@ -114,7 +114,7 @@ def load_predictor(
 def _load(predictor: DiffusionPredictor, folder: Path, files: list[Path]) -> None:
     """Give a predictor the network of a model, and the weights of its folds."""
     content, dataset_json = read_model_json(folder / "plans.json"), read_model_json(folder / "dataset.json")
-    checkpoints = [validated(load_checkpoint_file(file), file) for file in files]
+    checkpoints = [_read(file) for file in files]
     first = checkpoints[0]
     name = first["init_args"]["configuration"]
     check_plans(content, name, dataset_json, folder)

@@ -2,8 +2,10 @@
 
 import gzip
 import os
+import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -23,17 +25,66 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from skimage import io
 
+from nnunetv2_diffusion.inference.running import map_limits
+
 GREY_LEVELS = 65535
 ROUNDING = 1e-5  # relative excess over the scale that is rounding, not a wrong scale
 
 SITK_ENDINGS = (".nii.gz", ".nii", ".nrrd", ".mha", ".gipl")
 NIBABEL_ENDINGS = (".nii.gz", ".nii")
 TIF_ENDINGS = (".tif", ".tiff")
+NOT_IN_NAMES = r"[^\w.+-]+"  # of folders
 HEADER_BYTES = {".nii.gz": 352, ".nii": 352, ".gipl": 256}
 
 
 class MapWriterError(ValueError):
     """Float maps cannot be written with this reader/writer class or this file ending."""
+
+
+def map_names(labels: Mapping[str, Sequence[int]]) -> dict[str, str]:
+    """Name of a label -> what its maps are called in files and in ``Prediction.maps``; all different.
+
+    Characters that folders should not have become ``_``. Where that makes two names equal, in upper or lower case, the
+    values of the labels are appended; the position too, if they are still equal.
+
+    Args:
+        labels: name -> values, see ``foreground_labels``.
+    """
+    names = {name: re.sub(NOT_IN_NAMES, "_", name) for name in labels}
+    suffixes = {name: "-".join(map(str, values)) for name, values in labels.items()}
+    names = _apart(names, suffixes)
+    while len({name.casefold() for name in names.values()}) < len(names):
+        names = _apart(names, {name: str(position) for position, name in enumerate(labels, start=1)})
+    return names
+
+
+def _apart(names: dict[str, str], suffixes: dict[str, str]) -> dict[str, str]:
+    """Suffixes appended to the names that are used more than once."""
+    used = Counter(name.casefold() for name in names.values())
+    return {key: f"{name}_{suffixes[key]}" if used[name.casefold()] > 1 else name for key, name in names.items()}
+
+
+def map_limit(kind: str, heads: int, regions: bool) -> float:
+    """Largest possible value of a map of ``uncertainty_maps``; see ``running.map_limits``."""
+    return map_limits(heads, regions)["probability" if kind.startswith("probability") else kind]
+
+
+def within_limit(values: np.ndarray, limit: float, kind: str) -> tuple[np.ndarray, str | None]:
+    """A map clipped to [0, limit], and a note if that changed more than rounding does.
+
+    A map that is out of its scale tells of a fault, but the mask that it belongs to is made: the case goes on, and the
+    note says so.
+
+    Raises:
+        ValueError: a value is not finite.
+    """
+    if not np.isfinite(values).all():
+        raise ValueError(f"{kind}: the map has values that are not finite")
+    low, high = float(values.min()), float(values.max())
+    note = None
+    if low < -ROUNDING * limit or high > (1 + ROUNDING) * limit:
+        note = f"{kind}: values from {low:g} to {high:g} were clipped to the scale, 0 to {limit:g}"
+    return np.clip(values, 0, limit), note
 
 
 def to_original_geometry(
@@ -127,7 +178,8 @@ def written_whole(path: Path, ending: str) -> Iterator[Path]:
         OSError: of the same kind as one in the block, naming ``path``.
     """
     # not made by mkstemp, whose files others may not read
-    part = path.with_name(f".{path.name[: -len(ending)]}.{os.getpid()}.part{ending}")
+    # of a long name a part only: together they may be longer than a file system allows
+    part = path.with_name(f".{path.name[: -len(ending)][:50]}.{os.getpid()}.part{ending}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part

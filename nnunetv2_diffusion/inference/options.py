@@ -9,7 +9,7 @@ from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS, SamplingConfig
 from nnunetv2_diffusion.inference.sliding_window import COMBINATIONS
 from nnunetv2_diffusion.inference.views import TTA
 from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, LatentSegmentor
-from nnunetv2_diffusion.planning.settings import LARGEST_SEED, MOST_SAMPLES
+from nnunetv2_diffusion.planning.settings import LARGEST_SEED, MOST_SAMPLES, environment_overrides
 
 AGGREGATION = ("window", "volume")
 
@@ -96,6 +96,8 @@ def resolve_sampling(network: nn.Module, options: PredictionOptions) -> Sampling
     hybrid = isinstance(network, HybridSegmentor)
     gaussian = isinstance(network, DiffusionSegmentor) and network.process is not None
     draws = isinstance(network, LatentSegmentor)
+    if hybrid:  # steps that somebody asks for are made even if the refiner does not pay
+        network.always_refine = bool(given.get("steps") or environment_overrides().get("steps"))
     if not hybrid and not gaussian and not draws:
         return _without_chain(given, "the network of this model has no diffusion process")
     if given.get("steps", None if network.sampling else 0) == 0:

@@ -1,47 +1,69 @@
 """Verb ``predict``: nnU-Net's prediction with samples, uncertainty and control of steps and mirrors."""
 
 import argparse
-import json
 import os
 import sys
+import time
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from nnunetv2.utilities.file_path_utilities import get_output_folder
 from tqdm import tqdm
 
 from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.compat import package_versions
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
-from nnunetv2_diffusion.inference.cases import CasePredictor, CaseResult, Exporter, model_files
-from nnunetv2_diffusion.inference.export import SAMPLES, STEPS, UNCERTAINTY
-from nnunetv2_diffusion.inference.inputs import (
-    CaseError,
-    InputError,
-    check_headers,
-    is_finished,
-    list_cases,
-    prepare_output,
-)
-from nnunetv2_diffusion.inference.loading import load_predictor
+from nnunetv2_diffusion.inference.cases import CasePredictor, CaseResult, model_files
+from nnunetv2_diffusion.inference.export import SAMPLES, STEPS, UNCERTAINTY, work_folder
+from nnunetv2_diffusion.inference.exporter import Exporter
+from nnunetv2_diffusion.inference.failures import concerns_one_case, lacks_memory, reason_of
+from nnunetv2_diffusion.inference.inputs import InputError, list_cases, prepare_output
+from nnunetv2_diffusion.inference.loading import find_folds, load_predictor
 from nnunetv2_diffusion.inference.maps import MapWriterError, check_map_writer
 from nnunetv2_diffusion.inference.options import AGGREGATION, OptionError, PredictionOptions, check_number
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
-from nnunetv2_diffusion.inference.prepared import FailedCase, prepare_cases
+from nnunetv2_diffusion.inference.prepared import FailedCase, PreparedCase, prepare_cases
+from nnunetv2_diffusion.inference.runs import (
+    ARGUMENTS,
+    FAILED,
+    Request,
+    RunError,
+    RunRecord,
+    check_place,
+    describe_run,
+    open_run,
+    write_failures,
+    write_json,
+)
 from nnunetv2_diffusion.inference.sliding_window import COMBINATIONS
 from nnunetv2_diffusion.inference.views import TTA
+from nnunetv2_diffusion.locks import LockedError
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.planning.schema import SettingsError
 
 MOST_PROCESSES = 1024
 SMALLEST_STEP = 0.01  # of the window, in parts of the patch: tiles grow with its inverse to the third power
+
+
+class StoppedError(RuntimeError):
+    """What a case failed at concerns all cases."""
+
+
 EXPECTED = (
     CheckpointError,
     InputError,
+    LockedError,
     MapWriterError,
     OptionError,
     OSError,
+    RunError,
     SettingsError,
+    StoppedError,
     UnsupportedArchitectureError,
 )
 
@@ -84,7 +106,11 @@ def _add_host_options(parser: argparse.ArgumentParser) -> None:
     add("-prev_stage_predictions", type=Path, metavar="DIR", help="of a cascade")
     add("--disable_tta", action="store_true", help="the same as --tta none")
     add("--save_probabilities", action="store_true", help="npz and pkl, as nnU-Net's")
-    add("--continue_prediction", action="store_true", help="leave out cases that are finished")
+    add(
+        "--continue_prediction",
+        action="store_true",
+        help="go on with an interrupted call: cases that are whole are kept, others are made; failed ones are left out",
+    )
     add("--disable_progress_bar", action="store_true")
     add("--not_on_device", action="store_true", help="keep results of a GPU in main memory")
     add("--verbose", action="store_true")
@@ -115,17 +141,29 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
     )
     add("--save_uncertainty", action="store_true", help=f"maps and a JSON for each case in {UNCERTAINTY}/")
     add("--save_samples", action="store_true", help=f"every sample's mask in {SAMPLES}/000/ ...")
+    add("--retry_failed", action="store_true", help=f"with --continue_prediction: also the cases of {FAILED}")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="remove the files of the run that the output folder holds, and replace other files of the same names",
+    )
     add("--save_steps", action="store_true", help=f"the mask after every step in {STEPS}/01/ ...")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Predict a folder; 1 with a message if it cannot be done."""
+    """Predict a folder; 1 with a message if it, or a case of it, cannot be done."""
     try:
-        predict_folder(arguments)
-    except EXPECTED as error:
-        print(f"nnunetv2_diffusion predict: {error}", file=sys.stderr)
+        outcome = predict_folder(arguments)
+    except KeyboardInterrupt:
+        print("nnunetv2_diffusion predict: interrupted; --continue_prediction goes on from here", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if not isinstance(error, EXPECTED) and not lacks_memory(error):
+            raise
+        said = str(error) if isinstance(error, EXPECTED) else reason_of(error)
+        print(f"nnunetv2_diffusion predict: {said}", file=sys.stderr)
         return 1
-    return 0
+    return _summarise(outcome, arguments.o)
 
 
 def read_options(arguments: argparse.Namespace) -> PredictionOptions:
@@ -141,6 +179,10 @@ def read_options(arguments: argparse.Namespace) -> PredictionOptions:
         check_number(f"-{name}", getattr(arguments, name), 0, MOST_PROCESSES)
     if not SMALLEST_STEP <= arguments.step_size <= 1:
         raise OptionError(f"-step_size is {arguments.step_size}, expected a part of the patch in [{SMALLEST_STEP}, 1]")
+    if arguments.overwrite and arguments.continue_prediction:
+        raise OptionError("--continue_prediction keeps what is there and --overwrite removes it: choose one")
+    if arguments.retry_failed and not arguments.continue_prediction:
+        raise OptionError("--retry_failed goes with --continue_prediction, which keeps the other cases")
     names = PredictionOptions.__dataclass_fields__
     given = {name: getattr(arguments, name) for name in names}
     if arguments.disable_tta:
@@ -169,80 +211,245 @@ def model_folder(arguments: argparse.Namespace) -> Path:
         raise InputError(f"-d {arguments.d}: {reason}; are nnUNet_raw and nnUNet_results set?") from error
 
 
-def predict_folder(arguments: argparse.Namespace) -> None:
+@dataclass
+class Outcome:
+    """What became of the cases of a call.
+
+    Attributes:
+        found: how many there are.
+        finished: how many were whole before.
+        predicted: those that were written.
+        failed: case -> reason, also of earlier calls if they were not tried again.
+        seconds: that it took.
+    """
+
+    found: int = 0
+    finished: int = 0
+    predicted: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+def predict_folder(arguments: argparse.Namespace) -> Outcome:
     """All of the verb; every check comes before the first network pass."""
+    start = time.monotonic()
     options = read_options(arguments)
+    model = model_folder(arguments)
+    check_place(arguments.o, arguments.i, model, arguments.prev_stage_predictions)
+    checkpoints = find_folds(model, arguments.f, arguments.chk)
+    _tell_of_fold_all(checkpoints)
     predictor = load_predictor(
-        model_folder(arguments), arguments.f, arguments.chk, arguments.device, options, arguments.step_size,
+        model, arguments.f, arguments.chk, arguments.device, options, arguments.step_size,
         not arguments.not_on_device, not arguments.disable_progress_bar, arguments.verbose,
     )  # fmt: skip
     if options.save_uncertainty:
         check_map_writer(predictor.plans_manager.image_reader_writer_class, predictor.dataset_json["file_ending"])
-    cases = list_cases(arguments.i, predictor.dataset_json)
-    check_headers(cases, predictor.dataset_json["file_ending"])
-    previous = _previous_stage(arguments, predictor, cases)
+    previous = _previous_stage(arguments, predictor)
+    cases, failed = _find_cases(arguments, predictor, previous)
     prepare_output(arguments.o, arguments.i)
-    mine = dict(list(cases.items())[arguments.part_id :: arguments.num_parts])
-    if arguments.continue_prediction:
-        done = [name for name in mine if _finished(arguments.o, name, predictor)]
-        mine = {name: files for name, files in mine.items() if name not in done}
-        print(f"{len(done)} of {len(done) + len(mine)} cases are finished")
-    _write_records(arguments, predictor)
-    with Exporter(model_files(predictor), arguments.nps) as export:
-        predict_case = CasePredictor(predictor, arguments.o, export)
-        for case in prepare_cases(predictor, mine, previous, arguments.npp):
-            if isinstance(case, FailedCase):
-                raise CaseError(f"{case.name}: {case.reason}")
-            _report(case.name, predict_case(case.name, case.data, case.properties))
+    request = Request(
+        describe_run(predictor, checkpoints, arguments.step_size), [*cases, *failed],
+        predictor.dataset_json["file_ending"], arguments.part_id, arguments.num_parts,
+        arguments.continue_prediction, arguments.overwrite,
+    )  # fmt: skip
+    with open_run(arguments.o, request) as run:
+        _write_records(arguments, predictor, run)
+        outcome = Outcome(len(cases) + len(failed))
+        work = Work(predictor, run, cases, previous, arguments.npp, arguments.nps)
+        if arguments.continue_prediction:
+            _leave_out(work, arguments.retry_failed, outcome)
+        _predict_cases(work, failed, outcome, arguments.disable_progress_bar)
+    outcome.seconds = time.monotonic() - start
+    return outcome
+
+
+@dataclass
+class Work:
+    """What is to be predicted.
+
+    Attributes:
+        predictor: prepared.
+        run: the record of the output folder.
+        cases: name -> images.
+        previous: folder of the previous stage's masks, of a cascade.
+        preparing: processes for preprocessing.
+        exporting: processes for export.
+    """
+
+    predictor: DiffusionPredictor
+    run: RunRecord
+    cases: dict[str, list[Path]]
+    previous: Path | None
+    preparing: int
+    exporting: int
+
+    def sources(self, name: str) -> list[Path]:
+        """All files that a case is made of."""
+        ending = self.predictor.dataset_json["file_ending"]
+        masks = [] if self.previous is None else [self.previous / f"{name}{ending}"]
+        return [*self.cases.get(name, ()), *masks]
+
+
+def _find_cases(
+    arguments: argparse.Namespace, predictor: DiffusionPredictor, previous: Path | None
+) -> tuple[dict[str, list[Path]], dict[str, str]]:
+    """Case -> images, and case -> why it cannot be predicted, of this call's part."""
+    ending = predictor.dataset_json["file_ending"]
+    cases, unreadable = list_cases(arguments.i, predictor.dataset_json)
+    failed = {case.name: case.reason for case in unreadable}
+    for name in list(cases) if previous is not None else ():
+        if not (previous / f"{name}{ending}").is_file():
+            failed[name] = f"{previous / f'{name}{ending}'}: missing, expected the mask of the previous stage"
+            del cases[name]
+    mine = set(sorted({*cases, *failed})[arguments.part_id :: arguments.num_parts])
+    return {n: f for n, f in cases.items() if n in mine}, {n: r for n, r in failed.items() if n in mine}
+
+
+def _previous_stage(arguments: argparse.Namespace, predictor: DiffusionPredictor) -> Path | None:
+    """Folder of the previous stage's masks; None if the model needs none."""
+    stage, folder = predictor.configuration_manager.previous_stage_name, arguments.prev_stage_predictions
+    if stage is None:
+        if folder is not None:
+            print(f"-prev_stage_predictions {folder} is ignored: this model is no second stage of a cascade")
+        return None
+    if folder is None:
+        raise OptionError(f"-prev_stage_predictions missing: this cascade needs the masks of {stage}")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder, expected the masks of {stage}")
+    return folder
+
+
+def _leave_out(work: Work, retry_failed: bool, outcome: Outcome) -> None:
+    """Leave out what an interrupted call has finished, and what it has failed at unless that is to be tried again."""
+    for name in list(work.cases):
+        record = work.run.read(name) or {}
+        if "failed" in record and not retry_failed:
+            outcome.failed[name] = f"{record['failed']} (before; --retry_failed tries again)"
+            del work.cases[name]
+            continue
+        fault = work.run.fault(name, work.sources(name))
+        if fault is None:
+            outcome.finished += 1
+            del work.cases[name]
+        elif record and "failed" not in record:
+            print(f"{name}: {fault}; it is made again")
+    print(f"{outcome.finished} of {outcome.found} cases are finished")
+
+
+def _predict_cases(work: Work, failed: Mapping[str, str], outcome: Outcome, quiet: bool) -> None:
+    """Predict and export; what a case fails at is kept in the record of the run, and the others go on.
+
+    Raises:
+        StoppedError: a failure that concerns all cases; what was finished is kept.
+    """
+    single = len(work.cases) == 1
+    work.predictor.allow_tqdm = work.predictor.allow_tqdm and single  # one bar: of cases, or of the passes of one
+    new, seen = dict(failed), set()
+    export = Exporter(model_files(work.predictor), work.exporting if work.cases else 0)
+    try:
+        with export:
+            predict_case = CasePredictor(work.predictor, work.run, export)
+            cases = prepare_cases(work.predictor, work.cases, work.previous, work.preparing)
+            for case in _with_bar(cases, len(work.cases), quiet or single):
+                seen.add(case.name)
+                reason = _attempt(predict_case, case, work.sources(case.name))
+                if reason is not None:
+                    new[case.name] = reason
+            lost = set(work.cases) - seen
+            new |= dict.fromkeys(sorted(lost), "preprocessing returned nothing")
+    finally:
+        new |= {case.name: case.reason for case in export.failed}
+        outcome.predicted = export.finished
+        outcome.failed |= new
+        _keep_failures(work.run, new)
+
+
+def _with_bar(
+    cases: Iterable[PreparedCase | FailedCase], total: int, hidden: bool
+) -> Iterable[PreparedCase | FailedCase]:
+    """The cases, with a bar that counts them and tells the time left."""
+    with tqdm(total=total, unit="case", disable=hidden) as bar:
+        for number, case in enumerate(cases, start=1):
+            bar.set_description(f"case {number} of {total}, {case.name}")
+            yield case
+            bar.update()
+
+
+def _attempt(predict_case: CasePredictor, case: PreparedCase | FailedCase, inputs: Sequence[Path]) -> str | None:
+    """Why a case could not be predicted; None if it could.
+
+    Raises:
+        StoppedError: a failure that concerns all cases.
+    """
+    if isinstance(case, FailedCase):
+        return case.reason
+    for note in case.notes:
+        tqdm.write(f"{case.name}: {note}")
+    try:
+        _report(case.name, predict_case(case, inputs))
+        return None
+    except Exception as error:
+        if not concerns_one_case(error):
+            if predict_case.predictor.verbose:
+                traceback.print_exc()
+            raise StoppedError(
+                f"{case.name}: {reason_of(error)}; taken for a fault of the model or of the machine, so no other case "
+                "was tried. --continue_prediction goes on, --verbose shows where it was"
+            ) from error
+        reason = reason_of(error, work_folder(predict_case.run.out, case.name))
+    if predict_case.predictor.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return reason
+
+
+def _keep_failures(run: RunRecord, failed: Mapping[str, str]) -> None:
+    """Write down what failed; a full disk may keep this from being written, and it is printed anyhow."""
+    with suppress(OSError, LockedError):
+        for name, reason in failed.items():
+            run.fail(name, reason)
+        write_failures(run.out)
 
 
 def _report(name: str, result: CaseResult) -> None:
     passes = result.passes
     tqdm.write(
-        f"{name}: {result.seconds:.1f} s, {passes.tiles} tiles, {passes.members} members, "
+        f"{name}: {result.seconds:.1f} s, {_count(passes.tiles, 'tile')}, {_count(passes.members, 'member')}, "
         f"{passes.per_tile:.2f} network passes a tile"
     )
 
 
-def _finished(out: Path, name: str, predictor: DiffusionPredictor) -> bool:
-    """Whether everything that is asked for is there."""
-    options, ending = predictor.options, predictor.dataset_json["file_ending"]
-    members = predictor.samples * len(predictor.list_of_parameters)
-    wanted = [f"{UNCERTAINTY}/{name}.json"] if options.save_uncertainty else []
-    wanted += [f"{name}.npz"] if options.save_probabilities else []
-    wanted += [f"{SAMPLES}/{i:03d}/{name}{ending}" for i in range(members if options.save_samples else 0)]
-    wanted += [
-        f"{STEPS}/{i + 1:02d}/{name}{ending}" for i in range(predictor.chain().steps if options.save_steps else 0)
-    ]
-    return is_finished(out, name, ending, wanted)
+def _summarise(outcome: Outcome, out: Path) -> int:
+    """Tell what became of the cases; the exit status."""
+    if outcome.failed or outcome.finished:
+        print(
+            f"{_count(outcome.found, 'case')} found: {len(outcome.predicted)} predicted, {outcome.finished} finished "
+            f"before, {len(outcome.failed)} failed"
+        )
+    for name, reason in sorted(outcome.failed.items()):
+        print(f"nnunetv2_diffusion predict: {name} failed: {reason}", file=sys.stderr)
+    if outcome.failed:
+        print(f"nnunetv2_diffusion predict: failed cases and reasons are in {out / FAILED}", file=sys.stderr)
+    print(f"{_count(len(outcome.predicted), 'case')} in {outcome.seconds:.0f} s, written to {out}")
+    return 1 if outcome.failed else 0
 
 
-def _previous_stage(
-    arguments: argparse.Namespace, predictor: DiffusionPredictor, cases: dict[str, list[Path]]
-) -> Path | None:
-    """Folder of the previous stage's masks, checked."""
-    stage, folder = predictor.configuration_manager.previous_stage_name, arguments.prev_stage_predictions
-    if stage is None:
-        return None
-    if folder is None:
-        raise OptionError(f"-prev_stage_predictions missing: this cascade needs the masks of {stage}")
-    for name in cases:
-        file = folder / (name + predictor.dataset_json["file_ending"])
-        if not file.is_file():
-            raise InputError(f"{file}: missing, expected the mask of {stage}")
-    return folder
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def _write_records(arguments: argparse.Namespace, predictor: DiffusionPredictor) -> None:
+def _tell_of_fold_all(checkpoints: Sequence[Path]) -> None:
+    folds = [file.parent.name.removeprefix("fold_") for file in checkpoints]
+    if "all" in folds and len(folds) > 1:
+        print(f"-f {' '.join(folds)}: fold all was trained on every case; it counts as one of {len(folds)} members")
+
+
+def _write_records(arguments: argparse.Namespace, predictor: DiffusionPredictor, run: RunRecord) -> None:
     """plans.json, dataset.json and the arguments, as nnU-Net leaves them beside the masks."""
     given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("run", "verb")}
-    given["versions"] = package_versions()
     records: dict[str, Any] = {
         "plans.json": predictor.plans_manager.plans,
         "dataset.json": predictor.dataset_json,
-        "predict_from_raw_data_args.json": given,
+        ARGUMENTS: {"run_id": run.id, "versions": package_versions(), **given},
     }
     for name, content in records.items():
-        part = arguments.o / f".{name}.{os.getpid()}"  # several parts may write at the same time
-        part.write_text(json.dumps(content, indent=4))
-        os.replace(part, arguments.o / name)
+        write_json(arguments.o / name, content)

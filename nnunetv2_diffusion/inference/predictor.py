@@ -11,8 +11,10 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
+from torch import nn
 from tqdm import tqdm
 
+from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.diffusion import SamplingConfig
 from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, JoinedNoise, Noise, make_chain
 from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
@@ -96,6 +98,22 @@ class DiffusionPredictor(nnUNetPredictor):
         self.meter: OverlapMeter | None = None  # set to measure how tiles disagree where they overlap
         self.results_device = self.device if self.perform_everything_on_device else torch.device("cpu")
 
+    def manual_initialization(self, network: nn.Module, *args: object, **kwargs: object) -> None:
+        """As nnU-Net's, but for weights that are not finite.
+
+        Not all of them show in the answer: HiDiff's refiner takes signs of what its learned offsets move.
+
+        Raises:
+            CheckpointError: naming fold and weight.
+        """
+        super().manual_initialization(network, *args, **kwargs)
+        for fold, weights in enumerate(self.list_of_parameters):
+            for name in (n for n, _ in network.named_parameters() if n in weights):
+                bad = int((~torch.isfinite(weights[name])).sum())
+                if bad:
+                    where = f"{name} in fold number {fold + 1} of {len(self.list_of_parameters)}"
+                    raise CheckpointError(f"{bad} weights of {where} are not finite: the training diverged")
+
     def set_options(self, options: PredictionOptions) -> None:
         """Change what is asked for.
 
@@ -116,8 +134,8 @@ class DiffusionPredictor(nnUNetPredictor):
 
     @property
     def tiles_at_once(self) -> int:
-        """How many tiles go through the network together."""
-        return tiles_at_once(self.configuration_manager.batch_size)
+        """How many tiles go through the network together; one where tiles end their chains at different steps."""
+        return 1 if self.options.early_exit else tiles_at_once(self.configuration_manager.batch_size)
 
     @property
     def samples(self) -> int:
@@ -146,7 +164,6 @@ class DiffusionPredictor(nnUNetPredictor):
         blend = partial(Blend, heads, data.shape[1:], weight, device, self.meter)
         return Canvas(data, tiles, padding, revert, blend)
 
-    @torch.inference_mode()
     def members(self, image: torch.Tensor, name: str = "", count: PassCount | None = None) -> Iterator[Member]:
         """Draw all masks of a preprocessed case, (C, *spatial), with a progress bar of network passes.
 
@@ -173,19 +190,20 @@ class DiffusionPredictor(nnUNetPredictor):
     def _autocast(self) -> torch.autocast | nullcontext:
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
 
+    @torch.inference_mode()  # not around a generator: torch's would hold a member while the next one is drawn
     def _draw(
         self, chain: Chain, plan: list[Schedule], canvas: Canvas, sample: int, count: PassCount
     ) -> list[torch.Tensor]:
         """One sample; if the device has no room for the results, they are kept on the CPU from here on."""
-        by_volume = self.options.aggregate == "volume"
-        passes = count.passes
+        draw = self._draw_volume if self.options.aggregate == "volume" else self._draw_tiles
+        passes, blended = count.passes, None
         try:
-            draw = self._draw_volume if by_volume else self._draw_tiles
             with self._autocast():
                 blended = draw(chain, plan, canvas, sample, count)
         except torch.cuda.OutOfMemoryError:
             if self.results_device.type == "cpu":
                 raise
+        if blended is None:  # not within the except clause, whose error keeps what was on the device
             print("The device has no room for the results; they are moved to the CPU")
             self.results_device = torch.device("cpu")
             canvas.blend = self.canvas(canvas.data[(slice(None), *canvas.crop[1:])]).blend
@@ -212,8 +230,7 @@ class DiffusionPredictor(nnUNetPredictor):
         """A chain for each tile; masks of the kept steps, blended."""
         kept = chain.steps if self.options.save_steps else 1
         blends = [canvas.blend() for _ in range(kept)]
-        number = 1 if self.options.early_exit else self.tiles_at_once  # tiles end their chains at different steps
-        for tiles in at_once(canvas.tiles, number):
+        for tiles in at_once(canvas.tiles, self.tiles_at_once):
             image = torch.stack([canvas.data[tile.index] for tile in tiles]).to(self.device)
             estimator = TileEstimator(chain, image, count.tick)
             noise = JoinedNoise(

@@ -1,15 +1,30 @@
 """Cases on their way from files to the network: nnU-Net's preprocessing, in worker processes or here."""
 
-from collections.abc import Iterator
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from nnunetv2.preprocessing.resampling.default_resampling import compute_new_shape
 from nnunetv2.utilities.label_handling.label_handling import convert_labelmap_to_one_hot
 
+from nnunetv2_diffusion.inference.export import ModelFiles
+from nnunetv2_diffusion.inference.inputs import CaseError, FailedCase
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
+from nnunetv2_diffusion.inference.reading import channel_names, check_file, one_line, read_case
+from nnunetv2_diffusion.workers import end_with_parent
+
+__all__ = ["FailedCase", "PreparedCase", "check_resampled", "prepare_case", "prepare_cases", "preprocess"]
+
+PIECE = 2**26  # bytes of an array that go through a pipe at once, so that it is not there twice
+WRITABLE_AXES = (2, 3)  # of images whose masks nnU-Net's ITK writers can write
 
 
 @dataclass
@@ -29,40 +44,270 @@ class PreparedCase:
     notes: list[str] = field(default_factory=list)
 
 
-@dataclass
-class FailedCase:
-    """A case that cannot be predicted; the others go on.
+def check_resampled(model: ModelFiles, shape: Sequence[int], spacing: Sequence[float], source: str) -> None:
+    """See that an image keeps at least one voxel along each axis, and fits into memory, at the spacing of the model.
 
-    Attributes:
-        name: of the case.
-        reason: what was found and what was expected, one sentence that names the file.
+    Args:
+        model: with the plans.
+        shape: of the image, (z, y, x) in the order of the plans' axes.
+        spacing: mm, in the same order.
+        source: of the image, for the message.
+
+    Raises:
+        CaseError: if it does not.
     """
+    configuration = model.configuration_manager
+    if str(configuration.configuration["resampling_fn_data"]).startswith("no_resampling"):
+        return
+    target = list(configuration.spacing)
+    target = [spacing[0]] * (len(shape) - len(target)) + target  # 2D: slices stay as they are
+    try:
+        new = tuple(int(n) for n in compute_new_shape(shape, spacing, target))
+    except OverflowError:
+        raise CaseError(f"{source}: spacing {_mm(spacing)} mm, expected about {_mm(target)} mm") from None
+    change = f"{source}: shape {tuple(shape)} of {_mm(spacing)} mm becomes {new} at the model's {_mm(target)} mm"
+    if min(new) < 1:
+        raise CaseError(f"{change}, expected at least one voxel along each axis")
+    needed = 4 * prod(new) * len(channel_names(model.dataset_json))
+    if needed > _memory():
+        raise CaseError(f"{change}, {needed / 2**30:.0f} GB, more than this machine has; is its spacing right?")
+
+
+def _mm(spacing: Sequence[float]) -> str:
+    return f"({', '.join(f'{s:g}' for s in spacing)})"
+
+
+def _memory() -> float:
+    """Bytes of this machine, as far as the system tells."""
+    if not hasattr(os, "sysconf"):
+        return float("inf")
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def preprocess(
+    model: ModelFiles,
+    image: np.ndarray,
+    properties: dict[str, Any],
+    source: str,
+    previous: np.ndarray | None = None,
+    verbose: bool = False,
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """nnU-Net's preprocessing of an image that was read.
+
+    Args:
+        model: with the plans.
+        image: (C, z, y, x); not changed.
+        properties: of the reader.
+        source: of the image, for messages.
+        previous: mask of the previous stage of a cascade, (1, z, y, x).
+        verbose: let nnU-Net tell shapes.
+
+    Returns:
+        float32 and finite, (C, *spatial), for a cascade with one channel more for each label; and its properties.
+
+    Raises:
+        CaseError: naming the source, what was found and what was expected.
+    """
+    plans, configuration = model.plans_manager, model.configuration_manager
+    properties, axes = dict(properties), plans.transpose_forward
+    spacing = [float(properties["spacing"][axis]) for axis in axes]
+    check_resampled(model, [image.shape[1 + axis] for axis in axes], spacing, source)
+    try:
+        data, seg, properties = configuration.preprocessor_class(verbose=verbose).run_case_npy(
+            image, previous, properties, plans, configuration, model.dataset_json
+        )
+        if previous is not None:
+            labels = plans.get_label_manager(model.dataset_json).foreground_labels
+            data = np.vstack((data, convert_labelmap_to_one_hot(seg[0], labels, data.dtype)))
+    except MemoryError as error:
+        raise CaseError(f"{source}: not enough memory to preprocess it") from error
+    except Exception as error:  # of a plug-in's preprocessing as well
+        cropped = properties.get("shape_after_cropping_and_before_resampling")
+        if cropped is not None:
+            check_resampled(model, cropped, spacing, f"{source}, cropped to what is not zero")
+        raise CaseError(f"{source}: cannot be preprocessed ({type(error).__name__}: {error})") from error
+    data = torch.from_numpy(data).float()
+    _check_prepared(data, source)
+    return data, properties
+
+
+def _check_prepared(data: torch.Tensor, source: str) -> None:
+    """Raise CaseError unless preprocessed data has voxels, and all of them are finite."""
+    if not data.numel():
+        raise CaseError(f"{source}: shape {tuple(data.shape)} after preprocessing, expected at least one voxel")
+    for number, channel in enumerate(data):
+        bad = int((~torch.isfinite(channel)).sum())
+        if bad:
+            raise CaseError(
+                f"{source}: channel {number} has {bad} of {channel.numel()} voxels that are not finite after "
+                "preprocessing"
+            )
+
+
+def prepare_case(
+    model: ModelFiles, name: str, files: Sequence[Path], previous: Path | None = None, verbose: bool = False
+) -> PreparedCase | FailedCase:
+    """Read and preprocess one case.
+
+    Args:
+        model: with the plans.
+        name: of the case.
+        files: its images.
+        previous: file of the previous stage's mask, for a cascade.
+        verbose: let nnU-Net tell shapes.
+    """
+    reader = model.plans_manager.image_reader_writer_class()
+    try:
+        image, properties, notes = read_case(reader, files, channel_names(model.dataset_json))
+        notes += _gaps(files, model.ending)
+        axes = len(properties.get("sitk_stuff", {}).get("spacing", WRITABLE_AXES))
+        if axes not in WRITABLE_AXES:
+            raise CaseError(f"{files[0]}: {axes} axes in the file; nnU-Net cannot write the mask of such an image")
+        mask = None if previous is None else _read_previous(reader, previous, image.shape[1:])
+        data, properties = preprocess(model, image, properties, str(files[0]), mask, verbose)
+    except CaseError as error:
+        return FailedCase(name, str(error))
+    return PreparedCase(name, data, properties, notes)
+
+
+def _gaps(files: Sequence[Path], ending: str) -> list[str]:
+    """A note if numbers of channels are left out: nnU-Net goes by the order of the files, not by their numbers."""
+    numbers = [file.name.removesuffix(ending)[-4:] for file in files]
+    if numbers == [f"{n:04d}" for n in range(len(files))]:
+        return []
+    return [
+        f"{files[0].parent}: files numbered {', '.join(numbers)} are taken for the channels from 0 on, in this order"
+    ]
+
+
+def _read_previous(reader: Any, file: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The mask of a cascade's previous stage, (1, z, y, x)."""
+    check_file(file)
+    try:
+        mask = reader.read_seg(str(file))[0]
+    except Exception as error:
+        raise CaseError(f"{file}: cannot be read as the mask of the previous stage ({one_line(error)})") from error
+    if mask.shape[1:] != shape:
+        raise CaseError(f"{file}: shape {mask.shape[1:]}, expected {shape} as of the image")
+    return mask
+
+
+@dataclass
+class _Job:
+    """One case for ``prepare_case``."""
 
     name: str
-    reason: str
+    files: list[Path]
+    previous: Path | None
+    verbose: bool
 
 
 def prepare_cases(
     predictor: DiffusionPredictor, cases: dict[str, list[Path]], previous: Path | None, processes: int
 ) -> Iterator[PreparedCase | FailedCase]:
-    """Preprocess every case, in worker processes or here (0)."""
-    if not cases:
-        return
-    ending = predictor.dataset_json["file_ending"]
-    files = [[str(f) for f in channels] for channels in cases.values()]
-    stage = [str(previous / (name + ending)) if previous else None for name in cases]
-    names = list(cases)
+    """Preprocess every case, in worker processes or here (0), in the order of the cases.
+
+    A worker waits with the next case until its last one is taken, so no more than one for each process wait.
+
+    Args:
+        predictor: with a model.
+        cases: name -> images.
+        previous: folder of the previous stage's masks, for a cascade.
+        processes: at most as many as there are cases are started.
+    """
+    model = ModelFiles(predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json)
+    verbose = predictor.verbose_preprocessing
+    jobs = [
+        _Job(name, files, previous and previous / f"{name}{model.ending}", verbose) for name, files in cases.items()
+    ]
     if processes:
-        items = predictor._internal_get_data_iterator_from_lists_of_filenames(files, stage, names, processes)
-        for item in items:
-            yield PreparedCase(Path(item["ofile"]).name, item["data"], item["data_properties"])
+        yield from _by_workers(model, jobs, min(processes, len(jobs)))
         return
-    preprocessor = predictor.configuration_manager.preprocessor_class(verbose=predictor.verbose_preprocessing)
-    for channels, mask, name in zip(files, stage, names, strict=True):
-        data, seg, properties = preprocessor.run_case(
-            channels, mask, predictor.plans_manager, predictor.configuration_manager, predictor.dataset_json
-        )
-        if mask is not None:
-            one_hot = convert_labelmap_to_one_hot(seg[0], predictor.label_manager.foreground_labels, data.dtype)
-            data = np.vstack((data, one_hot))
-        yield PreparedCase(name, torch.from_numpy(data).float(), properties)
+    for job in jobs:
+        yield prepare_case(model, job.name, job.files, job.previous, job.verbose)
+
+
+def _by_workers(model: ModelFiles, jobs: list[_Job], count: int) -> Iterator[PreparedCase | FailedCase]:
+    """Every worker has each ``count``-th case, as in nnU-Net; one that was killed is replaced for the cases left."""
+    workers = [_Worker(model, jobs[first::count]) for first in range(count)]
+    try:
+        for number, job in enumerate(jobs):
+            slot = number % count
+            case = workers[slot].next_case()
+            if case is None:
+                case = FailedCase(job.name, f"{job.files[0]}: {workers[slot].why_ended()}")
+                workers[slot].end()
+                workers[slot] = _Worker(model, jobs[number + count :: count])
+            yield case
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+class _Worker:
+    """A process that prepares cases one after the other.
+
+    Args:
+        model: with the plans.
+        jobs: its cases; no process is started for none.
+    """
+
+    def __init__(self, model: ModelFiles, jobs: list[_Job]):
+        self._process: BaseProcess | None = None
+        if not jobs:
+            return
+        context = multiprocessing.get_context("spawn")
+        self._results, results = context.Pipe(duplex=False)
+        self._process = context.Process(target=_serve, args=(model, jobs, results), daemon=True)
+        self._process.start()
+        results.close()  # else the end of the process would not end the pipe
+
+    def next_case(self) -> PreparedCase | FailedCase | None:
+        """Wait for the next case; None if the process ended before it was whole."""
+        try:
+            case = self._results.recv()
+            if isinstance(case, FailedCase):
+                return case
+            name, shape, properties, notes = case
+            return PreparedCase(name, _receive(self._results, shape), properties, notes)
+        except (EOFError, OSError):
+            return None
+
+    def why_ended(self) -> str:
+        """Of a process that ended before its last case."""
+        self._process.join()
+        code = self._process.exitcode
+        if code >= 0:
+            return f"its process ended with status {code}"
+        return f"its process was killed (signal {-code}), probably for want of memory; -npp 0 needs less"
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        if self._process is not None:
+            self._process.terminate()
+            self._process.join()
+            self._results.close()
+
+
+def _serve(model: ModelFiles, jobs: list[_Job], results: Connection) -> None:
+    """In a worker: prepare and send one case after the other."""
+    end_with_parent()
+    for job in jobs:
+        case = prepare_case(model, job.name, job.files, job.previous, job.verbose)
+        if isinstance(case, FailedCase):
+            results.send(case)
+            continue
+        data = np.ascontiguousarray(case.data.numpy())
+        results.send((case.name, data.shape, case.properties, case.notes))
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), PIECE):
+            results.send_bytes(view[start : start + PIECE])
+
+
+def _receive(results: Connection, shape: tuple[int, ...]) -> torch.Tensor:
+    data = np.empty(shape, np.float32)
+    view = memoryview(data).cast("B")
+    start = 0
+    while start < len(view):
+        start += results.recv_bytes_into(view[start:])
+    return torch.from_numpy(data)

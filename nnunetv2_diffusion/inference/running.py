@@ -34,9 +34,10 @@ def map_limits(heads: int, regions: bool = False) -> dict[str, float]:
 class RunningMoments:
     """Mean, variance and entropies of the probabilities of samples, added one after the other.
 
-    It holds K + 2 volumes in float32, on the device of the first sample, whatever the number of samples N. The updates
-    are Welford's (Technometrics 1962), which do not cancel: each rounds by 2^-25, which adds up to less than
-    (N + 9) 2^-26 in the mean at worst, and to about 1e-7 in practice.
+    It holds K + 2 volumes in float32, on the device of the first sample, whatever the number of samples N; K of a
+    single one, whose statistics are made when they are asked for. The updates are Welford's (Technometrics 1962), which
+    do not cancel: each rounds by 2^-25, which adds up to less than (N + 9) 2^-26 in the mean at worst, and to about
+    1e-7 in practice.
 
     Attributes:
         regions: heads are independent (sigmoid), not classes (softmax).
@@ -45,15 +46,19 @@ class RunningMoments:
 
     def __init__(self, regions: bool = False):
         self.regions = regions
+        self._forget()
+
+    def _forget(self) -> None:
         self.count = 0
         self._mean = self._squares = self._entropy = torch.empty(0)
 
     @torch.inference_mode()  # so that samples may come from inside and outside of it
-    def add(self, probabilities: torch.Tensor) -> None:
+    def add(self, probabilities: torch.Tensor, given_away: bool = False) -> None:
         """Take in a sample.
 
         Args:
             probabilities: (K, *spatial), values in [0, 1], any floating type; it is neither kept nor changed.
+            given_away: the caller needs it no more: it may be kept and changed, which spares a copy of the first one.
 
         Raises:
             ValueError: no spatial axes, no floating type, or another shape than that of the first sample.
@@ -64,12 +69,16 @@ class RunningMoments:
                 "expected probabilities (heads, *spatial)"
             )
         if self.count == 0:
-            self._mean = torch.zeros(probabilities.shape, device=probabilities.device)
-            self._squares, self._entropy = torch.zeros_like(self._mean[0]), torch.zeros_like(self._mean[0])
+            keep = given_away and probabilities.dtype == torch.float32
+            self._mean = probabilities if keep else probabilities.detach().to(torch.float32, copy=True)
+            self.count = 1
+            return
         if probabilities.shape != self._mean.shape:
             raise ValueError(
                 f"a sample has shape {tuple(probabilities.shape)}, the first had {tuple(self._mean.shape)}"
             )
+        if self.count == 1:
+            self._squares, self._entropy = torch.zeros_like(self._mean[0]), entropy_of(self._mean, self.regions)
         self.count += 1
         probabilities = probabilities.to(self._mean.device)
         for mean, head in zip(self._mean, probabilities, strict=True):  # views: the updates are in place
@@ -87,12 +96,20 @@ class RunningMoments:
         self._not_empty()
         return self._mean
 
+    def take_mean(self) -> torch.Tensor:
+        """As ``mean``, but for the caller to keep and change: there are no samples any more."""
+        mean = self.mean()
+        self._forget()
+        return mean
+
     def variance(self) -> torch.Tensor:
         """Mean over heads of the variance over samples (divided by N, not N - 1), (*spatial), in [0, 1/4].
 
         K times it is the total predictive variance, the trace of the covariance of the heads. 0 for one sample.
         """
         self._not_empty()
+        if self.count == 1:
+            return torch.zeros_like(self._mean[0])
         return self._squares / (self.count * len(self._mean))
 
     def entropy(self) -> torch.Tensor:
@@ -106,13 +123,16 @@ class RunningMoments:
         As the mean, it is to be copied before more is added.
         """
         self._not_empty()
-        return self._entropy
+        return self.entropy() if self.count == 1 else self._entropy
 
     def mutual_information(self) -> torch.Tensor:
         """Entropy of the mean minus mean entropy in nats, (*spatial): how far samples disagree. 0 for one sample.
 
         It is never negative; what rounding makes so is set to 0.
         """
+        self._not_empty()
+        if self.count == 1:
+            return torch.zeros_like(self._mean[0])
         return (self.entropy() - self._entropy).clamp_(min=0)
 
     def maps(self) -> dict[str, torch.Tensor]:

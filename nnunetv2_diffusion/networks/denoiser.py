@@ -143,20 +143,21 @@ class DenoisingUNet(nn.Module):
             logits (B, K, *spatial), or a list of them from fine to coarse under deep supervision.
         """
         x = self._stack_inputs(image, mask, estimate)
-        supervised = self.decoder.deep_supervision
-        if full_resolution_only:
-            self.decoder.deep_supervision = False
         modulations = self._modulations(t, latent)
-        for norm, modulation in zip(self._norms, modulations, strict=True):
-            norm.modulation = modulation
-        skips = self.encoder(x)
-        if self.transformer is not None:
-            skips[-1] = self.transformer(skips[-1])
-        logits = self.decoder(skips)
-        for norm in self._norms:
-            norm.modulation = None
-        self.decoder.deep_supervision = supervised
-        return logits
+        supervised = self.decoder.deep_supervision
+        try:  # a pass that fails, for want of memory, leaves the network as it was
+            if full_resolution_only:
+                self.decoder.deep_supervision = False
+            for norm, modulation in zip(self._norms, modulations, strict=True):
+                norm.modulation = modulation
+            skips = self.encoder(x)
+            if self.transformer is not None:
+                skips[-1] = self.transformer(skips[-1])
+            return self.decoder(skips)
+        finally:
+            for norm in self._norms:
+                norm.modulation = None
+            self.decoder.deep_supervision = supervised
 
     def _modulations(self, t: torch.Tensor | None, latent: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         """Of every norm; none for a network that takes neither time nor code."""

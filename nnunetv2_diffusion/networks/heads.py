@@ -9,6 +9,46 @@ from torch import nn
 HOST_SKIPS = ".seg_layers."  # in keys that nnU-Net's -pretrained_weights does not load
 
 
+class NotFiniteError(ValueError):
+    """A network's answer has NaN or infinite values."""
+
+
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether all values are finite, by one sum: no map of the tensor's size is made."""
+    return bool(torch.isfinite(x.sum(dtype=torch.float32)))
+
+
+@torch.compiler.disable  # it looks at values
+def check_finite(x: torch.Tensor, network: nn.Module | None = None) -> None:
+    """Raise unless all values of an answer are finite.
+
+    Args:
+        x: probabilities or bounded logits of any shape.
+        network: that gave them, whose weights are looked at if they are not.
+
+    Raises:
+        NotFiniteError: naming how many are not, and the weights if it is these.
+    """
+    if is_finite(x):
+        return
+    count = int((~torch.isfinite(x)).sum())
+    if not count:
+        return  # finite, but too large to be summed up
+    parameters = network.named_parameters() if network is not None else ()
+    weights = [name for name, weight in parameters if not torch.isfinite(weight).all()]
+    found = f"the network's answer has {count} NaN or infinite values among {x.numel()}"
+    if weights:
+        raise NotFiniteError(
+            f"{found}: {len(weights)} of its weights are not finite, {weights[0]} for example. The training that wrote "
+            "this checkpoint diverged; predict with an earlier one (-chk checkpoint_best.pth), or train again with a "
+            "lower learning rate"
+        )
+    raise NotFiniteError(
+        f"{found}, its weights are finite. Check the image for NaN, infinite or extreme intensities; on a GPU half "
+        "precision can overflow, which -device cpu avoids"
+    )
+
+
 class HeadsMixin(nn.Module):
     """Heads that are exclusive classes or independent regions.
 
@@ -31,10 +71,19 @@ class HeadsMixin(nn.Module):
         return logits.sigmoid() if self.sigmoid else logits.softmax(1)
 
     def bounded_logits(self, p: torch.Tensor) -> torch.Tensor:
-        """Logits whose softmax or sigmoid is p, bounded by ``min_probability``."""
+        """Logits whose softmax or sigmoid is p, bounded by ``min_probability``.
+
+        Raises:
+            NotFiniteError: if p is not finite: its logits would be an empty mask.
+        """
+        self.check_finite(p)
         if self.sigmoid:
             return torch.logit(p, eps=self.min_probability)
         return p.clamp(min=self.min_probability).log()
+
+    def check_finite(self, x: torch.Tensor) -> None:
+        """See the function ``check_finite``; weights that are not finite are named."""
+        check_finite(x, self)
 
     def get_extra_state(self) -> torch.Tensor:
         """Stored with the weights, as a tensor like everything that nnU-Net expects there: heads are regions."""
@@ -42,7 +91,7 @@ class HeadsMixin(nn.Module):
 
     def set_extra_state(self, state: torch.Tensor) -> None:
         """Restored with the weights."""
-        self.sigmoid = bool(state.item())
+        self.sigmoid = bool(int(state.item()) & 1)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As torch's, but a checkpoint of another network is named as such instead of listing every key.

@@ -11,18 +11,20 @@ from torch.nn import functional as F
 from nnunetv2_diffusion.diffusion import (
     BernoulliDiffusion,
     ContentNoise,
+    NoiseCalibration,
     SamplingConfig,
     bernoulli_reverse_process,
-    focal_logits,
-    focal_to_probability,
 )
 from nnunetv2_diffusion.diffusion.noise import content_hash
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput, cumulative_strides
 from nnunetv2_diffusion.networks.heads import HeadsMixin, average_samples
 from nnunetv2_diffusion.networks.refiner import Refiner
 
+# bits of the extra state beside the lowest, which says that heads are regions; all are 0 in version 0.1
+REFINER_UNUSED = 2  # by the trainer's verdict
+STARTS_FROM_TRAINED_LOSS = 4  # see ``HybridSegmentor.prior_logits``
+
 MAX_STAGES = 6  # the paper's refiner goes down to 1/32; deeper maps of a 2D network have few voxels left
-SUREST = 1e-3  # probability that is left to the refiner where the prior is 0 or 1
 FIRST_CONDITION = 2  # features enter from the third stage on, as in the published refiner (1/4 and coarser)
 
 
@@ -68,18 +70,6 @@ def match_features(
     }
 
 
-def _slow_alone(image: torch.Tensor) -> bool:
-    """On a CPU, PyTorch convolves one small volume four times as slowly as each of two."""
-    return len(image) == 1 and image.device.type == "cpu" and not torch.is_grad_enabled()
-
-
-def _twice(refiner: Refiner, *given: Any) -> torch.Tensor:
-    """Result for a batch of one, computed in a batch of two."""
-    *tensors, features = given
-    doubled = [torch.cat([x, x]) for x in tensors]
-    return refiner(*doubled, {stage: torch.cat([f, f]) for stage, f in features.items()})[:1]
-
-
 class HybridSegmentor(HeadsMixin):
     """Segmentor f, refiner g and the process between f(image) and the mask.
 
@@ -98,8 +88,13 @@ class HybridSegmentor(HeadsMixin):
         norm: "instance" or "batch", in the refiner.
         binarized: 1-bit weights and activations in the refiner.
         cross_transformer: exchange features at the bottleneck by the X-Former.
-        focal_gamma: of the focal loss that the refiner is trained with; 0 if its outputs are probabilities as they are.
+        calibration: of the loss that the refiner is trained with; None takes its outputs as they are.
         prior_residual: the refiner's output corrects the logit of the prior's mask, see ``estimate_noise``.
+
+    Attributes:
+        refiner_pays: whether the training found the refined masks no worse than the prior; stored with the weights. If
+            not, the prior is predicted. True for weights of version 0.1, which do not tell.
+        always_refine: refine all the same, because somebody asked for steps.
 
     Raises:
         ValueError: if sampling wants more steps than the process has.
@@ -121,13 +116,16 @@ class HybridSegmentor(HeadsMixin):
         norm: str = "instance",
         binarized: bool = True,
         cross_transformer: bool = True,
-        focal_gamma: float = 0.0,
+        calibration: NoiseCalibration | None = None,
         prior_residual: bool = True,
     ):
         super().__init__()
         self.segmentor = segmentor
         self.prior_residual = prior_residual
-        self.focal_gamma = focal_gamma
+        self.calibration = calibration
+        self._starts = self._starts_at_first(process, calibration)
+        self._starts_from_trained_loss = True
+        self.refiner_pays, self.always_refine, self._told = True, False, False
         self.num_heads = num_heads
         self.process = process
         self.sampling = sampling
@@ -143,6 +141,39 @@ class HybridSegmentor(HeadsMixin):
             image_channels, num_heads, kernel_sizes, strides, channels, width, norm, binarized, cross_transformer,
             **start,
         )  # fmt: skip
+
+    @staticmethod
+    def _starts_at_first(
+        process: BernoulliDiffusion, calibration: NoiseCalibration | None
+    ) -> dict[bool, NoiseCalibration]:
+        """What ``prior_logits`` inverts: the trained loss, or as in version 0.1 its focal part alone (False)."""
+        focal = NoiseCalibration(process, calibration.gamma if calibration else 0.0, bound=False)
+        return {True: calibration or focal, False: focal}
+
+    def get_extra_state(self) -> torch.Tensor:
+        """See ``HeadsMixin``; and whether the refiner pays, and from which logits it starts, as bits of one integer."""
+        flags = REFINER_UNUSED * (not self.refiner_pays) + STARTS_FROM_TRAINED_LOSS * self._starts_from_trained_loss
+        return super().get_extra_state() + flags
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        """Restored with the weights."""
+        super().set_extra_state(state)
+        flags = int(state.item())
+        self.refiner_pays = not flags & REFINER_UNUSED
+        self._starts_from_trained_loss = bool(flags & STARTS_FROM_TRAINED_LOSS)
+
+    def uses_refiner(self) -> bool:
+        """Whether a prediction refines the prior; if the refiner does not pay, it does not, and says so once."""
+        if self.refiner_pays or self.always_refine:
+            return True
+        if not self._told:
+            print(
+                "nnunetv2_diffusion: the refiner of these weights is untrained, or made masks worse in its training; "
+                "the segmentor's own masks are given. nnUNet_diffusion_steps=K or --steps K uses the refiner all the "
+                "same"
+            )
+        self._told = True
+        return False
 
     def compile_parts(self, **kwargs: Any) -> None:
         """torch.compile both networks in place; the loop stays outside and names in the state dict do not change."""
@@ -167,7 +198,7 @@ class HybridSegmentor(HeadsMixin):
             features: of the segmentor, fine to coarse.
         """
         given = (image, y_t, prior, t.to(image.device), self._conditions(image, features))
-        logits = _twice(self.refiner, *given) if _slow_alone(image) else self.refiner(*given)
+        logits = self.refiner(*given)
         if self.prior_residual:
             # The refiner corrects the logit of the mask, which says the same whatever was drawn as y_t. A correction
             # of the noise's logit would have to change its sign with every voxel of y_t's speckle.
@@ -178,20 +209,29 @@ class HybridSegmentor(HeadsMixin):
         self, image: torch.Tensor, y_t: torch.Tensor, prior: torch.Tensor, t: torch.Tensor, features: list[torch.Tensor]
     ) -> torch.Tensor:
         """P(y_t is wrong), calibrated, (B, K, *spatial) in float32; arguments as for ``estimate_noise``."""
-        eps = self.estimate_noise(image, y_t, prior, t, features).float().sigmoid()
-        return focal_to_probability(eps, self.focal_gamma)
+        logits = self.estimate_noise(image, y_t, prior, t, features).float()
+        with torch.autocast(logits.device.type, enabled=False):
+            if self.calibration is not None:
+                logits = self.calibration.logits(logits, y_t, prior.float(), t)
+            return logits.sigmoid()
 
     @torch.no_grad()
     def prior_logits(self, y_t: torch.Tensor, prior: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """Logits of the noise in y_t as far as prior and t tell.
+        """Logits of the noise in y_t as far as prior and t tell, as the trained loss would make them.
 
         If the mask is drawn from the prior, Bayes gives P(y_t is wrong) = (1 - alphas_cumprod) |prior - y_t|. Before
         training, refinement then draws masks from the prior, and one step (K = 1) returns the prior itself. Without
         it, an undertrained refiner lets y_T's speckle pass, and takes it for truth in the next step.
+
+        Weights of version 0.1 were trained to correct what the focal loss alone would make of it, and go on doing so.
         """
         with torch.autocast(prior.device.type, enabled=False):
-            sure = prior.float().clamp(SUREST, 1 - SUREST)  # the refiner can still overrule a prior of 0 or 1
-            return focal_logits(self.process.noise_probability(y_t, sure, t), self.focal_gamma)
+            return self.start.prior_logits(y_t, prior.float(), t)
+
+    @property
+    def start(self) -> NoiseCalibration:
+        """What ``prior_logits`` inverts."""
+        return self._starts[self._starts_from_trained_loss]
 
     def _conditions(self, image: torch.Tensor, features: list[torch.Tensor]) -> dict[int, torch.Tensor]:
         """Features on the grids of the stages that they enter."""
@@ -207,14 +247,15 @@ class HybridSegmentor(HeadsMixin):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
         """Predict; see ``predict``."""
-        return self.predict(image)
+        return self.predict(image, torch.compiler.is_compiling())
 
-    @torch.compiler.disable(recursive=False)
-    def predict(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
-        """The refined mask, or the prior if sampling is None.
+    @torch.compiler.disable  # with all that it calls: a loop would be compiled anew for every step, up to a limit
+    def predict(self, image: torch.Tensor, compiled: bool = False) -> torch.Tensor | list[torch.Tensor]:
+        """The refined mask, or the prior if sampling is None or the refiner does not pay.
 
         Args:
             image: (B, C, *spatial), finite.
+            compiled: the caller is compiled, so both networks are to be, each by itself.
 
         Returns:
             logits (B, K, *spatial); under deep supervision a list, whose coarser maps are those of the segmentor or,
@@ -222,12 +263,39 @@ class HybridSegmentor(HeadsMixin):
 
         Raises:
             ValueError: for an image with NaN or infinite values.
+            NotFiniteError: for an answer that is not finite.
         """
+        if compiled and self.refiner._compiled_call_impl is None:
+            self.compile_parts()
         output = self.segmentor(image)
-        supervised = self._deep_supervision
-        if self.sampling is None:
-            return output.heads if supervised else output.logits
-        config, hashes = self.sampling, content_hash(image)
+        if self.sampling is None or not self.uses_refiner():
+            return self.prior_answer(output)
+        return self.refine(image, output, self.sampling)
+
+    def prior_answer(self, output: SegmentorOutput) -> torch.Tensor | list[torch.Tensor]:
+        """The segmentor's own logits, as ``predict`` returns them.
+
+        Raises:
+            NotFiniteError: for logits that are not finite.
+        """
+        self.check_finite(output.logits)
+        return output.heads if self._deep_supervision else output.logits
+
+    def refine(
+        self, image: torch.Tensor, output: SegmentorOutput, config: SamplingConfig
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """The mean over samples of the refined mask, as ``predict`` returns it.
+
+        Args:
+            image: (B, C, *spatial), finite.
+            output: of the segmentor.
+            config: how to sample.
+
+        Raises:
+            ValueError: for an image with NaN or infinite values.
+            NotFiniteError: for probabilities that are not finite.
+        """
+        hashes = content_hash(image)
 
         def draw(sample: int) -> list[torch.Tensor]:
             noise = ContentNoise(hashes, config.seed, sample, image.device)
@@ -237,7 +305,7 @@ class HybridSegmentor(HeadsMixin):
 
         (mean,) = average_samples(draw, config.samples)
         logits = self.bounded_logits(mean)
-        if not supervised:
+        if not self._deep_supervision:
             return logits
         return [logits, *[F.interpolate(logits, head.shape[2:]) for head in output.heads[1:]]]
 

@@ -55,12 +55,14 @@ class LatentSegmentor(DiffusionSegmentor):
             ValueError: when predicting from an image with NaN or infinite values.
         """
         if latent is None:
-            return self.predict(image)
+            return self.predict(image, torch.compiler.is_compiling())
         return self._run(image, full_resolution_only=full_resolution_only, latent=latent)
 
-    @torch.compiler.disable(recursive=False)
-    def predict(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    @torch.compiler.disable  # as ``DiffusionSegmentor.predict``
+    def predict(self, image: torch.Tensor, compiled: bool = False) -> torch.Tensor | list[torch.Tensor]:
         """Mean over samples, as logits whose softmax or sigmoid is that mean; see ``DiffusionSegmentor.predict``."""
+        if compiled:
+            self.compile_passes()
         hashes = content_hash(image)
 
         def draw(sample: int) -> list[torch.Tensor]:

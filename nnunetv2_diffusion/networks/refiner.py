@@ -1,4 +1,4 @@
-"""The diffusion refiner of HiDiff (Chen et al. 2024, section II-C): a U-Net that finds the wrong voxels of a mask.
+"""The diffusion refiner of HiDiff (Chen et al. 2024, section II-B): a U-Net that finds the wrong voxels of a mask.
 
 It is told the image, the noisy mask, the segmentor's probabilities, the time, and the segmentor's features at matching
 strides. One class is the binarised and the real-valued network, in 2D and in 3D.

@@ -102,12 +102,15 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
             logits, a list of them under deep supervision.
 
         Raises:
-            ValueError: when predicting from an image with NaN or infinite values.
+            ValueError: when predicting from an image with NaN or infinite values, or with weights that are not finite.
         """
         if self.process is None:
-            return self._run(image, full_resolution_only=full_resolution_only)
+            heads = self._run(image, full_resolution_only=full_resolution_only)
+            if not self.training and not torch.is_grad_enabled():
+                self.check_finite(heads[0] if isinstance(heads, list | tuple) else heads)
+            return heads
         if x_t is None:
-            return self.predict(image)
+            return self.predict(image, torch.compiler.is_compiling())
         return self._pass(image, x_t, t, estimate, full_resolution_only)
 
     def _pass(
@@ -121,16 +124,24 @@ class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
         t = t.to(image.device, non_blocking=True) if self.time is not None else None
         return self._run(image, to_mask(x_t), t, estimate, full_resolution_only)
 
-    @torch.compiler.disable(recursive=False)
-    def predict(self, image: torch.Tensor) -> torch.Tensor | list[torch.Tensor]:
+    def compile_passes(self) -> None:
+        """As the host asks for by compiling the whole network to predict: a pass alone, once."""
+        if self._run == self.denoise:
+            self.compile_denoiser()
+
+    @torch.compiler.disable  # with all that it calls: a loop would be compiled anew for every step, up to a limit
+    def predict(self, image: torch.Tensor, compiled: bool = False) -> torch.Tensor | list[torch.Tensor]:
         """Mean over samples of the reverse process's result, as logits whose softmax or sigmoid is that mean.
 
         Args:
             image: (B, C, *spatial), finite.
+            compiled: the caller is compiled, so the passes are to be.
 
         Returns:
             fresh float32 logits (B, K, *spatial), |logit| < 14; a list under deep supervision.
         """
+        if compiled:
+            self.compile_passes()
         config = self.sampling
         hashes = content_hash(image)
 

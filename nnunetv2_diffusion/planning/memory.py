@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from nnunetv2_diffusion.diffusion import UniformTimeSampler, focal_logits, variational_bound
+from nnunetv2_diffusion.diffusion import UniformTimeSampler, variational_bound
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput
 from nnunetv2_diffusion.planning.settings import read_settings
 from nnunetv2_diffusion.training import DiffusionTrainer, RecycleXT
@@ -362,7 +362,6 @@ class _HiDiff(_Rehearsal, HybridTrainer):
 
     def prepare(self) -> None:
         self.settings = read_settings(self.configuration_manager.configuration)
-        focal_logits(torch.tensor([0.5]), self.settings.hidiff.focal_gamma)  # makes its table, which needs content
 
     def rehearse(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> Any:
         trains_segmentor = self.settings.hidiff.collaborative

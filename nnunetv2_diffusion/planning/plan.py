@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Derive or show; 1 with a message if it cannot be done."""
     try:
         folder = dataset_folder(arguments.d)
-        plans = read_plans(folder, arguments.base)
+        plans = base = read_plans(folder, arguments.base)
         if arguments.preset or arguments.set or not arguments.show:
             plans = derive(plans, arguments)
         if arguments.show:
@@ -65,6 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"nnunetv2_diffusion plan: {error}", file=sys.stderr)
         return 1
     print(f"wrote {file}; use it with -p {plans['plans_name']}")
+    if not says_more(base, plans):
+        print(f"Nothing but the name differs from {base['plans_name']}: --preset and --set give what it says already.")
     for line in data_lines(plans, folder, arguments.d):
         print(line)
     return 0
@@ -140,6 +142,15 @@ def derive(base: Mapping[str, Any], arguments: argparse.Namespace) -> dict[str, 
         add_settings({configuration: own}, settings[configuration], name)
     plans[RECORD] = {"base": base["plans_name"], "preset": arguments.preset, "set": flatten(given)}
     return plans
+
+
+def says_more(base: Mapping[str, Any], plans: Mapping[str, Any]) -> bool:
+    """Whether a configuration of derived plans differs from the base's; settings at their defaults are none."""
+    before, after = resolve_configurations(base), resolve_configurations(plans)
+    without = [{k: v for k, v in c.items() if k != SECTION} for c in (*before.values(), *after.values())]
+    settings = [parse_settings(c.get(SECTION)) for c in (*before.values(), *after.values())]
+    half = len(before)
+    return without[:half] != without[half:] or settings[:half] != settings[half:]
 
 
 def chosen_configurations(

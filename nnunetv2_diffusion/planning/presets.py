@@ -90,20 +90,29 @@ def parse_preset(name: str, content: Mapping[str, Any]) -> Preset:
 
 
 def presets_table() -> str:
-    """All presets and what they set, as Markdown; the docs hold a copy that a test compares."""
-    rows = ["| preset | 2D | 3D |", "|---|---|---|"]
-    for name in preset_names():
-        preset = load_preset(name)
-        cells = [_cell({**preset.overrides(axes), **preset.settings(axes)}) for axes in (2, 3)]
-        rows.append(f"| `{name}`: {preset.summary}. Source: {preset.source}. | {cells[0]} | {cells[1]} |")
-    return "\n".join(rows)
+    """All presets, then a row for each setting, as Markdown; the docs hold a copy that a test compares."""
+    presets = [load_preset(name) for name in preset_names()]
+    lines = [f"- `{p.name}`: {p.summary}. Source: {p.source}." for p in presets]
+    columns = [[_flat({**p.overrides(axes), **p.settings(axes)}) for axes in (2, 3)] for p in presets]
+    keys = dict.fromkeys(key for column in columns for values in column for key in values)
+    lines += ["", f"| setting | {' | '.join(p.name for p in presets)} |", "|---" * (len(presets) + 1) + "|"]
+    lines += [f"| `{key}` | {' | '.join(_cell(key, *column) for column in columns)} |" for key in keys]
+    return "\n".join(lines)
 
 
-def _cell(values: Mapping[str, Any], prefix: str = "") -> str:
-    words = []
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Names of settings, ``hidiff.`` in front of HiDiff's -> JSON."""
+    found: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            words.append(_cell(value, f"{key}."))
+            found |= _flat(value, f"{prefix}{key}.")
         else:
-            words.append(f"`{prefix}{key}={json.dumps(value)}`")
-    return " ".join(words)
+            found[prefix + key] = json.dumps(value)
+    return found
+
+
+def _cell(key: str, planar: Mapping[str, str], volume: Mapping[str, str]) -> str:
+    """What a preset sets in 2D and in 3D; empty where it leaves the plans' value."""
+    if planar.get(key) == volume.get(key):
+        return planar.get(key, "")
+    return ", ".join(f"{values[key]} ({kind})" for kind, values in (("2D", planar), ("3D", volume)) if key in values)

@@ -32,12 +32,18 @@ SPACINGS = ("linspace", "trailing", "low")
 class HiDiffSettings(Settings):
     """Settings that HiDiff has of its own: section ``hidiff`` within ``diffusion``.
 
-    The ablation of Chen et al. 2024 (table IX): V1 is collaborative, cross_transformer and binarized false with
+    The ablation of Chen et al. 2024 (table X): V1 is collaborative, cross_transformer and binarized false with
     noise_loss bce; V2 sets collaborative, V3 noise_loss focal, V4 cross_transformer, V5 (default) binarized.
     """
 
     timesteps: int = setting(10, "T, length of the cosine schedule", low=1, high=1000)
-    steps: int = setting(10, "K, refinement steps of a prediction; 0 gives the segmentor's own mask", low=0, high=1000)
+    steps: int = setting(
+        1,
+        "K, refinement steps of a prediction, 10 in the paper; 0 gives the segmentor's own mask; samples whose masks "
+        "differ need more than 1",
+        low=0,
+        high=1000,
+    )
     sampler: str = setting("ddim", "reverse step", choices=SAMPLERS)
     samples: int = setting(1, "masks drawn in a prediction; their probabilities are averaged", low=1, high=MOST_SAMPLES)
     seed: int = setting(0, "seed of the noise in prediction", low=0, high=LARGEST_SEED)
@@ -51,7 +57,7 @@ class HiDiffSettings(Settings):
     noise_loss: str = setting("focal", "loss of the estimated noise beside the KL divergence", choices=("focal", "bce"))
     focal_gamma: float = setting(2.0, "focusing parameter of the focal loss", low=0.0, high=100.0)
     calibrated: bool = setting(
-        True, "turn what the focal loss makes of probabilities back before sampling; paper: false"
+        True, "turn what the trained loss makes of probabilities back before sampling; paper: false"
     )
     lambda_focal: float = setting(1.0, "weight of noise_loss in the diffusion loss", low=0.0, high=1000.0)
     lambda_diffusion: float = setting(1.0, "weight of the diffusion loss for the segmentor", low=0.0, high=1000.0)
@@ -165,6 +171,9 @@ class DiffusionSettings(Settings):
     num_epochs: int | None = setting(None, "training length; null: nnU-Net's 1000", low=1, high=MOST_EPOCHS)
     num_iterations_per_epoch: int | None = setting(None, "null: nnU-Net's 250", low=1, high=1_000_000)
     num_val_iterations_per_epoch: int | None = setting(None, "null: nnU-Net's 50", low=1, high=1_000_000)
+    max_bad_steps: int = setting(
+        20, "stop a training after so many steps in a row whose loss or gradients are not finite", low=2, high=10_000
+    )
 
     hidiff: HiDiffSettings = field(default_factory=HiDiffSettings, metadata={"doc": "settings of the HiDiff trainers"})
     mixture: MixtureSettings = field(

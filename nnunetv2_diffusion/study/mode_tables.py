@@ -62,11 +62,12 @@ def passes(runs: list[Rows]) -> float:
 
 
 def mode_aurc(runs: list[Rows]) -> float:
-    """Area under the risk-coverage curve, mean over runs; NaN if confidence was not measured."""
+    """Area under the risk-coverage curve, mean over runs; NaN if the soft Dice was not measured."""
     found = []
     for run in runs:
-        confidence = [as_float(row.get("confidence")) for row in run]
-        found.append(failure_scores(confidence, [as_float(row["Dice"]) for row in run])["AURC"])
+        # version 0.1 called it confidence
+        soft_dice = [as_float(row.get("soft_dice", row.get("confidence"))) for row in run]
+        found.append(failure_scores(soft_dice, [as_float(row["Dice"]) for row in run])["AURC"])
     return nanmean(found)
 
 
@@ -120,7 +121,7 @@ def mode_table(study: StudyResults) -> Table:
     columns = ["cell", "mode", "Dice", "trainings", *METRICS, "AURC", "passes a tile", *compared]
     notes = [
         "One chain of as many steps as in the tables above; mean ± standard deviation over cases and runs. AURC: risk "
-        "1 - Dice, confidence the soft Dice of the probabilities with their mask. Trainings: mean Dice of each.",
+        "1 - Dice, cases ranked by the soft Dice of the probabilities with their mask. Trainings: mean Dice of each.",
         "Minus one pass: Dice points over the first step of the same model, without mirroring. "
         "Minus passes apart: over as many passes of the same model that are told nothing of each other (one from noise "
         "for every mirrored view, or the mode of that name), so what is left is what the chain brings. "

@@ -1,18 +1,20 @@
 """Looks at plans, labels and images before hours are spent on them."""
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
-from tqdm import tqdm
 
 from nnunetv2_diffusion.architecture import check_configuration
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.denoiser import SUPPORTED
 from nnunetv2_diffusion.planning.settings import SettingsError, read_settings
+from nnunetv2_diffusion.training.label_scan import scan_labels
 
 
 def check_plans(plans: dict, configuration: str, dataset_json: dict) -> None:
@@ -21,6 +23,7 @@ def check_plans(plans: dict, configuration: str, dataset_json: dict) -> None:
     Raises:
         SettingsError: unknown key or unusable value in the ``diffusion`` section, or an encoding for classes where
             dataset.json has regions.
+        ValueError: classes are not numbered 0, 1, 2, ...
         UnsupportedArchitectureError: not a PlainConvUNet or ResidualEncoderUNet, or numbers or names that cannot be
             used; nothing was imported.
     """
@@ -28,7 +31,9 @@ def check_plans(plans: dict, configuration: str, dataset_json: dict) -> None:
     manager = plans_manager.get_configuration(configuration)
     where = f"configuration {configuration} of {plans.get('plans_name', 'the plans')}"
     settings = read_settings(manager.configuration, where)
-    if settings.mask_encoding != "one-hot" and plans_manager.get_label_manager(dataset_json).has_regions:
+    labels = plans_manager.get_label_manager(dataset_json)
+    check_label_numbers(labels)
+    if settings.mask_encoding != "one-hot" and labels.has_regions:
         raise SettingsError(
             f"{where}: mask_encoding is {settings.mask_encoding!r}, expected 'one-hot': dataset.json defines regions, "
             "which overlap and have no class numbers to write in bits"
@@ -43,7 +48,28 @@ def check_plans(plans: dict, configuration: str, dataset_json: dict) -> None:
     check_configuration(manager.configuration, where)
 
 
-def check_labels(datasets: Iterable[Any], labels: LabelManager, folder: str, show_progress: bool) -> None:
+def check_label_numbers(labels: LabelManager) -> None:
+    """Raise if classes are not numbered 0, 1, 2, ...: a class's number is its place in the network's output.
+
+    Regions are not concerned, they have no number of their own.
+
+    Raises:
+        ValueError: with nnU-Net's words of ``--verify_dataset_integrity``.
+    """
+    if labels.has_regions:
+        return
+    numbers = [int(n) for n in labels.all_labels] + ([int(labels.ignore_label)] if labels.has_ignore_label else [])
+    wrong = [n for before, n in itertools.pairwise(numbers) if n != before + 1]
+    if wrong:
+        raise ValueError(
+            f"Labels must be in consecutive order (0, 1, 2, ...). The labels {wrong} do not satisfy this restriction. "
+            f"dataset.json has {numbers}: renumber it and the files in labelsTr, then plan and preprocess again."
+        )
+
+
+def check_labels(
+    datasets: Iterable[Any], labels: LabelManager, folder: str, show_progress: bool, cache: Path | None = None
+) -> dict[str, set[int]]:
     """Raise if a preprocessed segmentation holds a label that dataset.json does not define.
 
     nnU-Net would train on (regions) or stop deep inside a CUDA kernel (classes).
@@ -53,6 +79,10 @@ def check_labels(datasets: Iterable[Any], labels: LabelManager, folder: str, sho
         labels: the label manager of plans and dataset.json.
         folder: named in the error.
         show_progress: show a progress bar.
+        cache: see ``scan_labels``.
+
+    Returns:
+        labels of every case.
 
     Raises:
         ValueError: naming the case, the label and the known ones.
@@ -60,25 +90,60 @@ def check_labels(datasets: Iterable[Any], labels: LabelManager, folder: str, sho
     known = {-1, 0, *map(int, labels.all_labels)}  # -1 marks voxels outside of the cropped image
     if labels.ignore_label is not None:
         known.add(int(labels.ignore_label))
-    cases = [(dataset, case) for dataset in datasets for case in dataset.identifiers]
-    for dataset, case in tqdm(cases, desc="checking labels", disable=not show_progress, leave=False):
-        segmentation = dataset.load_case(case)[1]
-        unknown = sorted(_label_values(segmentation) - known)
+    found = scan_labels(datasets, show_progress, cache)
+    for case, values in found.items():
+        unknown = sorted(values - known)
         if unknown:
             raise ValueError(
                 f"case {case} in {folder}: the segmentation holds label {unknown[0]}, which dataset.json does not "
                 f"define; expected {sorted(known - {-1})}. Correct labelsTr or dataset.json and preprocess again."
             )
-
-
-def _label_values(segmentation: Any) -> set[int]:
-    """Distinct labels of a (1, *spatial) array that may lie on disk, slice by slice."""
-    found: set[int] = set()
-    for index in range(segmentation.shape[1]):
-        values = np.asarray(segmentation[0, index]).astype(np.int64).ravel()
-        low = int(values.min())
-        found.update(int(v) + low for v in np.flatnonzero(np.bincount(values - low)))
     return found
+
+
+def head_names(labels: LabelManager) -> list[str]:
+    """Names of the foreground classes or regions, in nnU-Net's order."""
+    numbers = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    by_number = {}
+    for name, number in labels.label_dict.items():
+        several = isinstance(number, tuple | list)
+        by_number.setdefault(tuple(number) if several and len(number) > 1 else int(np.ravel(number)[0]), name)
+    return [by_number.get(tuple(n) if isinstance(n, tuple | list) else int(n), str(n)) for n in numbers]
+
+
+def absent_classes(found: Iterable[set[int]], labels: LabelManager, folder: str) -> list[str]:
+    """Names of classes or regions that none of the cases has.
+
+    Args:
+        found: labels of each training case.
+        labels: the label manager of plans and dataset.json.
+        folder: named in the error.
+
+    Raises:
+        ValueError: if there is no foreground in any case.
+    """
+    present = set().union(*found)
+    heads = labels.foreground_regions if labels.has_regions else labels.foreground_labels
+    absent = [name for name, head in zip(head_names(labels), heads, strict=True) if not present & set(np.ravel(head))]
+    if len(absent) == len(heads):
+        raise ValueError(
+            f"no training case in {folder} has any foreground: the labels there are {sorted(present - {-1})}, expected "
+            f"some of {labels.label_dict}. Check labelsTr, and the fold's split in splits_final.json."
+        )
+    return absent
+
+
+def never_found(dice: Sequence[Sequence[float]], names: Sequence[str]) -> list[str]:
+    """Names of classes whose Dice was 0, or not defined, in every epoch.
+
+    Args:
+        dice: of each epoch and class or region, NaN where neither truth nor prediction had it.
+        names: of the classes or regions.
+    """
+    if not len(dice):
+        return []
+    best = np.nan_to_num(np.asarray(dice, dtype=float)).max(0)
+    return [name for name, value in zip(names, best, strict=False) if not value > 0]
 
 
 def check_images(batch: dict, images: torch.Tensor) -> None:

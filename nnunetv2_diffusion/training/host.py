@@ -1,19 +1,34 @@
 """What has to change in nnU-Net's trainer for any network of ours, and no more."""
 
+import functools
+import os
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 
+import numpy as np
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nnunetv2_diffusion.architecture import check_architecture
-from nnunetv2_diffusion.checkpoints import check_checkpoint
+from nnunetv2_diffusion.checkpoint_files import (
+    NAMES,
+    is_whole,
+    newest_whole,
+    weights_only,
+    whole_neighbour,
+    write_whole,
+)
+from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint, load_checkpoint_file
 from nnunetv2_diffusion.diffusion import MaskEncoding
+from nnunetv2_diffusion.locks import locked
 from nnunetv2_diffusion.networks.heads import HeadsMixin
+from nnunetv2_diffusion.planning.continuing import FIXED, LENGTHS, changes, unread
 from nnunetv2_diffusion.planning.schema import S
 from nnunetv2_diffusion.planning.settings import (
     DiffusionSettings,
@@ -22,9 +37,13 @@ from nnunetv2_diffusion.planning.settings import (
     read_settings,
 )
 from nnunetv2_diffusion.training import checks
+from nnunetv2_diffusion.training.divergence import DivergedError, StepGuard, backward_seed, describe_not_finite
+from nnunetv2_diffusion.training.label_scan import FILE
 from nnunetv2_diffusion.training.losses import encoded_target
 
 PEAK_GPU_MEMORY = "Peak GPU memory of tensors"  # a line of the log
+LOCK = ".training.lock"  # in the fold's folder
+RECENT_EPOCHS = 5  # whose pseudo Dice tells at the end of a training whether a class is found
 
 
 def apply_schedule_length(trainer: nnUNetTrainer, settings: DiffusionSettings) -> None:
@@ -95,6 +114,28 @@ def keep_in_optimizer_state(
     optimizer.register_load_state_dict_pre_hook(take)
 
 
+def read_pretrained_weights_safely() -> None:
+    """Let nnU-Net's ``-pretrained_weights`` read weights only, and name a file that holds more.
+
+    nnU-Net unpickles that file by a function of its training command, with no hook of the trainer between. So that
+    function, where this process has the command loaded, is given a look at the file first.
+    """
+    for command in (sys.modules.get("nnunetv2.run.run_training"), sys.modules.get("__main__")):
+        load = getattr(command, "load_pretrained_weights", None)
+        if load is not None and not hasattr(load, "__wrapped__"):
+            command.load_pretrained_weights = _safe_loader(load)
+
+
+def _safe_loader(load: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(load)
+    def checked(network: nn.Module, fname: str, verbose: bool = False) -> None:
+        load_checkpoint_file(fname)
+        with weights_only():
+            load(network, fname, verbose)
+
+    return checked
+
+
 class MemoryLog:
     """Writes a training's peak memory on a GPU to its log; a class to inherit before nnU-Net's trainer."""
 
@@ -105,8 +146,182 @@ class MemoryLog:
         super().on_train_end()
 
 
-class PlannedTrainer(MemoryLog, nnUNetTrainer):
-    """nnU-Net's trainer with settings from the plans, early checks, and a loop kept out of torch.compile.
+class CommonTrainer(MemoryLog, nnUNetTrainer):
+    """What all trainers here do, the baseline included, beside nnU-Net's: lose nothing, run nothing, stop in time.
+
+    Settings come from the plans. A fold is trained by one process at a time, checkpoints are written whole or not at
+    all and only with finite weights, a training that diverges stops.
+    """
+
+    def __init__(
+        self,
+        plans: dict,
+        configuration: str,
+        fold: int,
+        dataset_json: dict,
+        device: torch.device = torch.device("cuda"),
+    ):
+        self._continues = bool(plans.get("continue_training"))  # --c; nnU-Net takes it out of the plans
+        super().__init__(plans, configuration, fold, dataset_json, device)
+        self.settings = read_settings(self.configuration_manager.configuration, self.plans_manager.plans_name)
+        apply_schedule_length(self, self.settings)
+        self.guard = StepGuard(self.settings.max_bad_steps)
+        self._honour_thread_limit()
+
+    @classmethod
+    def reads(cls) -> frozenset[str]:
+        """Names of the settings that this trainer reads, those of a section within as ``hidiff.steps``."""
+        return LENGTHS
+
+    def _honour_thread_limit(self) -> None:
+        """Undo what nnUNetv2_train does on a CPU: as many threads as processors, whatever OMP_NUM_THREADS says."""
+        limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+        if self.device.type == "cpu" and limit.isdecimal() and int(limit):
+            torch.set_num_threads(int(limit))
+            self.print_to_log_file(f"CPU threads: {limit}, as OMP_NUM_THREADS says")
+
+    def initialize(self) -> None:
+        """As nnU-Net's; settings of the plans that have no effect go to the log."""
+        super().initialize()
+        read_pretrained_weights_safely()
+        ignored = unread(self.settings, self.reads())
+        if ignored:
+            self.print_to_log_file(
+                f"{type(self).__name__} does not read these settings of the plans, they have no effect: "
+                f"{', '.join(ignored)}"
+            )
+
+    def run_training(self) -> None:
+        """As nnU-Net's, while no other process trains this fold.
+
+        Raises:
+            LockedError: naming the process that trains it.
+            DivergedError: after ``max_bad_steps`` steps in a row without a finite loss and gradients.
+        """
+        alone = locked(Path(self.output_folder) / LOCK, "a training") if self.local_rank == 0 else nullcontext()
+        with alone:
+            super().run_training()
+
+    def _judge_step(self, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+        """Count a step that was left out; stop the training after too many."""
+        if self.guard.judge(optimizer, loss, self.grad_scaler):
+            raise DivergedError(
+                f"the training diverged in epoch {self.current_epoch}: loss or gradients of {self.guard.limit} steps "
+                f"in a row (setting max_bad_steps) are not finite. {self._way_back()}"
+            )
+
+    def _way_back(self) -> str:
+        """The last good checkpoint, and what to try."""
+        found = None if self.output_folder is None else newest_whole(self.output_folder, NAMES[1:])
+        good = f"The last good checkpoint is {found[0]} ({found[1]} epochs)" if found else "There is no checkpoint yet"
+        return (
+            f"{good}. Try --c once, which draws other cases; if it happens again, train with a lower learning rate or "
+            "the other recipe, and look for images with extreme values."
+        )
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """As nnU-Net's, over finite losses; how many steps were left out goes to the log."""
+        losses = np.array([float(output["loss"]) for output in train_outputs])
+        finite = losses[np.isfinite(losses)]
+        if 0 < len(finite) < len(losses):  # the number of losses stays: nnU-Net stacks those of all processes
+            mean = np.asarray(finite.mean(), dtype=np.float32)
+            train_outputs = [o if np.isfinite(o["loss"]) else {**o, "loss": mean} for o in train_outputs]
+        left_out = self.guard.end_epoch()
+        if left_out:
+            self.print_to_log_file(
+                f"{left_out} optimiser steps of this epoch ({len(losses)} iterations) were left out: loss or gradients "
+                "were not finite"
+            )
+        super().on_train_epoch_end(train_outputs)
+
+    def on_train_end(self) -> None:
+        """As nnU-Net's, then a word about classes that are never found."""
+        super().on_train_end()
+        recent = self.logger.get_value("dice_per_class_or_region", step=None)[-RECENT_EPOCHS:]
+        lost = checks.never_found(recent, checks.head_names(self.label_manager))
+        if lost:
+            self.print_to_log_file(
+                f"Never found in the validation patches of the last {len(recent)} epochs: {', '.join(lost)}. Was the "
+                "training too short, or is the class too rare?"
+            )
+
+    def save_checkpoint(self, filename: str) -> None:
+        """As nnU-Net's; the file is whole or, after an error, the one from before.
+
+        Raises:
+            DivergedError: if weights or statistics are not finite; nothing is written then.
+            CheckpointError: if the file cannot be written.
+        """
+        if self.local_rank or self.disable_checkpointing:
+            super().save_checkpoint(filename)
+            return
+        problem = describe_not_finite(self.network.state_dict())
+        if problem:
+            raise DivergedError(f"{filename} is not written: {problem}. {self._way_back()}")
+        write_whole(filename, super().save_checkpoint)
+
+    def load_checkpoint(self, filename_or_checkpoint: str | dict) -> None:
+        """As nnU-Net's, after a look whether the file belongs to this training; no code of it is run.
+
+        With ``--c`` the newest whole checkpoint beside a half-written one is taken.
+
+        Raises:
+            CheckpointError: if the file was written by another trainer, for other classes or with settings of another
+                process, if it is damaged, or holds more than weights and plain data.
+        """
+        if not isinstance(filename_or_checkpoint, str):
+            super().load_checkpoint(filename_or_checkpoint)
+            return
+        file = self._whole_checkpoint(filename_or_checkpoint)
+        check_checkpoint(file, type(self).__name__, self.label_manager.num_segmentation_heads)
+        self._compare_settings(file)
+        if not self.was_initialized:
+            self.initialize()
+        own = self.my_init_kwargs
+        with weights_only():
+            super().load_checkpoint(file)
+        self.my_init_kwargs = own  # nnU-Net takes the file's: further checkpoints would hold plans from before
+
+    def _whole_checkpoint(self, file: str) -> str:
+        """The file, or with ``--c`` the newest whole one beside it if it was cut off."""
+        if not os.path.isfile(file) or is_whole(file):
+            return file
+        other = whole_neighbour(file)
+        if other is None:
+            raise CheckpointError(
+                f"{file}: cut off while it was written, and no whole checkpoint lies beside it. Train without --c"
+            )
+        if not self._continues:
+            raise CheckpointError(
+                f"{file}: cut off while it was written. {other.name} beside it is whole: continue the training with --c"
+            )
+        self.print_to_log_file(f"{file}: cut off while it was written")
+        self.print_to_log_file(f"the training continues from {other}, the newest whole checkpoint beside it")
+        return str(other)
+
+    def _compare_settings(self, file: str) -> None:
+        """Refuse a checkpoint of another process, tell what else differs."""
+        try:
+            arguments = load_checkpoint_file(file)["init_args"]
+            plans = PlansManager(dict(arguments["plans"]))
+            old = read_settings(plans.get_configuration(arguments["configuration"]).configuration, str(file))
+        except (KeyError, TypeError, ValueError) as error:
+            self.print_to_log_file(f"{file}: its settings cannot be read, nor compared with the plans' ({error})")
+            return
+        different = changes(old, self.settings, self.reads())
+        fixed = [text for name, text in different.items() if name in FIXED]
+        if fixed:
+            raise CheckpointError(
+                f"{file}: the plans have changed since it was written: {', '.join(fixed)}. A trained network means "
+                f"something else then: set them back in {self.plans_manager.plans_name}, or train anew with plans of "
+                "another name"
+            )
+        if different:
+            self.print_to_log_file(f"settings changed since the checkpoint: {', '.join(different.values())}")
+
+
+class PlannedTrainer(CommonTrainer):
+    """The common trainer with early checks, and a loop kept out of torch.compile.
 
     ``self.network`` is a ``HeadsMixin``; subclasses say in ``_compile`` which of its parts are compiled.
     """
@@ -124,8 +339,6 @@ class PlannedTrainer(MemoryLog, nnUNetTrainer):
         # before nnU-Net makes folders and log files: a typo in the plans leaves no trace
         checks.check_plans(plans, configuration, dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
-        self.settings = read_settings(self.configuration_manager.configuration, self.plans_manager.plans_name)
-        apply_schedule_length(self, self.settings)
 
     @property
     def inner_network(self) -> HeadsMixin:
@@ -149,11 +362,21 @@ class PlannedTrainer(MemoryLog, nnUNetTrainer):
             self._compile()
 
     def get_tr_and_val_datasets(self) -> tuple:
-        """As nnU-Net's, with a look at every label before workers start."""
+        """As nnU-Net's, with a look at every label before workers start; what was found is remembered.
+
+        Raises:
+            ValueError: for a label that dataset.json does not define, or no foreground in any training case.
+        """
         datasets = super().get_tr_and_val_datasets()
         if self.local_rank == 0:
-            folder = self.preprocessed_dataset_folder
-            checks.check_labels(datasets, self.label_manager, folder, show_progress=True)
+            folder, cache = self.preprocessed_dataset_folder, Path(self.preprocessed_dataset_folder_base) / FILE
+            found = checks.check_labels(datasets, self.label_manager, folder, show_progress=True, cache=cache)
+            training = [found[case] for case in datasets[0].identifiers]
+            absent = checks.absent_classes(training, self.label_manager, folder)
+            if absent:
+                self.print_to_log_file(
+                    f"WARNING: none of the {len(training)} training cases has {', '.join(absent)}: it cannot be learnt"
+                )
         return datasets
 
     def truth(
@@ -179,35 +402,33 @@ class PlannedTrainer(MemoryLog, nnUNetTrainer):
         return target.to(self.device, non_blocking=True)
 
     def _backward(self, loss: torch.Tensor) -> None:
-        (loss if self.grad_scaler is None else self.grad_scaler.scale(loss)).backward()
+        """Gradients of a loss; none of them is finite where the loss is not."""
+        self._loss = loss.detach()
+        scaled = loss if self.grad_scaler is None else self.grad_scaler.scale(loss)
+        scaled.backward(backward_seed(loss).to(scaled.dtype))
 
     def _update(
         self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter], gradient_clip: float
     ) -> None:
-        """Clip gradients and step; the scaler is not updated, because one may serve several optimisers."""
+        """Clip gradients and step, unless they are not finite; the scaler is not updated, it may serve several.
+
+        Raises:
+            DivergedError: if too many steps in a row were left out.
+        """
+        self.guard.watch(optimizer, self.grad_scaler)
         if self.grad_scaler is None:
             nn.utils.clip_grad_norm_(parameters, gradient_clip)
             optimizer.step()
-            return
-        self.grad_scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parameters, gradient_clip)
-        self.grad_scaler.step(optimizer)
+        else:
+            self.grad_scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(parameters, gradient_clip)
+            self.grad_scaler.step(optimizer)
+        self._judge_step(optimizer, self._loss)
 
     def validation_step(self, batch: dict) -> dict:
         """As nnU-Net's; a case that is not finite is named."""
         checks.check_images(batch, batch["data"])
         return super().validation_step(batch)
-
-    def load_checkpoint(self, filename_or_checkpoint: str | dict) -> None:
-        """As nnU-Net's, after a look whether the file belongs to this training.
-
-        Raises:
-            CheckpointError: if it was written by another trainer or for other classes, or holds more than weights
-                and plain data.
-        """
-        if isinstance(filename_or_checkpoint, str):
-            check_checkpoint(filename_or_checkpoint, type(self).__name__, self.label_manager.num_segmentation_heads)
-        super().load_checkpoint(filename_or_checkpoint)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
         """As nnU-Net's; a trainer without deep supervision keeps it off, also after the final validation."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,7 @@ from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.diffusion import (
     BernoulliDiffusion,
     MaskEncoding,
+    NoiseCalibration,
     SamplingConfig,
     cosine_beta_schedule,
     noise_loss,
@@ -22,7 +24,14 @@ from nnunetv2_diffusion.diffusion import (
 )
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput, UNetSegmentor
 from nnunetv2_diffusion.networks.hybrid import HybridSegmentor, refiner_topology
-from nnunetv2_diffusion.planning.settings import HiDiffSettings, read_settings
+from nnunetv2_diffusion.planning.continuing import LENGTHS, section_names
+from nnunetv2_diffusion.planning.settings import (
+    DiffusionSettings,
+    HiDiffSettings,
+    SettingsError,
+    environment_overrides,
+    read_settings,
+)
 from nnunetv2_diffusion.training import checks
 from nnunetv2_diffusion.training.host import (
     PlannedTrainer,
@@ -33,8 +42,10 @@ from nnunetv2_diffusion.training.host import (
 from nnunetv2_diffusion.training.pretrained import find_segmentor, load_segmentor
 
 GRADIENT_CLIP = 12  # nnU-Net's
-RECENT_EPOCHS = 5  # whose pseudo Dice tells at the end whether the refiner pays
-VALIDATION_STEPS = 3  # of the refiner in the validation of every epoch: all T would take longer than the training
+RECENT_EPOCHS = 5  # whose pseudo Dice tells whether the refiner pays
+VALIDATION_STEPS = 3  # at most, in the validation of every epoch: all T would take longer than the training
+# terms of the loss, logged apart; the last two in bits
+TERMS = {"discriminative": "L_Disc {:.4f}", "kl": "KL {:.4f} bits", "noise": "noise loss {:.4f} bits"}
 
 
 class Draw(NamedTuple):
@@ -44,6 +55,33 @@ class Draw(NamedTuple):
     y_t: torch.Tensor
     t: torch.Tensor
     valid: torch.Tensor
+
+
+def hidiff_sampling(
+    settings: DiffusionSettings, process: BernoulliDiffusion, steps: int | None = None
+) -> SamplingConfig | None:
+    """How HiDiff samples by the plans: its own section, and the spacing of all methods.
+
+    Args:
+        settings: of the plans.
+        process: trained.
+        steps: K instead of the settings'.
+
+    Returns:
+        None for K = 0.
+
+    Raises:
+        SettingsError: if the spacing has not so many steps.
+    """
+    own, spacing = settings.hidiff, settings.step_spacing
+    steps = own.steps if steps is None else steps
+    if not steps:
+        return None
+    try:
+        process.respace(steps, spacing)
+    except ValueError as error:
+        raise SettingsError(f"hidiff.steps is {steps} and step_spacing is {spacing!r}: {error}") from error
+    return SamplingConfig(steps, own.sampler, samples=own.samples, seed=own.seed, step_spacing=spacing)
 
 
 @contextmanager
@@ -118,6 +156,12 @@ class HybridTrainer(PlannedTrainer):
         self._resuming = False
 
     @classmethod
+    def reads(cls) -> frozenset[str]:
+        """As ``CommonTrainer.reads``."""
+        merit = {"hidiff.merit_variant", "hidiff.merit_weights"}
+        return LENGTHS | {"step_spacing"} | section_names("hidiff") - merit
+
+    @classmethod
     def build_segmentor(
         cls,
         configuration: ConfigurationManager,
@@ -144,29 +188,31 @@ class HybridTrainer(PlannedTrainer):
             SettingsError: for unusable settings or environment variables.
             UnsupportedArchitectureError: for an architecture that cannot be used.
         """
-        settings = read_settings(configuration_manager.configuration, plans_manager.plans_name).hidiff
-        settings = sampling_from_environment(settings)
+        settings = read_settings(configuration_manager.configuration, plans_manager.plans_name)
+        own = sampling_from_environment(settings.hidiff)
+        settings = replace(settings, hidiff=own)
         kernel_sizes, strides = refiner_topology(configuration_manager.network_arch_init_kwargs)
-        sampling = None
-        if settings.steps:
-            sampling = SamplingConfig(settings.steps, settings.sampler, samples=settings.samples, seed=settings.seed)
-        return HybridSegmentor(
+        process = BernoulliDiffusion(cosine_beta_schedule(own.timesteps))
+        gamma = own.focal_gamma if own.noise_loss == "focal" else 0.0
+        network = HybridSegmentor(
             cls.build_segmentor(
-                configuration_manager, settings, num_input_channels, num_output_channels, enable_deep_supervision
+                configuration_manager, own, num_input_channels, num_output_channels, enable_deep_supervision
             ),
             num_input_channels,
             num_output_channels,
             kernel_sizes,
             strides,
-            BernoulliDiffusion(cosine_beta_schedule(settings.timesteps)),
-            sampling,
-            settings.refiner_width,
-            settings.refiner_norm,
-            settings.binarized,
-            settings.cross_transformer,
-            settings.focal_gamma if settings.noise_loss == "focal" and settings.calibrated else 0.0,
-            settings.prior_residual,
+            process,
+            hidiff_sampling(settings, process),
+            own.refiner_width,
+            own.refiner_norm,
+            own.binarized,
+            own.cross_transformer,
+            NoiseCalibration(process, gamma, own.lambda_focal) if own.calibrated else None,
+            own.prior_residual,
         )
+        network.always_refine = bool(environment_overrides().get("steps"))
+        return network
 
     def _compile(self) -> None:
         self.inner_network.compile_parts()
@@ -174,6 +220,7 @@ class HybridTrainer(PlannedTrainer):
     def initialize(self) -> None:
         """As nnU-Net's; then the segmentor's weights from an existing result, if there is one."""
         super().initialize()
+        self.inner_network.refiner_pays = False  # it is untrained; see _judge_refiner
         self._start_segmentor()
         self.print_to_log_file(f"{type(self).__name__}: {self.settings.hidiff}", also_print_to_console=False)
 
@@ -249,22 +296,35 @@ class HybridTrainer(PlannedTrainer):
         image = batch["data"].to(self.device, non_blocking=True)
         target = self._to_device(batch["target"])
         trains_segmentor = self.is_pretraining or self.settings.hidiff.collaborative
-        network = self.inner_network
+        network, discriminative, draw = self.inner_network, None, None
         with nullcontext() if trains_segmentor else frozen(network.segmentor), self._autocast():
             output = network.segmentor(image)
-            discriminative = self._discriminative_loss(output, target)
-        loss = torch.zeros((), device=self.device)
-        draw = None
+            if trains_segmentor:
+                discriminative = self._discriminative_loss(output, target)
+        terms = dict.fromkeys(TERMS, torch.full((), torch.nan))
+        losses = []
         if not self.is_pretraining:
             draw = self._draw(output, target)
-            loss = loss + self.refiner_phase(image, output, draw)
+            losses.append(self.refiner_phase(image, output, draw))
+            terms["kl"], terms["noise"] = self._diffusion_terms
         if trains_segmentor:
-            loss = loss + self.segmentor_phase(image, output, discriminative, draw)
-        if not torch.isfinite(loss):
+            losses.append(self.segmentor_phase(image, output, discriminative, draw))
+            terms["discriminative"] = discriminative.detach()
+        if not torch.isfinite(sum(losses)):
             checks.check_images(batch, image)
         if self.grad_scaler is not None:
             self.grad_scaler.update()
-        return {"loss": loss.cpu().numpy()}
+        # the segmentor's loss has the refiner's in it (eq. 17), so the last one is the whole of it
+        return {"loss": losses[-1].cpu().numpy(), **{name: term.cpu().numpy() for name, term in terms.items()}}
+
+    def on_train_epoch_end(self, train_outputs: list[dict]) -> None:
+        """As nnU-Net's; then the terms of the loss, each by itself."""
+        super().on_train_epoch_end(train_outputs)
+        values = {name: np.array([float(o.get(name, np.nan)) for o in train_outputs]) for name in TERMS}
+        means = {name: v[np.isfinite(v)].mean() for name, v in values.items() if np.isfinite(v).any()}
+        told = [TERMS[name].format(mean) for name, mean in means.items()]
+        if told:
+            self.print_to_log_file(f"Terms of the loss: {', '.join(told)}")
 
     def _discriminative_loss(self, output: SegmentorOutput, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         """L_Disc, eq. 1: nnU-Net's own loss, deep supervision included."""
@@ -299,6 +359,7 @@ class HybridTrainer(PlannedTrainer):
             variational_bound, self.process, eps, draw.y_start, draw.y_t, prior, draw.t, draw.valid, use_reentrant=False
         )
         noise = noise_loss(eps, draw.y_start, draw.y_t, gamma, draw.valid)
+        self._diffusion_terms = bound.detach().mean(), noise.detach().mean()
         return (bound + own.lambda_focal * noise).mean()
 
     def refiner_phase(self, image: torch.Tensor, output: SegmentorOutput, draw: Draw) -> torch.Tensor:
@@ -347,21 +408,30 @@ class HybridTrainer(PlannedTrainer):
 
     def validation_step(self, batch: dict) -> dict:
         """As nnU-Net's, for the prior and, once the refiner is trained, for the refined mask: the one that counts."""
-        network, configured = self.inner_network, self.inner_network.sampling
-        target = batch["target"]
+        checks.check_images(batch, batch["data"])
+        network = self.inner_network
+        image, target = batch["data"].to(self.device, non_blocking=True), batch["target"]
         kept = [x.clone() for x in target] if isinstance(target, list) else target.clone()  # nnU-Net changes it
-        network.sampling = None
+        with self._autocast():
+            output = network.segmentor(image)
+            refined = None if self.is_pretraining else network.refine(image, output, self._validation_sampling())
+        found = prior = self._validated(batch, image, network.prior_answer(output))
+        if refined is not None:
+            found = self._validated({**batch, "target": kept}, image, refined)
+        return {**found, **{f"prior_{key}": prior[key] for key in ("tp_hard", "fp_hard", "fn_hard")}}
+
+    def _validation_sampling(self) -> SamplingConfig:
+        """One sample of as many steps as a prediction has, within limits."""
+        steps = min(max(self.settings.hidiff.steps, 1), VALIDATION_STEPS)
+        return replace(hidiff_sampling(self.settings, self.process, steps), samples=1)
+
+    def _validated(self, batch: dict, image: torch.Tensor, answer: torch.Tensor | list[torch.Tensor]) -> dict:
+        """nnU-Net's validation of an answer that is there already."""
+        network, self.network = self.network, lambda image: answer
         try:
-            prior = super().validation_step(batch)
-            if self.is_pretraining:
-                refined = prior
-            else:
-                steps = min(VALIDATION_STEPS, self.process.num_timesteps)
-                network.sampling = SamplingConfig(steps, self.settings.hidiff.sampler)
-                refined = super().validation_step({**batch, "target": kept})
+            return super().validation_step({**batch, "data": image})
         finally:
-            network.sampling = configured
-        return {**refined, **{f"prior_{key}": prior[key] for key in ("tp_hard", "fp_hard", "fn_hard")}}
+            self.network = network
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
         """As nnU-Net's; then prior and refined pseudo Dice side by side."""
@@ -379,24 +449,42 @@ class HybridTrainer(PlannedTrainer):
         refined = np.asarray(self.logger.get_value("dice_per_class_or_region", step=-1))
         for name, values in (("prior", prior), ("refined", refined)):
             self.pseudo_dice[name].append([float(v) for v in values])
+        self._judge_refiner()
+
+    @property
+    def gain(self) -> float:
+        """Recent pseudo Dice of refined masks minus that of the prior; NaN if no class is in any."""
+        recent = [np.array(self.pseudo_dice[name][-RECENT_EPOCHS:], dtype=float) for name in ("refined", "prior")]
+        difference = recent[0] - recent[1]
+        return float(np.mean(difference[np.isfinite(difference)])) if np.isfinite(difference).any() else np.nan
+
+    def _judge_refiner(self) -> None:
+        """Tell the network, which stores it with its weights, whether predictions are to use the refiner."""
+        self.inner_network.refiner_pays = not self.is_pretraining and not self.gain < 0
 
     def on_epoch_end(self) -> None:
-        """As nnU-Net's; what the refiner brings is printed first."""
+        """As nnU-Net's; what the refiner brings is printed first, and the best epoch is looked for among those with it.
+
+        The pseudo Dice before its first epoch is the prior's: ``checkpoint_best`` would keep an untrained refiner for
+        as long as refined masks are worse.
+        """
         if not self.is_pretraining:
             prior, refined = (np.array(self.pseudo_dice[name][-1]) for name in ("prior", "refined"))
+            steps = self._validation_sampling().steps
             self.print_to_log_file(
-                f"Pseudo dice of the prior {np.round(prior, 4).tolist()}, refined in "
-                f"{min(VALIDATION_STEPS, self.process.num_timesteps)} steps {np.round(refined, 4).tolist()}, "
+                f"Pseudo dice of the prior {np.round(prior, 4).tolist()}, refined in {steps} "
+                f"step{'s' * (steps > 1)} {np.round(refined, 4).tolist()}, "
                 f"mean difference {100 * np.nanmean(refined - prior):+.2f} points"
             )
+        if self.current_epoch == self.pretraining_epochs:
+            self._best_ema = None
         super().on_epoch_end()
 
     def on_train_end(self) -> None:
         """As nnU-Net's; then a word if the refiner does not pay."""
         super().on_train_end()
-        recent = [np.nanmean(self.pseudo_dice[name][-RECENT_EPOCHS:]) for name in ("prior", "refined")]
-        if not self.is_pretraining and recent[1] < recent[0]:
+        if not self.is_pretraining and self.gain < 0:
             self.print_to_log_file(
-                f"The refiner does not pay yet: {100 * (recent[1] - recent[0]):+.2f} points of pseudo Dice to the "
-                "prior. Train longer, or predict the segmentor's own mask with nnUNet_diffusion_steps=0."
+                f"The refiner does not pay yet: {100 * self.gain:+.2f} points of pseudo Dice to the prior. Predictions "
+                "give the segmentor's own masks, unless steps are asked for. Train longer."
             )

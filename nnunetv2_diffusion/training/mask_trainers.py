@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from nnunetv2_diffusion.diffusion import make_encoding
+from nnunetv2_diffusion.planning.continuing import section_names
 from nnunetv2_diffusion.training.corruption import make_corruption
 from nnunetv2_diffusion.training.strategies import RecycleMixed
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer
@@ -12,6 +13,11 @@ class MixedTrainer(DiffusionTrainer):
     """Recycles the masks of some samples and noises the ground truth of others (settings: section ``mixture``)."""
 
     strategy = RecycleMixed()
+
+    @classmethod
+    def reads(cls) -> frozenset[str]:
+        """As ``CommonTrainer.reads``."""
+        return super().reads() | section_names("mixture")
 
     def _configured(self, strategy: RecycleMixed) -> RecycleMixed:
         own = self.settings.mixture

@@ -6,6 +6,7 @@ from torch import nn
 
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput
 from nnunetv2_diffusion.networks.merit import SCALES, Merit
+from nnunetv2_diffusion.planning.continuing import LENGTHS, section_names
 from nnunetv2_diffusion.planning.settings import HiDiffSettings
 from nnunetv2_diffusion.training.hybrid_trainer import HybridTrainer
 from nnunetv2_diffusion.training.losses import SampleDiceCELoss
@@ -16,6 +17,11 @@ class MeritTrainer(HybridTrainer):
     """HiDiff whose segmentor is MERIT, trained by its MUTATION loss of 0.7 Dice + 0.3 CE."""
 
     takes_host_network = False
+
+    @classmethod
+    def reads(cls) -> frozenset[str]:
+        """As ``CommonTrainer.reads``."""
+        return LENGTHS | {"step_spacing"} | section_names("hidiff") - {"hidiff.segmentor_trainer"}
 
     def __init__(
         self,

@@ -6,6 +6,7 @@ from torch import nn
 
 from nnunetv2_diffusion.diffusion import SamplingConfig
 from nnunetv2_diffusion.networks import LatentSegmentor
+from nnunetv2_diffusion.planning.continuing import section_names
 from nnunetv2_diffusion.planning.settings import environment_overrides, read_settings
 from nnunetv2_diffusion.training.host import plans_unet, sampling_from_environment
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer
@@ -64,6 +65,11 @@ class ScoreTrainer(DiffusionTrainer):
     uses_mask = False
 
     @classmethod
+    def reads(cls) -> frozenset[str]:
+        """As ``CommonTrainer.reads``."""
+        return super().reads() | section_names("score") | {"samples", "seed"}
+
+    @classmethod
     def build_network_architecture(
         cls,
         plans_manager: PlansManager,
@@ -79,7 +85,7 @@ class ScoreTrainer(DiffusionTrainer):
         steps = environment_overrides().get("steps", settings.score.steps)
         return LatentSegmentor(
             plans_unet(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision),
-            SamplingConfig(steps, samples=settings.samples, seed=settings.seed),
+            SamplingConfig(steps, samples=settings.samples, seed=settings.seed, step_spacing=settings.step_spacing),
             num_output_channels,
             settings.score.latent_channels,
             transformer_layers=settings.transformer_layers,

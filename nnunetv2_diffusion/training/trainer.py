@@ -4,7 +4,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed as dist
 from torch import nn
@@ -17,6 +16,7 @@ from nnunetv2_diffusion.diffusion import (
     make_time_sampler,
 )
 from nnunetv2_diffusion.networks import DiffusionSegmentor, to_x_start
+from nnunetv2_diffusion.planning.continuing import GAUSSIAN, LENGTHS, TRANSFORMER
 from nnunetv2_diffusion.planning.settings import (
     DiffusionSettings,
     SettingsError,
@@ -24,9 +24,8 @@ from nnunetv2_diffusion.planning.settings import (
 )
 from nnunetv2_diffusion.training import checks
 from nnunetv2_diffusion.training.host import (
-    MemoryLog,
+    CommonTrainer,
     PlannedTrainer,
-    apply_schedule_length,
     keep_in_optimizer_state,
     plans_unet,
     sampling_from_environment,
@@ -48,20 +47,15 @@ def build_process(settings: DiffusionSettings) -> GaussianDiffusion:
     return process.respace(settings.training_steps) if settings.training_steps else process
 
 
-class BaselineTrainer(MemoryLog, nnUNetTrainer):
-    """nnU-Net's own trainer, with the length of the training read from the settings; all else is the host's."""
+class BaselineTrainer(CommonTrainer):
+    """nnU-Net's own trainer, with the length of the training read from the settings; its steps are the host's."""
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
-        settings = read_settings(self.configuration_manager.configuration, self.plans_manager.plans_name)
-        apply_schedule_length(self, settings)
+    def train_step(self, batch: dict) -> dict:
+        """As nnU-Net's, unless the gradients are not finite."""
+        self.guard.watch(self.optimizer, self.grad_scaler)
+        output = super().train_step(batch)
+        self._judge_step(self.optimizer, torch.as_tensor(output["loss"], device=self.device))
+        return output
 
 
 class DiffusionTrainer(PlannedTrainer):
@@ -94,6 +88,16 @@ class DiffusionTrainer(PlannedTrainer):
         self.process = build_process(self.settings)
         self.time_sampler = make_time_sampler(self.settings.time_sampling, self.process.num_timesteps)
         self._iteration = 0
+
+    @classmethod
+    def reads(cls) -> frozenset[str]:
+        """As ``CommonTrainer.reads``."""
+        names = LENGTHS | TRANSFORMER | {"recipe"}
+        if cls.uses_mask:
+            names |= GAUSSIAN
+        if cls.uses_mask and cls.strategy.self_conditioning:
+            names |= {"self_conditioning_probability"}
+        return names
 
     def _configured(self, strategy: Strategy) -> Strategy:
         """The strategy with what the settings say of it."""
@@ -169,7 +173,8 @@ class DiffusionTrainer(PlannedTrainer):
 
     def _build_loss(self) -> nn.Module:
         """nnU-Net's loss, or one that keeps samples apart where the recipe or the time sampling needs it."""
-        if self.recipe.host_optimizer and self.settings.time_sampling == "uniform":
+        needs_samples = self.uses_mask and self.settings.time_sampling != "uniform"
+        if self.recipe.host_optimizer and not needs_samples:
             return super()._build_loss()
         loss = SampleDiceCELoss(
             self.label_manager.has_regions,
@@ -195,13 +200,14 @@ class DiffusionTrainer(PlannedTrainer):
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             loss = self._training_loss(image, target)
-        if not torch.isfinite(loss):
-            checks.check_images(batch, image)
         self._backward(loss)
         self._update(self.optimizer, self.network.parameters(), self.recipe.gradient_clip)
         if self.grad_scaler is not None:
             self.grad_scaler.update()
-        return {"loss": loss.detach().cpu().numpy()}
+        loss = loss.detach().cpu()
+        if not torch.isfinite(loss):
+            checks.check_images(batch, image)
+        return {"loss": loss.numpy()}
 
     def _training_loss(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         t_range = (0, self.process.num_timesteps - int(self.strategy.uses_next_step))

@@ -1,4 +1,4 @@
-"""Distances, calibration and confidence of a prediction, and whether variance points at errors: numbers by hand."""
+"""Distances, calibration and soft Dice of a prediction, and whether variance points at errors: numbers by hand."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from nnunetv2_diffusion.analysis.cases import MEAN, LabelledCase
 from nnunetv2_diffusion.analysis.quality import (
     distance_scores,
     error_correlation,
+    length_unit,
     probability_scores,
     with_mean,
 )
@@ -39,6 +40,17 @@ def test_a_shift_is_as_far_as_it_is_in_mm():
     assert scores["left"]["HD95"] == scores["right"]["HD95"] == scores[MEAN]["HD95"] == pytest.approx(5.0)
 
 
+@pytest.mark.parametrize(
+    ("spacing", "unit", "expected"),
+    [((999 * 0.5, 0.5, 0.5), "px", 2.0), ((5.0, 0.5, 0.5), "mm", 1.0)],
+)
+def test_lengths_of_2d_images_are_pixels_and_those_of_a_slice_of_a_volume_mm(spacing, unit, expected):
+    reference = boxes()[3:4]
+    case = case_of(reference, spacing)
+    assert length_unit(case) == unit
+    assert distance_scores(LABELS, case, boxes(2)[3:4])["left"]["HD95"] == pytest.approx(expected)
+
+
 def test_distances_are_unknown_where_a_class_is_not_found_and_the_mean_leaves_it_out():
     mask = np.where(boxes(1) == 2, 0, boxes(1))
     scores = distance_scores(LABELS, case_of(boxes()), mask)
@@ -53,7 +65,7 @@ def test_a_single_slice_is_an_image_and_not_a_volume_of_surface():
     scores = distance_scores(LABELS, case_of(reference, (999.0, 1.0, 1.0)), mask)
     assert scores["left"]["HD95"] == 0
     sure = probability_scores(LABELS, case_of(reference, (999.0, 1.0, 1.0)), mask, one_hot(mask))
-    assert sure["left"]["confidence"] == 1
+    assert sure["left"]["soft_dice"] == 1
 
 
 def test_ignored_voxels_are_no_distance_and_no_error():
@@ -67,24 +79,24 @@ def test_ignored_voxels_are_no_distance_and_no_error():
     assert np.isnan(error_correlation(IGNORING, case, mask, variance)), "no error is left"
 
 
-def test_confidence_is_the_soft_dice_with_the_mask():
+def test_soft_dice_is_that_of_the_probabilities_with_the_mask():
     mask = boxes()
     p = 0.75 * one_hot(mask)
     scores = probability_scores(LABELS, case_of(mask), mask, p)
-    assert scores["left"]["confidence"] == pytest.approx(2 * 0.75 / 1.75)
+    assert scores["left"]["soft_dice"] == pytest.approx(2 * 0.75 / 1.75)
     p[0] += 0.25 * (mask == 0)  # what is not in the mask is paid for too
     less = probability_scores(LABELS, case_of(mask), mask, p)
     outside = 0.25 * (mask == 0).sum() / (mask == 1).sum()
-    assert less["left"]["confidence"] == pytest.approx(2 * 0.75 / (1.75 + outside))
+    assert less["left"]["soft_dice"] == pytest.approx(2 * 0.75 / (1.75 + outside))
     assert less["right"] == scores["right"]
 
 
-def test_a_model_that_finds_nothing_is_not_confident():
+def test_a_model_that_finds_nothing_has_no_soft_dice():
     nothing = np.zeros_like(boxes())
     scores = probability_scores(LABELS, case_of(boxes()), nothing, 0.3 * one_hot(boxes()))
-    assert scores["left"]["confidence"] == scores[MEAN]["confidence"] == 0
+    assert scores["left"]["soft_dice"] == scores[MEAN]["soft_dice"] == 0
     scores = probability_scores(LABELS, case_of(nothing), nothing, 0 * one_hot(nothing))
-    assert scores[MEAN]["confidence"] == 0
+    assert scores[MEAN]["soft_dice"] == 0
     assert np.isnan(scores[MEAN]["ECE"]), "nothing is near any foreground"
 
 

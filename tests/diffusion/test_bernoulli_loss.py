@@ -8,9 +8,8 @@ import torch
 
 from nnunetv2_diffusion.diffusion import (
     BernoulliDiffusion,
+    NoiseCalibration,
     cosine_beta_schedule,
-    focal_logits,
-    focal_to_probability,
     noise_loss,
     variational_bound,
 )
@@ -296,28 +295,137 @@ def test_gradients_match_the_reference(reference):
     close(gradients[1], g["grad_loss_prior_direct"], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0, 3.5])
-@pytest.mark.parametrize("eta", [1e-6, 1e-3, 0.1, 0.5, 0.8, 0.999])
-def test_the_minimiser_of_the_focal_loss_is_mapped_to_the_true_probability(gamma, eta):
-    logits = torch.linspace(-20, 20, 400_001, dtype=torch.float64)
-    p, q = logits.sigmoid(), (-logits).sigmoid()
-    risk = -eta * q**gamma * p.log() - (1 - eta) * p**gamma * q.log()
-    found = focal_to_probability(p[risk.argmin()], gamma)
-    assert abs(float(found) - eta) < 1e-3 * eta * (1 - eta) + 1e-9
+# ---- calibration
 
 
-def test_focal_probabilities_keep_their_order_and_ends():
-    p = torch.linspace(0, 1, 101)
-    eta = focal_to_probability(p, 2.0)
-    assert eta[[0, 50, 100]].tolist() == pytest.approx([0, 0.5, 1])
-    assert (eta.diff() >= 0).all()
-    assert torch.isfinite(focal_to_probability(torch.tensor([0.0, 1e-30, 1 - 1e-7, 1.0]), 2.0)).all()
+ETAS = (0.001, 0.01, 0.1, 0.3, 0.5, 0.8, 0.99)
+PRIORS = (1e-6, 1e-3, 0.05, 0.5, 0.95, 1 - 1e-6)
 
 
-@pytest.mark.parametrize("gamma", [0.0, 1.0, 2.0])
-def test_focal_logits_are_the_inverse(gamma):
-    eta = torch.logit(torch.linspace(1e-4, 1 - 1e-4, 999)).sigmoid()
-    back = focal_to_probability(focal_logits(eta, gamma).sigmoid(), gamma)
-    torch.testing.assert_close(back, eta, rtol=2e-3, atol=1e-6)
-    assert torch.isfinite(focal_logits(torch.tensor([0.0, 1.0]), gamma)).all()
-    assert focal_logits(torch.tensor([float("nan")]), gamma).isnan().all()
+def cases(t, logits_of=lambda eta: torch.zeros_like(eta)):
+    """eta, logits, y_t, prior of every combination, (1, 1, N) in float64, and t."""
+    eta, prior, y_t = torch.tensor(list(itertools.product(ETAS, PRIORS, (0.0, 1.0))), dtype=torch.float64).T
+    eta, prior, y_t = (x[None, None] for x in (eta, prior, y_t))
+    return eta, logits_of(eta), y_t, prior, torch.tensor([t])
+
+
+def trained_losses(process, logits, y_t, prior, t, gamma, weight):
+    """Loss of every voxel if it has noise, and if it has none: the losses that training uses, voxel by voxel."""
+    voxels = [x.flatten()[:, None, None] for x in (logits, y_t, prior)]
+    times = t.expand(logits.numel())
+    losses = []
+    for noise in (1.0, 0.0):
+        y_start = (voxels[1] - noise).abs()
+        bound = variational_bound(process, voxels[0], y_start, voxels[1], voxels[2], times)
+        losses.append((bound + weight * noise_loss(voxels[0], y_start, voxels[1], gamma)).reshape(logits.shape))
+    return losses
+
+
+def minimiser(process, eta, y_t, prior, t, gamma, weight):
+    """Logits of the least expected loss, by bisection of its derivative, which autograd takes."""
+    low, high = torch.full_like(eta, -29.0), torch.full_like(eta, 29.0)
+    for _ in range(45):
+        x = ((low + high) / 2).requires_grad_()
+        noise, none = trained_losses(process, x, y_t, prior, t, gamma, weight)
+        (slope,) = torch.autograd.grad((eta * noise + (1 - eta) * none).sum(), x)
+        low, high = torch.where(slope < 0, x.detach(), low), torch.where(slope < 0, high, x.detach())
+    return (low + high) / 2
+
+
+@pytest.mark.parametrize(("gamma", "weight"), [(2.0, 1.0), (0.0, 1.0), (2.0, 0.0), (0.5, 0.2), (1.0, 10.0), (5.0, 1.0)])
+@pytest.mark.parametrize("index", [0, 1, 3, 5, 8, 9])
+def test_the_calibrated_minimiser_of_the_trained_loss_is_the_true_probability(paper, index, gamma, weight):
+    eta, _, y_t, prior, t = cases(index)
+    x = minimiser(paper, eta, y_t, prior, t, gamma, weight)
+    found = NoiseCalibration(paper, gamma, weight).logits(x, y_t, prior, t)
+    close(found, torch.logit(eta), rtol=0, atol=2e-3)
+
+
+def test_ten_percent_of_noise_at_the_last_step_are_not_taken_for_two(paper):
+    """A voxel of the paper's setting: what inverting the focal loss alone makes of its minimiser."""
+    y_t, prior, t = torch.zeros(1, 1, 1), torch.full((1, 1, 1), 0.05), torch.tensor([0])
+    x = minimiser(paper, torch.full((1, 1, 1), 0.1, dtype=torch.float64), y_t, prior, t, 2.0, 1.0)
+    exact, focal = (NoiseCalibration(paper, bound=b).logits(x, y_t, prior, t).sigmoid().item() for b in (True, False))
+    assert exact == pytest.approx(0.1, abs=1e-4)
+    assert focal == pytest.approx(0.017, abs=1e-3)
+
+
+@pytest.mark.parametrize("index", [1, 5, 9])
+def test_the_bound_alone_asks_for_the_odds_before_y_t_is_seen(paper, index):
+    eta, _, y_t, prior, t = cases(index)
+    x = minimiser(paper, eta, y_t, prior, t, 2.0, 0.0)
+    likelihood = paper.q_mean(
+        torch.stack([y_t[0], 1 - y_t[0]]), prior.expand(2, -1, -1).clamp(1e-6, 1 - 1e-6), t.expand(2)
+    )
+    same, other = (y_t * likelihood + (1 - y_t) * (1 - likelihood)).split(1)
+    close(x, torch.logit(eta) + (same / other).log(), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "weight"), [(2.0, 1.0), (0.0, 1.0), (2.0, 0.0), (0.3, 10.0), (5.0, 0.1), (10.0, 1.0)]
+)
+def test_calibration_keeps_the_order_and_is_finite_in_float32(paper, gamma, weight):
+    calibration, t = NoiseCalibration(paper, gamma, weight), torch.arange(10)
+    other = torch.tensor([0.0, 1e-6, 1e-3, 0.05, 0.5, 0.95, 0.999, 1.0])
+    shape = (10, len(other), 801)
+    x, other = torch.linspace(-40, 40, 801).expand(shape), other[:, None].expand(shape)
+    found = calibration.logits(x, torch.zeros(shape), other, t)
+    exact = calibration.logits(x.double(), torch.zeros(shape).double(), other.double(), t)
+    assert found.dtype == torch.float32
+    assert found.isfinite().all()
+    close(found[:, :-1].double(), exact[:, :-1], rtol=1e-4, atol=1e-3)
+    assert found[:, :-2].diff(dim=-1).min() >= 0
+    # a y_t that the prior all but excludes: the expected focal loss and KL have two minima for some eta
+    assert (exact.cummax(-1).values - exact).max() < 0.4
+    same = calibration.logits(x, torch.ones(shape), 1 - other, t)  # 0 and 1 change places
+    close(same[:, 2:-2], found[:, 2:-2], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("gamma", "weight", "bound"), [(2.0, 1.0, True), (0.0, 1.0, True), (2.0, 0.0, True), (2.0, 1.0, False)]
+)
+@pytest.mark.parametrize("steps", [1, 10])
+def test_the_priors_logits_are_calibrated_to_bayes(gamma, weight, bound, steps):
+    process = BernoulliDiffusion(cosine_beta_schedule(steps))
+    calibration = NoiseCalibration(process, gamma, weight, bound)
+    y_t, prior = torch.meshgrid(torch.tensor([0.0, 1.0]), torch.linspace(0, 1, 2001), indexing="ij")
+    y_t, prior = (m[None].expand(steps, -1, -1) for m in (y_t, prior))
+    t = torch.arange(steps)
+    x = calibration.prior_logits(y_t, prior, t)
+    found = calibration.logits(x, y_t, prior, t).sigmoid()
+    expected = process.noise_probability(y_t, prior.clamp(1e-3, 1 - 1e-3), t)
+    torch.testing.assert_close(found, expected, rtol=5e-3, atol=1e-5)
+
+
+def test_the_focal_loss_alone_is_inverted_as_published(paper):
+    """Charoenphakdee et al. 2021, equation 8: what weights of version 0.1 start from."""
+    p = torch.tensor([0.0694, 0.3, 0.5, 0.9], dtype=torch.float64)[None, None]
+
+    def phi(v):
+        return (1 - v) ** 2 - 2 * (1 - v) * v * v.log()
+
+    expected = (p / phi(p)) / (p / phi(p) + (1 - p) / phi(1 - p))
+    found = NoiseCalibration(paper, 2.0, 5.0, bound=False).logits(torch.logit(p), p.round(), p, torch.tensor([3]))
+    close(found.sigmoid(), expected)
+
+
+def test_parts_are_calibrated_as_the_whole(paper, monkeypatch):
+    calibration, t = NoiseCalibration(paper), torch.tensor([2, 7])
+    logits, _, y_t, prior = (x.float() for x in batch(2, 3, 5, 7))
+    whole = calibration.logits(logits, y_t, prior, t), calibration.prior_logits(y_t, prior, t)
+    monkeypatch.setattr("nnunetv2_diffusion.diffusion.bernoulli_loss.CHUNK", 16)
+    assert torch.equal(calibration.logits(logits, y_t, prior, t), whole[0])
+    assert torch.equal(calibration.prior_logits(y_t, prior, t), whole[1])
+
+
+def test_a_prior_that_is_no_number_stays_one(paper):
+    nan = torch.full((1, 1, 3), torch.nan)
+    calibration, t = NoiseCalibration(paper), torch.tensor([4])
+    assert calibration.prior_logits(torch.zeros_like(nan), nan, t).isnan().all()
+    assert calibration.logits(nan, torch.zeros_like(nan), torch.zeros_like(nan), t).isnan().all()
+
+
+@pytest.mark.parametrize(("gamma", "weight"), [(-1.0, 1.0), (math.nan, 1.0), (2.0, -0.5)])
+def test_an_impossible_calibration_is_named(paper, gamma, weight):
+    with pytest.raises(ValueError, match=f"gamma is {gamma} and weight is {weight}, expected at least 0"):
+        NoiseCalibration(paper, gamma, weight)

@@ -257,6 +257,47 @@ def test_nothing_is_best_where_nothing_is_better_or_nothing_is_known(summary, co
     assert "Not known what is better, none marked: TP." in out
 
 
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_nothing_is_best_where_all_are_printed_alike(summary, command, value):
+    folders = [summary(name, {"1": {"Dice": [value, value]}}) for name in ("a", "b")]
+    _, out, _ = command(*folders)
+    assert "*" not in out
+    assert "none if all are" in out
+
+
+def test_values_that_the_mean_leaves_out_are_counted_in_its_cell(summary, command):
+    """A method that misses a class altogether has the smaller distance in the mean, which shall be seen."""
+    nan = float("nan")
+    base = summary("base", {"1": {"HD95": [2.0, 2.0, 2.0]}, "2": {"HD95": [9.0, 9.0, 8.0]}})
+    ours = summary("ours", {"1": {"HD95": [3.0, 2.0, 3.0]}, "2": {"HD95": [nan, nan, nan]}})
+    _, out, _ = command(base, ours)
+    lines = [line.split() for line in out.splitlines() if line.startswith("mean ")]
+    assert lines[0][1:5] == ["base", "5.333", "±", "0.289"]
+    assert "[-3]" in lines[1]
+    assert "[-n]: so many values" in out
+    _, out, _ = command(base, base, "--names", "a", "b")
+    assert "[-" not in out
+
+
+def test_classes_have_the_names_of_their_labels(folders, command, rows, summary):
+    other = summary("other", {key: {"Dice": values, "HD95": [1.0] * 5} for key, values in DICE["base"].items()})
+    for folder in folders:
+        labels = {"background": 0, "Anterior": 1, "odd, name": [1, 2]}
+        (folder / "dataset.json").write_text(json.dumps({"labels": labels}))
+    content = json.loads((other / "summary.json").read_text())
+    content["conventions"] = {"names": {"1": "Anterior"}}
+    (other / "summary.json").write_text(json.dumps(content))
+    _, out, _ = command(*folders, other)
+    assert "Anterior" in out
+    assert not any(line.startswith("1 ") for line in out.splitlines())
+    assert {key for key, _, _ in rows(*folders, "--classes", "Anterior")} == {"1"}, "csv is for programs"
+    (folders[0] / "dataset.json").write_text(json.dumps({"labels": {"background": 0, "Posterior": 1}}))
+    _, out, _ = command(*folders, other)
+    assert "Anterior" not in out, "they do not agree"
+    (folders[0] / "dataset.json").write_text("[]")
+    assert command(*folders)[0] == 0
+
+
 def test_names_are_escaped_in_latex(folders, command):
     _, out, _ = command(*folders, "--names", "K_5 & 50%", "x", "--format", "latex")
     assert r"K\_5 \& 50\%" in out

@@ -42,7 +42,6 @@ def test_two_empty_masks_are_equal_and_one_empty_mask_is_as_far_as_can_be():
     empty, full = masks("000", "111")
     assert squared_energy_distance([empty], [empty, empty]) == 0
     assert hungarian_iou([empty], [empty, empty]) == 1
-    assert mean_pairwise_dice([empty, empty]) == 1
     assert squared_energy_distance([empty], [full]) == 2
     assert mean_pairwise_dice([empty, full]) == 0
 
@@ -87,6 +86,13 @@ def test_pairwise_dice_is_the_mean_over_pairs():
     # Dice 2/3, 0 and 0
     assert mean_pairwise_dice(masks("1100", "1000", "0001")) == pytest.approx(2 / 9)
     assert mean_pairwise_dice(masks("1100", "1100", "1100")) == 1
+
+
+def test_two_empty_samples_are_no_agreement():
+    empty, full = masks("000", "111")
+    assert np.isnan(mean_pairwise_dice([empty, empty, empty]))
+    assert mean_pairwise_dice([empty, full, empty]) == 0
+    assert mean_pairwise_dice([empty, full, full]) == pytest.approx(1 / 3)
 
 
 def test_one_sample_has_no_pairwise_dice():

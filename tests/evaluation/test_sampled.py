@@ -85,3 +85,15 @@ def test_worker_processes_find_the_scorers(folders):
     assert cli.main(["evaluate", str(gt), str(pred), "--no-surface", "--probabilities", "-np", "2"]) == 0
     summary = json.loads((pred / "summary.json").read_text())
     assert summary["mean"]["1"]["GED2"] == pytest.approx(0.25)
+
+
+def test_a_case_in_which_nothing_is_found_has_no_agreement_and_is_counted_as_left_out(folders):
+    gt, pred = folders
+    write(gt, "lost", truth())
+    for folder in (pred, pred / "samples" / "000", pred / "samples" / "001"):
+        write(folder, "lost", 0 * truth())
+    summary = evaluate_folders(gt, pred, EvaluationSettings(surface=False)).summary
+    assert np.isnan(by_case(summary)["lost"]["1"]["PairwiseDice"])
+    assert summary["failure_detection"]["cases"] == 2
+    assert summary["failure_detection"]["left_out"] == 1
+    assert "no confidence" in summary["conventions"]["probabilities_and_samples"]["failure_detection"]

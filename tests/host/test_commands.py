@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from nnunetv2_diffusion.checkpoints import load_checkpoint_file
+
 TRAINER = "nnUNetTrainerRecycleXT"
 
 
@@ -40,8 +42,6 @@ def test_training_writes_what_nnunet_writes(recycled):
 
 
 def test_checkpoint_holds_only_tensors_and_plain_data(recycled):
-    from nnunetv2_diffusion.checkpoints import load_checkpoint_file
-
     checkpoint = load_checkpoint_file(recycled.model(TRAINER) / "fold_0" / "checkpoint_final.pth")
     assert checkpoint["trainer_name"] == TRAINER
     assert all(isinstance(v, torch.Tensor) for v in checkpoint["network_weights"].values())
@@ -149,3 +149,42 @@ def test_model_survives_export_and_install(recycled, masks, tmp_path):
     recycled.run("nnUNetv2_install_pretrained_model_from_zip", archive, nnUNet_results=str(elsewhere))
     found = recycled.predict("installed", TRAINER, "-npp", "0", "-nps", "0", nnUNet_results=str(elsewhere))
     assert_same(found, masks)
+
+
+def test_a_training_continues_beside_a_half_written_checkpoint(recycled, tmp_path):
+    """As after kill -9 while the final checkpoint was written; the whole one beside it is taken."""
+    results = tmp_path / "results"
+    shutil.copytree(recycled.root / "nnUNet_results", results)
+    fold = results / recycled.name / recycled.model(TRAINER).name / "fold_0"
+    shutil.rmtree(fold / "validation")
+    final = fold / "checkpoint_final.pth"
+    content = final.read_bytes()
+    final.write_bytes(content[: len(content) // 2])
+    printed = recycled.train(TRAINER, "--val", fails=True, nnUNet_results=str(results))
+    assert "checkpoint_best.pth beside it is whole: continue the training with --c" in printed
+    printed = recycled.train(TRAINER, "--c", nnUNet_results=str(results))
+    assert "checkpoint_final.pth: cut off while it was written" in printed
+    assert f"the training continues from {fold / 'checkpoint_best.pth'}" in printed
+    assert load_checkpoint_file(final)["current_epoch"] == 2
+    assert (fold / "validation" / "summary.json").is_file()
+    assert not list(fold.glob("*.part"))
+
+
+class Evil:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_code_in_pretrained_weights_is_not_run(recycled, tmp_path):
+    file, touched = tmp_path / "evil.pth", tmp_path / "touched"
+    torch.save({"network_weights": {}, "more": Evil(touched)}, file)
+    printed = recycled.train(
+        TRAINER, "-pretrained_weights", file, fold="1", fails=True, nnUNet_results=str(tmp_path / "results")
+    )
+    assert f"{file}: " in printed.splitlines()[-1]
+    assert not touched.exists()

@@ -28,7 +28,7 @@ def test_the_log_says_where_the_segmentor_is_from_and_what_the_refiner_brings(tr
         "segmentor: no checkpoint to start from; it is trained alone for the first 1 of 2 epochs" in trained.hidiff_log
     )
     assert trained.hidiff_log.count("Pseudo dice of the prior") == 1
-    assert "refined in 3 steps" in trained.hidiff_log
+    assert "refined in 2 steps" in trained.hidiff_log
     fold = trained.model(TRAINER) / "fold_0"
     assert {"checkpoint_final.pth", "checkpoint_best.pth", "progress.png"} <= {p.name for p in fold.iterdir()}
 

@@ -158,11 +158,31 @@ def test_every_variant_of_the_ablation_learns(make_hidiff, hidiff):
     trainer = make_hidiff(hidiff={**hidiff, **frozen_first, "learning_rate": 3e-3}, num_iterations_per_epoch=30)
     trainer.current_epoch = trainer.pretraining_epochs
     trainer.num_epochs = 10
-    batch = batch_for(trainer)
+    batch, untrained = batch_for(trainer), state(trainer.network.refiner)
     trainer.on_train_epoch_start()
     losses = [float(trainer.train_step(batch)["loss"]) for _ in range(30)]
     assert np.isfinite(losses).all()
     assert np.mean(losses[-8:]) < np.mean(losses[:8])
+    assert diffusion_loss(trainer, batch) < 0.97 * diffusion_loss(trainer, batch, refiner=untrained)
+
+
+def diffusion_loss(trainer, batch, refiner=None):
+    """The refiner's own loss at every t, with the trained segmentor and this refiner's weights."""
+    network = trainer.network
+    trained = state(network.refiner)
+    network.refiner.load_state_dict(refiner or trained)
+    network.train()
+    total = 0.0
+    with torch.no_grad():
+        output = network.segmentor(batch["data"])
+        for t in range(trainer.process.num_timesteps):
+            torch.manual_seed(t)
+            draw = trainer._draw(output, batch["target"])
+            t = torch.full_like(draw.t, t)
+            y_t = trainer.process.q_sample(draw.y_start, network.prior(output.logits), t, torch.rand_like(draw.y_t))
+            total += float(trainer.diffusion_loss(batch["data"], output, draw._replace(y_t=y_t, t=t)))
+    network.refiner.load_state_dict(trained)
+    return total
 
 
 def test_validation_shows_prior_and_refined_dice(make_hidiff, capsys):
@@ -177,9 +197,9 @@ def test_validation_shows_prior_and_refined_dice(make_hidiff, capsys):
     trainer.on_epoch_end()
     printed = capsys.readouterr().out
     assert "Pseudo dice of the prior [" in printed
-    assert "refined in 3 steps" in printed
+    assert "refined in 1 step [" in printed
     assert len(trainer.pseudo_dice["prior"][0]) == len(trainer.pseudo_dice["refined"][0]) == 2
-    assert trainer.network.sampling.steps == 10
+    assert trainer.network.sampling.steps == 1
     # the prior's is what nnU-Net computes for the segmentor alone
     trainer.network.sampling = None
     with torch.no_grad():
@@ -195,6 +215,144 @@ def test_the_end_tells_whether_the_refiner_pays(make_hidiff, monkeypatch, capsys
     trainer.pseudo_dice = {"prior": [[0.5, 0.3]], "refined": [refined]}
     trainer.on_train_end()
     assert ("The refiner does not pay yet: -5.00 points" in capsys.readouterr().out) == told
+
+
+def epoch(trainer, refined, number):
+    """An epoch whose prior has a pseudo Dice of 0.5; returns the file written if it was the best one, else None."""
+    trainer.current_epoch = number
+    trainer.on_epoch_start()
+    trainer.logger.log("train_losses", 0.5, number)
+    trainer.logger.log("lrs", 0.5, number)
+    counts = {key: np.array([1.0, 1.0]) for key in ("tp_hard", "fp_hard", "fn_hard")}
+    prior = {f"prior_{key}": value for key, value in counts.items()}
+    dice = 0.5 if number < trainer.pretraining_epochs else refined
+    counts["tp_hard"] = np.full(2, dice / (1 - dice))
+    trainer.on_validation_epoch_end([{"loss": np.array(0.0), **counts, **prior}])
+    trainer.on_epoch_end()
+
+
+@pytest.mark.parametrize(("refined", "pays"), [(0.4, False), (0.5, True), (0.6, True)])
+def test_the_best_checkpoint_has_a_trained_refiner_and_knows_whether_it_pays(make_hidiff, monkeypatch, refined, pays):
+    trainer = make_hidiff(hidiff={"pretraining_epochs": 2}, num_epochs=5)
+    written = []
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda name: written.append((trainer.current_epoch, name[-8:])))
+    monkeypatch.setattr(trainer.logger, "plot_progress_png", lambda folder: None)
+    image = batch_for(trainer)["data"][:1]
+    for number in range(4):
+        epoch(trainer, refined, number)
+        assert trainer.network.refiner_pays == (pays and number >= 2)
+        copy = trainer.build_network_architecture(trainer.plans_manager, trainer.configuration_manager, 2, 3, False)
+        copy.load_state_dict(trainer.network.state_dict())
+        copy.eval()
+        with torch.inference_mode():
+            prior = torch.equal(copy(image), copy.segmentor(image).logits)
+        assert prior == (not copy.refiner_pays)
+    assert (2, "best.pth") in written  # whatever the epochs before had
+
+
+def test_a_refiner_that_does_not_pay_is_used_if_steps_are_asked_for(make_hidiff, monkeypatch, capsys):
+    trainer = make_hidiff()
+    assert not trainer.network.refiner_pays  # untrained
+    image = batch_for(trainer)["data"][:1]
+    arguments = trainer.plans_manager, trainer.configuration_manager, 2, 3, False
+    plain = trainer.build_network_architecture(*arguments)
+    monkeypatch.setenv("nnUNet_diffusion_steps", "2")
+    asked = trainer.build_network_architecture(*arguments)
+    capsys.readouterr()
+    masks = []
+    for network in (plain, asked):
+        network.load_state_dict(trainer.network.state_dict())
+        with torch.inference_mode():
+            network.eval()(image)  # says it, the second time no more
+            masks.append(network(image))
+    assert capsys.readouterr().out.count("the segmentor's own masks are given") == 1
+    with torch.inference_mode():
+        assert torch.equal(masks[0], plain.segmentor(image).logits)
+    assert not torch.allclose(masks[0].softmax(1), masks[1].softmax(1), atol=1e-3)
+
+
+def test_weights_of_version_0_1_are_refined_from_the_focal_losss_logits(make_hidiff):
+    """Their extra state tells of regions alone."""
+    network = make_hidiff().network
+    weights = {**network.state_dict(), "_extra_state": torch.tensor([0])}
+    network.load_state_dict(weights)
+    assert network.refiner_pays
+    assert not network.start.bound
+    assert torch.equal(network.get_extra_state(), torch.tensor([0]))
+    network.load_state_dict(make_hidiff().network.state_dict())
+    assert network.start.bound
+    assert not network.refiner_pays
+
+
+def test_terms_of_the_loss_are_logged_apart_and_counted_once(make_hidiff, capsys):
+    trainer = make_hidiff(hidiff={"pretraining_epochs": 1, "lambda_focal": 2.0, "lambda_diffusion": 3.0})
+    batch = batch_for(trainer)
+    outputs = []
+    for number in range(2):
+        trainer.current_epoch = number
+        trainer.on_train_epoch_start()
+        outputs.append(trainer.train_step(batch))
+        trainer.on_train_epoch_end(outputs[-1:])
+    first, second = outputs
+    assert first["loss"] == first["discriminative"]
+    assert np.isnan([first["kl"], first["noise"]]).all()
+    expected = second["discriminative"] + 3 * (second["kl"] + 2 * second["noise"])
+    # the refiner has moved a little between both phases
+    np.testing.assert_allclose(second["loss"], expected, rtol=0.02)
+    printed = [line.split(": ", 1)[1] for line in capsys.readouterr().out.splitlines() if "Terms of the loss" in line]
+    assert printed[0] == f"Terms of the loss: L_Disc {first['loss']:.4f}"
+    assert printed[1].startswith(f"Terms of the loss: L_Disc {second['discriminative']:.4f}, KL ")
+
+
+def test_a_frozen_segmentors_loss_is_not_computed(make_hidiff, monkeypatch):
+    trainer = make_hidiff(hidiff={"collaborative": False, "pretraining_epochs": 1})
+    trainer.current_epoch = 1
+    monkeypatch.setattr(trainer, "_discriminative_loss", lambda *given: pytest.fail("computed for nothing"))
+    output = trainer.train_step(batch_for(trainer))
+    np.testing.assert_allclose(output["loss"], output["kl"] + output["noise"], rtol=1e-5)
+
+
+def test_validation_runs_the_segmentor_once_and_samples_as_planned(make_hidiff, monkeypatch):
+    trainer = make_hidiff(hidiff={"steps": 3, "samples": 4, "sampler": "ddpm"}, step_spacing="linspace")
+    seen, passes = [], []
+    refine, segment = trainer.network.refine, trainer.network.segmentor.forward
+    monkeypatch.setattr(
+        trainer.network, "refine", lambda image, out, config: seen.append(config) or refine(image, out, config)
+    )
+    monkeypatch.setattr(trainer.network.segmentor, "forward", lambda image: passes.append(1) or segment(image))
+    trainer.network.eval()
+    with torch.no_grad():
+        trainer.validation_step(batch_for(trainer))
+    assert len(passes) == len(seen) == 1
+    assert (seen[0].steps, seen[0].samples, seen[0].sampler, seen[0].step_spacing) == (3, 1, "ddpm", "linspace")
+
+
+@pytest.mark.parametrize(("spacing", "kept"), [("linspace", [9, 4, 0]), ("trailing", [9, 6, 2]), ("low", [9, 4, 1])])
+def test_the_plans_spacing_reaches_both_ways_to_predict(make_hidiff, spacing, kept):
+    from nnunetv2_diffusion.inference.chains import make_chain
+    from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
+
+    network = make_hidiff(hidiff={"steps": 3}, step_spacing=spacing).network.eval()
+    network.refiner_pays = True
+    times = []
+    estimate = network.estimate_noise
+    network.estimate_noise = lambda image, y_t, prior, t, f: (
+        times.append(int(t[0])) or estimate(image, y_t, prior, t, f)
+    )
+    with torch.inference_mode():
+        network(torch.randn(1, 2, *network_patch(network)))
+    assert times == kept
+    chain = make_chain(network, resolve_sampling(network, PredictionOptions()), False)
+    assert chain.process.timestep_map.flip(0).tolist() == kept
+
+
+def network_patch(network):
+    return [8 * max(s) for s in zip(*network.strides, strict=True)]
+
+
+def test_a_spacing_without_so_many_steps_is_named(make_hidiff):
+    with pytest.raises(SettingsError, match=r"hidiff\.steps is 10 and step_spacing is 'low': .* 1 \.\. 6, got 10"):
+        make_hidiff(hidiff={"steps": 10}, step_spacing="low")
 
 
 def test_continued_training_is_identical(make_hidiff, tmp_path):

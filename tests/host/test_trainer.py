@@ -1,11 +1,16 @@
 """The trainers in this process, on preprocessed data: what no command shows."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from tiny_project import batch_for, tiny_plans
 
+from nnunetv2_diffusion.checkpoints import load_checkpoint_file
 from nnunetv2_diffusion.planning.settings import SettingsError
+from nnunetv2_diffusion.training import label_scan
+from nnunetv2_diffusion.training.divergence import DivergedError
 
 STRATEGIES = ["DiffSeg", "SelfCondXt", "SelfCondXtPlus1", "RecycleXtPlus1", "RecycleXT"]
 
@@ -149,12 +154,19 @@ def test_residual_encoder_and_2d(make_trainer):
 
 
 def test_baseline_is_the_host_with_another_length(make_trainer):
-    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-
+    """The weights of its steps are those of the host's trainer, bit for bit."""
     trainer = make_trainer("Baseline", num_epochs=7)
     assert (trainer.num_epochs, trainer.num_iterations_per_epoch) == (7, 2)
-    own = set(vars(type(trainer).__mro__[1]))
-    assert {n for n in own if callable(getattr(nnUNetTrainer, n, None))} == {"__init__"}
+    host = make_trainer("")
+    host.num_epochs = 7
+    for each in (trainer, host):
+        torch.manual_seed(3)
+        each.network.apply(each.network.initialize)
+        each.on_train_epoch_start()
+        for seed in (0, 1):
+            each.train_step(batch_for(each, seed))
+    for key, value in host.network.state_dict().items():
+        assert torch.equal(value, trainer.network.state_dict()[key]), key
 
 
 def test_plans_without_section_use_the_defaults(make_trainer, project):
@@ -167,3 +179,36 @@ def test_tiny_plans_are_not_rewritten(project):
     tiny_plans(project)  # same content: accepted
     with pytest.raises(ValueError, match="holds other plans"):
         tiny_plans(project, base_features=6)
+
+
+def test_a_training_that_diverges_stops_and_keeps_the_last_good_checkpoint(make_trainer, monkeypatch):
+    """The host's own loop over its own data; in the second epoch no loss is finite."""
+    trainer = make_trainer("RecycleXT", num_epochs=3, num_iterations_per_epoch=4, max_bad_steps=3)
+    monkeypatch.setattr(trainer, "plot_network_architecture", lambda: None)
+    loss = trainer._training_loss
+    trainer._training_loss = lambda *batch: loss(*batch) * (float("nan") if trainer.current_epoch else 1.0)
+    folder = Path(trainer.output_folder)
+    for file in folder.glob("checkpoint_*"):
+        file.unlink()
+    with pytest.raises(
+        DivergedError, match=r"epoch 1: .* The last good checkpoint is .*checkpoint_best\.pth \(1 epochs"
+    ):
+        trainer.run_training()
+    assert [file.name for file in folder.glob("checkpoint_*")] == ["checkpoint_best.pth"]
+    assert not (folder / ".training.lock").exists()
+    weights = load_checkpoint_file(folder / "checkpoint_best.pth")["network_weights"]
+    assert all(torch.isfinite(value).all() for value in weights.values() if value.is_floating_point())
+
+
+def test_labels_are_looked_at_once_for_all_trainings(make_trainer, project, monkeypatch):
+    cache = project.preprocessed / "label_scan.json"
+    cache.unlink(missing_ok=True)
+    looked = []
+    values = label_scan._label_values
+    monkeypatch.setattr(label_scan, "_label_values", lambda seg: looked.append(1) or values(seg))
+    make_trainer("RecycleXT").get_tr_and_val_datasets()
+    assert len(looked) == 6
+    make_trainer("HiDiff").get_tr_and_val_datasets()
+    assert len(looked) == 6
+    make_trainer("RecycleXT", configuration="2d").get_tr_and_val_datasets()
+    assert len(looked) == 12

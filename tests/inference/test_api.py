@@ -1,8 +1,12 @@
 """One image in, one result out."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813, its usual name
+from odd_inputs import cut_off
 
 import nnunetv2_diffusion
 from nnunetv2_diffusion import cli, load_model, predict_image
@@ -23,7 +27,9 @@ def test_a_file_gives_what_the_command_gives(models, images, model, tmp_path):
     np.testing.assert_array_equal(found.mask, mask)
     assert found.mask.shape == (10, 15, 9)
     assert len(found.samples) == 2
-    assert 0 <= found.confidence <= 1
+    assert 0 <= found.agreement <= 1
+    with pytest.warns(DeprecationWarning, match=r"use Prediction\.agreement"):
+        assert found.confidence == found.agreement
     assert set(found.maps) >= {"probability_left_part", "entropy", "mutual_information", "variance"}
     assert all(values.shape == mask.shape for values in found.maps.values())
 
@@ -35,7 +41,7 @@ def test_an_array_gives_what_its_file_gives(images, model):
     np.testing.assert_array_equal(by_file.mask, by_array.mask)
     np.testing.assert_array_equal(by_file.maps["entropy"], by_array.maps["entropy"])
     assert by_array.spacing == (1.0, 1.0, 1.0)
-    assert by_array.confidence is None
+    assert by_array.agreement is None
 
 
 def test_the_image_is_not_changed_and_channels_may_be_given(model):
@@ -62,12 +68,44 @@ def test_a_2d_image(models):
         (np.zeros((9, 13)), (1, 1, 1), "spatial axis"),
         (np.zeros((9, 13, 8)), (1, 1, 0), "positive"),
         (np.zeros((2, 9, 13, 8)), (1, 1, 1), "expected \\(1 channels"),
+        (np.zeros((9, 13)), (1, 1), "model is 3D: give a volume \\(z, y, x\\)"),
+        (np.zeros((9, 13, 8, 3)), (1, 1, 1), "last axis holds 3 colours"),
+        (np.zeros((0, 13, 8)), (1, 1, 1), "at least one voxel"),
+        (np.full((9, 13, 8), 1e308), (1, 1, 1), "the image: channel 0 \\(MR\\) has 936 of 936 voxels that are not fin"),
+        (np.full((9, 13, 8), np.nan), (1, 1, 1), "936 of 936 voxels that are not finite"),
+        (np.zeros((9, 13, 8)), (1, 1, np.nan), "positive"),
+        (np.zeros((9, 13, 8)), (0.001, 1, 1), "expected at least one voxel along each axis"),
+        (np.zeros((9, 13, 8), complex), (1, 1, 1), "expected real numbers"),
+        ([np.zeros((9, 13, 8))], None, "the image is list, expected a file"),
         ("nowhere.nii.gz", None, "nowhere.nii.gz: no such file"),
     ],
 )
 def test_images_that_do_not_fit_are_refused(model, image, spacing, words):
     with pytest.raises(InputError, match=words):
         predict_image(model, image, spacing)
+
+
+def test_colours_come_first(models):
+    model = load_model(models(patch=(12, 8), spacing=(1.0, 1.0), ending=".png", reader="NaturalImage2DIO", channels=3))
+    image = np.random.default_rng(0).uniform(size=(20, 13, 3))
+    with pytest.raises(InputError, match=r"move the channels to the front, np.moveaxis\(image, -1, 0\)"):
+        predict_image(model, image, (1, 1))
+    with pytest.raises(InputError, match="expected \\(3 channels"):
+        predict_image(model, image[..., 0], (1, 1))
+    assert predict_image(model, np.moveaxis(image, -1, 0), (1, 1), tta="none").mask.shape == (1, 20, 13)
+
+
+def test_files_are_checked_as_by_the_command(model, images, tmp_path):
+    cut_off(Path(shutil.copy(images / "case_0_0000.nii.gz", tmp_path)), 0.5)
+    with pytest.raises(InputError, match=r"case_0_0000\.nii\.gz: damaged or cut off"):
+        predict_image(model, tmp_path / "case_0_0000.nii.gz")
+    with pytest.raises(InputError, match="2 channels, expected 1 as the model was trained with: MR"):
+        predict_image(model, [images / "case_0_0000.nii.gz"] * 2)
+
+
+def test_notes_on_the_image_are_in_the_summary(model):
+    found = predict_image(model, np.full((9, 13, 8), 7.0), (1, 1, 1), tta="none")
+    assert found.summary["notes"] == ["the image: channel 0 (MR) has the value 7 in every voxel"]
 
 
 def test_options_are_checked(model, images):

@@ -25,7 +25,9 @@ from nnunetv2_diffusion.inference.maps import (
     MapWriterError,
     check_map_writer,
     check_whole,
+    map_names,
     to_original_geometry,
+    within_limit,
     write_map,
     written_whole,
 )
@@ -91,6 +93,41 @@ def oblique(size=(7, 6, 5), angle=0.4, permuted=True):
     image.SetOrigin((-31.25, 12.5, 77.125))
     image.SetSpacing((0.7, 0.9, 3.3))
     return image
+
+
+# names and ranges of maps
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ({"left part": (1,), "b": (2,)}, ["left_part", "b"]),
+        ({"lesion (T1)": (1,), "lesion [T1]": (2,), "other": (3,)}, ["lesion_T1__1", "lesion_T1__2", "other"]),
+        ({"<5 mm": (1,), ">5 mm": (2,)}, ["_5_mm_1", "_5_mm_2"]),
+        ({"GTV": (1,), "gtv": (2,)}, ["GTV_1", "gtv_2"]),
+        ({"a?": (1, 2), "a!": (2,)}, ["a__1-2", "a__2"]),
+        ({"a?": (1,), "a!": (1,)}, ["a__1_1", "a__1_2"]),
+        ({"a?": (1,), "a!": (2,), "a__1": (3,)}, ["a__1_1", "a__2", "a__1_3"]),
+    ],
+)
+def test_every_label_has_a_name_of_its_own(labels, expected):
+    names = map_names(labels)
+    assert list(names) == list(labels)
+    assert list(names.values()) == expected
+
+
+def test_rounding_beyond_the_scale_is_clipped_and_a_real_excess_is_noted():
+    values = np.array([[-1e-7, 0.5, 1 + 1e-6]], np.float32)
+    clipped, note = within_limit(values, 1.0, "probability_a")
+    assert note is None
+    np.testing.assert_array_equal(clipped, np.clip(values, 0, 1))
+    for wrong in (values + 0.1, values - 0.1):
+        clipped, note = within_limit(wrong, 1.0, "entropy")
+        assert note.startswith("entropy: values from ")
+        assert clipped.min() >= 0
+        assert clipped.max() <= 1
+    with pytest.raises(ValueError, match=r"variance: .* not finite"):
+        within_limit(np.array([np.nan]), 1.0, "variance")
 
 
 # geometry of the arrays

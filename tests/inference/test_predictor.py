@@ -1,5 +1,8 @@
 """Laws of whole predictions, on tiny networks with random weights."""
 
+import weakref
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813, its usual name
@@ -8,12 +11,16 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunetv2_diffusion.inference import predictor as predictor_module
 from nnunetv2_diffusion.inference import sliding_window
-from nnunetv2_diffusion.inference.cases import draw_case
+from nnunetv2_diffusion.inference.cases import describe, draw_case
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
 from nnunetv2_diffusion.inference.predictor import PassCount
 
 FAMILIES = ["nnUNetTrainerRecycleXT", "nnUNetTrainerSelfCondXt", "nnUNetTrainerHiDiff", "nnUNetTrainerNoDiff"]
+PROPERTIES = {
+    "spacing": [1.0, 1.0, 1.0], "shape_before_cropping": (10, 15, 9),
+    "shape_after_cropping_and_before_resampling": (10, 15, 9),
+}  # fmt: skip
 
 
 def load(folder, progress=False, **options):
@@ -59,14 +66,24 @@ def test_probabilities_are_finite_and_sum_to_one(models):
 
 @pytest.mark.parametrize("trainer", FAMILIES)
 @pytest.mark.parametrize("aggregate", ["window", "volume"])
-def test_the_order_of_tiles_does_not_change_a_bit(models, trainer, aggregate):
-    def reverse(predictor):
-        slicers = predictor._internal_get_sliding_window_slicers
-        predictor._internal_get_sliding_window_slicers = lambda size: slicers(size)[::-1]
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_order_of_tiles_does_not_change_a_bit(models, trainer, aggregate, seed):
+    """Neither of nnU-Net's positions nor of the tiles that are made of them."""
+
+    def shuffled(things):
+        order = torch.randperm(len(things), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [things[i] for i in order]
+
+    def shuffle(predictor):
+        slicers, canvas = predictor._internal_get_sliding_window_slicers, predictor.canvas
+        if seed:
+            predictor._internal_get_sliding_window_slicers = lambda size: shuffled(slicers(size))
+        else:
+            predictor.canvas = lambda image: replace(found := canvas(image), tiles=shuffled(found.tiles))
 
     options = {"tta": "none", "aggregate": aggregate}
     (p,), count = predict(models(trainer), **options)
-    (q,), _ = predict(models(trainer), edit=reverse, **options)
+    (q,), _ = predict(models(trainer), edit=shuffle, **options)
     assert count.tiles > 1
     assert torch.equal(p, q)
 
@@ -104,6 +121,58 @@ def test_tiles_that_are_computed_together_are_those_computed_alone(models, monke
     # a state drawn from a probability may fall on the other side of a uniform number by a rounding error
     close = (together - alone).abs() < 1e-4
     assert close.float().mean() > (0.99 if trainer == "nnUNetTrainerHiDiff" else 0.999999)
+
+
+@pytest.mark.parametrize("trainer", ["nnUNetTrainerRecycleXT", "nnUNetTrainerHiDiff"])
+def test_a_result_names_how_many_tiles_went_together_which_early_exit_changes(models, monkeypatch, trainer, tmp_path):
+    """The number may change roundings, so equal bytes are claimed for equal numbers alone."""
+    monkeypatch.setattr(predictor_module, "same_labels", lambda a, b, sigmoid: False)  # no chain ends early
+    results = {}
+    for name, batch, early in (("pair", 2, False), ("single", 1, False), ("early", 2, True)):
+        predictor = load(models(trainer), tta="none", early_exit=early)
+        sizes = []
+        network = getattr(predictor.network, "segmentor", predictor.network)
+        network.encoder.register_forward_pre_hook(lambda module, given, sizes=sizes: sizes.append(len(given[0])))
+        monkeypatch.setitem(predictor.configuration_manager.configuration, "batch_size", batch)
+        result = draw_case(predictor, case(), folder=tmp_path)
+        named = describe(predictor, "a", case(), PROPERTIES, result)["settings"]["tiles_at_once"]
+        assert max(sizes) == named == (1 if early else batch)
+        results[name] = result.moments.mean()
+    assert torch.equal(results["single"], results["early"])
+    near = (results["pair"] - results["single"]).abs() < 1e-4
+    assert near.float().mean() > (0.99 if trainer == "nnUNetTrainerHiDiff" else 0.999999)
+
+
+class Fails:
+    """A draw that runs out of the device's memory once; what it had made must be gone when it is repeated."""
+
+    def __init__(self, draw):
+        self.draw, self.made, self.left = draw, None, []
+
+    def __call__(self, chain, plan, canvas, sample, count):
+        if self.made is None:
+            results = torch.zeros(5)
+            self.made = weakref.ref(results)
+            count.tick(3)
+            raise torch.cuda.OutOfMemoryError("no room")
+        self.left.append(self.made())
+        return self.draw(chain, plan, canvas, sample, count)
+
+
+def test_results_without_room_on_the_device_are_made_again_on_the_cpu(models, capsys):
+    (expected,), passes = predict(models(), tta="none")
+    predictor, count = load(models(), tta="none"), PassCount()
+    chain, canvas = predictor.chain(), predictor.canvas(case())
+    predictor._draw_tiles = fails = Fails(predictor._draw_tiles)
+    predictor.results_device = torch.device("cuda")  # nothing is moved there: the first draw fails
+    (p,) = predictor._draw(chain, predictor.schedules(chain.steps), canvas, 0, count)
+    assert torch.equal(p, expected)
+    assert count.passes == passes.passes
+    assert fails.left == [None]
+    assert "moved to the CPU" in capsys.readouterr().out
+    predictor._draw_tiles = Fails(fails.draw)
+    with pytest.raises(torch.cuda.OutOfMemoryError):  # there is nowhere else to go
+        predictor._draw(chain, predictor.schedules(chain.steps), canvas, 0, count)
 
 
 @pytest.mark.parametrize("aggregate", ["window", "volume"])

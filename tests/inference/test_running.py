@@ -128,7 +128,8 @@ def test_memory_is_independent_of_the_number_of_samples():
         moments.add(sample)
         held = [v for v in vars(moments).values() if isinstance(v, torch.Tensor)]
         sizes.append(sum(v.untyped_storage().nbytes() for v in held))
-    assert set(sizes) == {(3 + 2) * 4 * math.prod(SPATIAL)}
+    assert sizes[0] == 3 * 4 * math.prod(SPATIAL)  # what is made of a single sample is made when it is asked for
+    assert set(sizes[1:]) == {(3 + 2) * 4 * math.prod(SPATIAL)}
 
 
 def test_samples_are_neither_kept_nor_changed():
@@ -140,6 +141,34 @@ def test_samples_are_neither_kept_nor_changed():
     again = before.clone()
     moments.add(again)
     assert torch.equal(again, before)
+
+
+@pytest.mark.parametrize("regions", [False, True])
+@pytest.mark.parametrize("count", [1, 3])
+def test_samples_that_are_given_away_give_the_same_without_a_copy(count, regions):
+    stack = samples(count, 3, regions)
+    ours, first = RunningMoments(regions), stack[0].clone()
+    for number, sample in enumerate(stack):
+        ours.add(sample.clone() if number else first, given_away=True)
+    expected = running(stack, regions)
+    assert ours.mean().data_ptr() == first.data_ptr()
+    assert torch.equal(ours.mean(), expected.mean())
+    for kind, values in ours.maps().items():
+        assert torch.equal(values, expected.maps()[kind])
+    assert torch.equal(ours.expected_entropy(), expected.expected_entropy())
+    half = RunningMoments(regions)
+    half.add(stack[0].half(), given_away=True)
+    assert half.mean().dtype == torch.float32
+
+
+def test_a_mean_that_is_taken_is_no_more_there():
+    moments = running(samples(2, 3, False))
+    mean = moments.mean()
+    assert moments.take_mean() is mean
+    assert moments.count == 0
+    with pytest.raises(ValueError, match="no sample"):
+        moments.take_mean()
+    moments.add(mean[:2])  # as if it were the first one
 
 
 def test_samples_of_half_precision_are_summed_in_float32():

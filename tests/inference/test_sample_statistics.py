@@ -15,9 +15,12 @@ from nnunetv2.utilities.label_handling.label_handling import LabelManager
 from nnunetv2_diffusion.inference import sample_statistics as module
 from nnunetv2_diffusion.inference.sample_statistics import (
     SampleMasks,
+    add_mask_volumes,
     case_summary,
     foreground_labels,
     json_ready,
+    mask_volumes,
+    rounded,
     volume_unit,
 )
 
@@ -45,42 +48,41 @@ def counted(folder, samples, labels=LABELS, **kwargs):
 
 
 def brute_force_dice(masks):
-    """Mean over pairs of bool masks; two empty ones agree."""
+    """Mean over the pairs of bool masks that are not both empty."""
     values = []
     for i, a in enumerate(masks):
         for b in masks[:i]:
             size = a.sum() + b.sum()
-            values.append(2 * (a & b).sum() / size if size else 1.0)
-    return np.mean(values)
+            values += [2 * (a & b).sum() / size] if size else []
+    return np.mean(values) if values else np.nan
 
 
 @pytest.mark.parametrize("count", [2, 3, 9])
-@pytest.mark.parametrize("regions", [False, True])
-def test_pairwise_dice_and_volumes_equal_brute_force(tmp_path, count, regions):
+def test_pairwise_dice_and_volumes_equal_brute_force(tmp_path, count):
     maps = label_maps(count)
-    counts = counted(tmp_path, region_masks(maps) if regions else maps, region_masks=regions)
+    counts = counted(tmp_path, maps)
     masks = np.stack(region_masks(maps))
     np.testing.assert_array_equal(counts.voxels, masks.sum((2, 3, 4)).T)
     expected = [brute_force_dice(masks[:, label]) for label in range(len(LABELS))]
     np.testing.assert_allclose(counts.pairwise_dice(), expected, rtol=1e-12)
     assert 0 < counts.pairwise_dice()[0] < 1
-    assert counts.pairwise_dice()[2] == 1
+    assert np.isnan(counts.pairwise_dice()[2]), "no sample has it"
 
 
-def test_one_empty_mask_of_two_has_dice_0_and_two_have_1(tmp_path):
+def test_one_empty_mask_of_two_has_dice_0_and_two_are_no_agreement(tmp_path):
     empty, full = np.zeros(SHAPE, np.uint8), np.ones(SHAPE, np.uint8)
     assert counted(tmp_path, [empty, full], {"a": 1}).pairwise_dice() == 0
-    assert counted(tmp_path, [empty, empty], {"a": 1}).pairwise_dice() == 1
-    # pairs: empty-empty 1, empty-full 0 twice
-    assert counted(tmp_path, [empty, full, empty], {"a": 1}).pairwise_dice() == pytest.approx(1 / 3)
+    assert np.isnan(counted(tmp_path, [empty, empty], {"a": 1}).pairwise_dice())
+    # pairs: empty-empty does not count, empty-full 0 twice
+    assert counted(tmp_path, [empty, full, empty], {"a": 1}).pairwise_dice() == 0
+    # full-full 1, empty-full 0 twice
+    assert counted(tmp_path, [empty, full, full], {"a": 1}).pairwise_dice() == pytest.approx(1 / 3)
 
 
-@pytest.mark.parametrize("regions", [False, True])
 @pytest.mark.parametrize("chunk", [1, 2, 13, 210, 10**6])
-def test_results_do_not_depend_on_the_size_of_chunks(tmp_path, chunk, regions):
+def test_results_do_not_depend_on_the_size_of_chunks(tmp_path, chunk):
     maps = label_maps(5)
-    samples = region_masks(maps) if regions else maps
-    result = counted(tmp_path, samples, region_masks=regions, chunk=chunk)
+    result = counted(tmp_path, maps, chunk=chunk)
     np.testing.assert_array_equal(result.intersections, counted(tmp_path, maps).intersections)
 
 
@@ -91,14 +93,6 @@ def test_values_of_labels_may_need_more_than_a_byte(tmp_path, labels):
     sample[0], sample[1:3] = values[0], values[-1]
     counts = counted(tmp_path, [sample, sample], labels)
     np.testing.assert_array_equal(counts.voxels[:, 0], [(sample == v).sum() for v in values])
-
-
-@pytest.mark.parametrize("regions", [1, 8, 9, 33, 64])
-def test_up_to_64_overlapping_regions_are_kept_apart(tmp_path, regions):
-    samples = np.random.default_rng(0).random((2, regions, 4, 5)) > 0.5
-    counts = counted(tmp_path, samples, {f"r{i}": 0 for i in range(regions)}, region_masks=True)
-    np.testing.assert_array_equal(counts.voxels, samples.sum((2, 3)).T)
-    np.testing.assert_array_equal(counts.intersections[:, 0, 1], (samples[0] & samples[1]).sum((1, 2)))
 
 
 def test_tensors_and_views_with_swapped_axes_are_taken(tmp_path):
@@ -234,23 +228,10 @@ def test_a_mask_that_does_not_fit_is_refused(tmp_path, sample, words):
         assert masks.count == 1
 
 
-@pytest.mark.parametrize(
-    ("labels", "kwargs", "words"),
-    [
-        ({}, {}, "no foreground"),
-        ({"a": -1}, {}, "-1"),
-        ({"a": 65536}, {}, "65536"),
-        ({str(i): 1 for i in range(65)}, {"region_masks": True}, "65 regions"),
-    ],
-)
-def test_labels_that_cannot_be_counted_are_refused(tmp_path, labels, kwargs, words):
+@pytest.mark.parametrize(("labels", "words"), [({}, "no foreground"), ({"a": -1}, "-1"), ({"a": 65536}, "65536")])
+def test_labels_that_cannot_be_counted_are_refused(tmp_path, labels, words):
     with pytest.raises(ValueError, match=words):
-        SampleMasks(tmp_path, labels, **kwargs)
-
-
-def test_the_number_of_region_masks_must_be_that_of_the_regions(tmp_path):
-    with SampleMasks(tmp_path, LABELS, region_masks=True) as masks, pytest.raises(ValueError, match="2 masks"):
-        masks.add(np.zeros((2, *SHAPE), bool))
+        SampleMasks(tmp_path, labels)
 
 
 def test_without_samples_there_is_nothing_to_count(tmp_path):
@@ -276,40 +257,90 @@ def test_foreground_labels_are_those_of_nnunet_in_the_order_of_its_heads(labels,
 # what is written
 
 
-def test_the_summary_has_volumes_in_ml_and_the_confidence_of_the_samples(tmp_path):
+def test_the_summary_has_volumes_in_ml_and_the_agreement_of_the_samples(tmp_path):
     maps = label_maps(9)
     counts = counted(tmp_path, maps)
-    summary = case_summary("case_7", counts, SHAPE, SPACING, {"steps": 5, "seed": np.int64(3)})
+    summary = case_summary("case_7", counts, SHAPE, SPACING, {"steps": 5, "seed": np.int64(3)}, ["a note"])
     volumes = np.array([(m == 1).sum() for m in maps]) * 3.0 / 1000
-    expected = {
-        "mean": volumes.mean(),
+    spread = {
         "sd": volumes.std(ddof=1),
         "percentile_5": np.percentile(volumes, 5),
         "percentile_95": np.percentile(volumes, 95),
     }
-    assert summary["volumes"]["outer"] == pytest.approx(expected)
+    found = summary["volumes"]["outer"]
+    assert found["mask"] is None
+    assert found["mean"] == pytest.approx(volumes.mean(), rel=5e-6)
+    assert found["spread"] == pytest.approx(spread, rel=5e-6)
     assert (summary["case"], summary["samples"], summary["volume_unit"]) == ("case_7", 9, "ml")
-    assert summary["pairwise_dice"] == pytest.approx(dict(zip(LABELS, counts.pairwise_dice(), strict=True)))
-    assert summary["confidence"] == summary["mean_pairwise_dice"] == pytest.approx(counts.pairwise_dice().mean())
+    dice = dict(zip(LABELS, counts.pairwise_dice(), strict=True))
+    known = {name: value for name, value in dice.items() if name != "absent"}
+    assert summary["pairwise_dice"].pop("absent") is None
+    assert summary["pairwise_dice"] == pytest.approx(known, rel=5e-6)
+    assert summary["agreement"] == pytest.approx(np.mean(list(known.values())), rel=5e-6), "over what was found"
     assert summary["settings"] == {"steps": 5, "seed": 3}
-    assert summary["notes"] == []
+    assert summary["notes"] == ["a note", "absent: not found in any sample"]
 
 
-def test_samples_that_agree_have_confidence_1_and_no_spread(tmp_path):
-    (sample,) = label_maps(1)
-    summary = case_summary("a", counted(tmp_path, [sample] * 4), SHAPE, SPACING)
-    assert summary["confidence"] == 1
-    assert summary["volumes"]["outer"]["sd"] == 0
+def test_old_keys_are_kept_for_one_version_and_marked(tmp_path):
+    summary = case_summary("a", counted(tmp_path, label_maps(3)), SHAPE, SPACING)
+    assert summary["confidence"] == summary["mean_pairwise_dice"] == summary["agreement"]
+    for found in summary["volumes"].values():
+        assert {key: found[key] for key in ("sd", "percentile_5", "percentile_95")} == found["spread"]
+    for key in ("confidence", "mean_pairwise_dice", "sd", "percentile_5", "percentile_95"):
+        assert key in summary["definitions"]["deprecated"]
+    assert "no confidence" in summary["definitions"]["caution"]
 
 
-def test_one_sample_has_no_confidence_and_a_note_says_so(tmp_path):
-    summary = case_summary("a", counted(tmp_path, label_maps(1)), SHAPE, SPACING)
-    assert summary["confidence"] is None
-    assert summary["mean_pairwise_dice"] is None
+@pytest.mark.parametrize("count", [1, 4])
+def test_what_no_sample_holds_has_no_agreement_and_a_note_names_it(tmp_path, count):
+    summary = case_summary("a", counted(tmp_path, [np.zeros(SHAPE, np.uint8)] * count), SHAPE, SPACING)
+    assert summary["agreement"] is None
     assert set(summary["pairwise_dice"].values()) == {None}
-    assert summary["volumes"]["outer"]["sd"] is None
+    assert [note for note in summary["notes"] if "not found" in note] == [
+        f"{name}: not found in any sample" for name in LABELS
+    ]
+    assert all(found["mean"] == 0 for found in summary["volumes"].values())
+
+
+@pytest.mark.parametrize(("flipped", "alike"), [(0, True), (1, True), (40, False)])
+def test_samples_that_are_nearly_alike_are_noted(tmp_path, flipped, alike):
+    base = np.zeros((10, 10, 10), np.uint8)
+    base[2:8] = 1
+    other = base.copy()
+    other[2].flat[:flipped] = 0
+    summary = case_summary("a", counted(tmp_path, [base, other], {"a": 1}), base.shape, SPACING)
+    assert any("nearly alike" in note for note in summary["notes"]) is alike
+    assert (summary["volumes"]["a"]["spread"]["sd"] == 0) is (flipped == 0)
+
+
+def test_one_sample_has_no_agreement_and_a_note_says_so(tmp_path):
+    summary = case_summary("a", counted(tmp_path, label_maps(1)), SHAPE, SPACING)
+    assert summary["agreement"] is None
+    assert set(summary["pairwise_dice"].values()) == {None}
+    assert summary["volumes"]["outer"]["spread"]["sd"] is None
     assert summary["volumes"]["outer"]["mean"] > 0
-    assert summary["notes"] == [module.ONE_SAMPLE]
+    assert summary["notes"] == [module.ONE_SAMPLE, "absent: not found in any sample"]
+
+
+def test_volumes_of_the_written_mask_are_filled_in(tmp_path):
+    mask = label_maps(1)[0]
+    summary = case_summary("a", counted(tmp_path, [mask] * 2), SHAPE, SPACING)
+    add_mask_volumes(summary, mask_volumes(mask.astype(np.float32), LABELS, SPACING))
+    for name, values in LABELS.items():
+        expected = np.isin(mask, values).sum() * 3.0 / 1000
+        assert summary["volumes"][name]["mask"] == pytest.approx(expected, rel=5e-6)
+        assert summary["volumes"][name]["mask"] == summary["volumes"][name]["mean"]
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0.9206666666666669, 0.920667), (1.2345678e-7, 1.23457e-7), (1234.56789, 1234.568), (123456789, 123456789),
+        (12345678.0, 12345678.0), (0.0, 0.0), (-0.33333333, -0.333333),
+    ],
+)  # fmt: skip
+def test_numbers_have_six_digits_and_no_count_loses_one(value, expected):
+    assert rounded(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -327,19 +358,11 @@ def test_volumes_are_in_ml_and_those_of_2d_images_in_pixels(shape, spacing, expe
     assert (pytest.approx(size), unit) == expected
 
 
-def test_scales_of_grey_images_are_noted_with_how_to_undo_them(tmp_path):
-    counts = counted(tmp_path, label_maps(2))
-    summary = case_summary("a", counts, SHAPE, SPACING, map_scales={"entropy": math.log(3), "variance": None})
-    assert summary["map_scales"] == {"entropy": math.log(3)}
-    assert "65535" in summary["definitions"]["map_scales"]
-    assert "map_scales" not in case_summary("a", counts, SHAPE, SPACING, map_scales={"variance": None})
-
-
 def test_the_summary_is_plain_json_with_definitions(tmp_path):
     for count in (1, 3):
         summary = case_summary("a", counted(tmp_path, label_maps(count)), SHAPE, np.array(SPACING))
         assert json.loads(json.dumps(summary, allow_nan=False)) == summary
-        assert set(summary["definitions"]) == {"volumes", "pairwise_dice", "mean_pairwise_dice", "confidence"}
+        assert set(summary["definitions"]) == {"volumes", "pairwise_dice", "agreement", "caution", "deprecated"}
 
 
 def test_json_ready_converts_what_json_does_not_know():

@@ -38,7 +38,7 @@ def architecture(dims: int) -> dict:
     }
 
 
-def make_plans(patch, spacing, reader="SimpleITKIO", **diffusion) -> dict:
+def make_plans(patch, spacing, reader="SimpleITKIO", channels=1, **diffusion) -> dict:
     """Plans with one configuration, "only", of as many dimensions as the patch has."""
     resampling = {"is_seg": False, "order": 1, "order_z": 0, "force_separate_z": None}
     only = {
@@ -48,8 +48,8 @@ def make_plans(patch, spacing, reader="SimpleITKIO", **diffusion) -> dict:
         "patch_size": list(patch),
         "median_image_size_in_voxels": list(patch),
         "spacing": list(spacing),
-        "normalization_schemes": ["ZScoreNormalization"],
-        "use_mask_for_norm": [False],
+        "normalization_schemes": ["ZScoreNormalization"] * channels,
+        "use_mask_for_norm": [False] * channels,
         "architecture": architecture(len(patch)),
         "batch_dice": False,
         "diffusion": {"transformer_heads": 2, "hidiff": {"refiner_width": 4, "steps": 3}, **diffusion},
@@ -67,7 +67,7 @@ def make_plans(patch, spacing, reader="SimpleITKIO", **diffusion) -> dict:
         "transpose_backward": [0, 1, 2],
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {"0": {}},
+        "foreground_intensity_properties_per_channel": {str(number): {} for number in range(channels)},
         "configurations": {"only": only},
     }
 
@@ -81,11 +81,13 @@ def make_model(
     folds: int = 1,
     ending: str = ".nii.gz",
     reader: str = "SimpleITKIO",
+    channels: int = 1,
     **diffusion,
 ) -> Path:
     """Write plans.json, dataset.json and a checkpoint with random weights for each fold; returns the folder."""
-    plans = make_plans(patch, spacing, reader, **diffusion)
-    dataset = {"channel_names": {"0": "MR"}, "labels": REGIONS if regions else CLASSES, "file_ending": ending}
+    plans = make_plans(patch, spacing, reader, channels, **diffusion)
+    names = {str(number): ("MR", "R", "G", "B")[number] for number in range(channels)}
+    dataset = {"channel_names": names, "labels": REGIONS if regions else CLASSES, "file_ending": ending}
     if regions:
         dataset["regions_class_order"] = [1, 2]
     folder.mkdir(parents=True)

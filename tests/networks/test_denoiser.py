@@ -429,3 +429,23 @@ def test_compiled_it_has_one_graph_for_each_of_the_two_passes(make_segmentor, dy
     assert list(network.state_dict()) == names
     for a, b in zip(network(image, torch.ones(2, K, 16, 20), torch.tensor([3, 900])), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("where", ["encoder", "transformer", "decoder"])
+def test_a_pass_that_fails_leaves_the_network_as_it_was(make_unet, where):
+    """As one that is repeated when there is no room for it on a GPU."""
+    network = DenoisingUNet(make_unet(), K, transformer_heads=2).eval()
+    image, mask, t = torch.randn(1, 1, 16, 20), torch.rand(1, K, 16, 20), torch.tensor([7])
+    before = network.denoise(image, mask, t)
+
+    def fail(module, given):
+        raise MemoryError("no room")
+
+    hook = getattr(network, where).register_forward_pre_hook(fail)
+    with pytest.raises(MemoryError):
+        network.denoise(image, mask, t, full_resolution_only=True)
+    hook.remove()
+    assert network.decoder.deep_supervision
+    assert all(m.modulation is None for m in network.modules() if isinstance(m, ModulatedInstanceNorm))
+    for a, b in zip(network.denoise(image, mask, t), before, strict=True):
+        assert torch.equal(a, b)

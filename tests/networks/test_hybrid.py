@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnunetv2_diffusion.diffusion import BernoulliDiffusion, SamplingConfig, cosine_beta_schedule
+from nnunetv2_diffusion.diffusion import BernoulliDiffusion, NoiseCalibration, SamplingConfig, cosine_beta_schedule
 from nnunetv2_diffusion.networks.discriminative import UNetSegmentor, cumulative_strides
 from nnunetv2_diffusion.networks.hybrid import HybridSegmentor, match_features, refiner_topology
 
@@ -28,6 +28,10 @@ def make_hybrid(make_unet, geometries):
         ).eval()
 
     return make
+
+
+def calibration(gamma):
+    return NoiseCalibration(BernoulliDiffusion(cosine_beta_schedule(10)), gamma)
 
 
 def image_for(geometries, geometry="2d", batch=2):
@@ -57,7 +61,7 @@ def test_zero_steps_give_the_segmentors_own_logits(make_hybrid, geometries):
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 @pytest.mark.parametrize("regions", [False, True])
 def test_one_step_of_an_untrained_refiner_gives_the_prior(make_hybrid, geometries, gamma, regions):
-    hybrid = make_hybrid(steps=1, focal_gamma=gamma)
+    hybrid = make_hybrid(steps=1, calibration=calibration(gamma))
     hybrid.sigmoid = regions
     image = image_for(geometries)
     with torch.inference_mode():
@@ -68,7 +72,7 @@ def test_one_step_of_an_untrained_refiner_gives_the_prior(make_hybrid, geometrie
 @pytest.mark.parametrize("gamma", [0.0, 2.0])
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
 def test_samples_of_an_untrained_refiner_have_the_prior_as_mean(make_hybrid, geometries, gamma, sampler):
-    hybrid = make_hybrid(steps=4, samples=300, sampler=sampler, focal_gamma=gamma)
+    hybrid = make_hybrid(steps=4, samples=300, sampler=sampler, calibration=calibration(gamma))
     image = image_for(geometries, batch=1)
     with torch.inference_mode():
         output = hybrid.segmentor(image)
@@ -84,7 +88,7 @@ def test_samples_of_an_untrained_refiner_have_the_prior_as_mean(make_hybrid, geo
 @pytest.mark.parametrize("t", [0, 5, 9])
 def test_a_correction_of_the_mask_means_the_same_whatever_was_drawn(make_hybrid, geometries, gamma, t):
     """The estimate of the mask moves with the refiner's output, for y_t = 0 and 1; at T it is the same for both."""
-    hybrid = make_hybrid(focal_gamma=gamma)
+    hybrid = make_hybrid(calibration=calibration(gamma))
     image = image_for(geometries)
     correction = torch.randn(2, 3, *geometries["2d"].patch)
     time = torch.full((2,), t)
@@ -100,7 +104,8 @@ def test_a_correction_of_the_mask_means_the_same_whatever_was_drawn(make_hybrid,
         for before, after in zip(estimates(0.0), estimates(1.0), strict=True):
             assert torch.equal(after > before, correction > 0)
         if t == 9:  # y_T is drawn from the prior: it says nothing of the mask
-            torch.testing.assert_close(*estimates(1.0), atol=5e-3, rtol=0)
+            # but for what is left of the mask in it, and is in the KL
+            torch.testing.assert_close(*estimates(1.0), atol=2e-2, rtol=0)
 
 
 def test_without_residual_the_refiner_says_that_few_voxels_are_wrong(make_hybrid, geometries):

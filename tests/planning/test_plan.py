@@ -105,6 +105,15 @@ def test_the_default_name_tells_preset_and_base(plan, folder):
     assert read(folder, "diffusion_fast_nnUNetPlans")["plans_name"] == "diffusion_fast_nnUNetPlans"
 
 
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [((), True), (("--set", "steps=2"), True), (("--preset", "fast"), False), (("--set", "batch_size=7"), False)],
+)
+def test_plans_that_change_nothing_are_told(plan, options, same):
+    _, text, _ = plan("-o", "mine", *options)
+    assert ("Nothing but the name differs from nnUNetPlans" in text) == same
+
+
 def test_show_names_the_origin_of_every_value(plan, folder, monkeypatch):
     plan("--preset", "fast", "-o", "mine", "--set", "transformer_layers=2")
     edited = read(folder, "mine")

@@ -53,6 +53,7 @@ OTHER = {
     "num_epochs": 10,
     "num_iterations_per_epoch": 20,
     "num_val_iterations_per_epoch": 5,
+    "max_bad_steps": 3,
 }
 
 
@@ -215,6 +216,8 @@ def test_null_is_accepted_where_it_has_a_meaning(name):
         ("num_epochs", 0),
         ("num_iterations_per_epoch", 0),
         ("num_val_iterations_per_epoch", 0),
+        ("max_bad_steps", 1),
+        ("max_bad_steps", 10_001),
     ],
 )
 def test_a_value_out_of_range_is_named(name, value):
@@ -388,9 +391,9 @@ HIDIFF_OTHER = {
 }
 
 
-def test_defaults_of_hidiff_are_the_papers():
+def test_defaults_of_hidiff_are_the_papers_but_for_the_steps():
     own = DiffusionSettings().hidiff
-    assert (own.timesteps, own.steps, own.sampler) == (10, 10, "ddim")
+    assert (own.timesteps, own.steps, own.sampler) == (10, 1, "ddim")
     assert (own.binarized, own.cross_transformer, own.noise_loss, own.collaborative) == (True, True, "focal", True)
     assert (own.focal_gamma, own.lambda_focal, own.lambda_diffusion) == (2, 1, 1)
     assert (own.learning_rate, own.segmentor_learning_rate) == (1e-4, 1e-4)

@@ -32,13 +32,15 @@ def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make(preprocessed: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., nnUNetTrainer]:
-    """Build and initialize a trainer: (class, settings); patches are 8 x 12 x 8, with two classes."""
+    """Build and initialize a trainer: (class, --c, settings); patches are 8 x 12 x 8, with two classes."""
     for kind in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
         monkeypatch.setitem(os.environ, kind, str(preprocessed / kind))
 
-    def build(cls: type[nnUNetTrainer], **settings: object) -> nnUNetTrainer:
+    def build(cls: type[nnUNetTrainer], continue_training: bool = False, **settings: object) -> nnUNetTrainer:
+        for log in (preprocessed / "nnUNet_results").rglob("training_log_*"):
+            log.unlink()  # their names tell seconds: two trainers of one would share a file
         plans = make_plans(PATCH, [1.0] * len(PATCH), **settings)
-        plans["continue_training"] = False
+        plans["continue_training"] = continue_training
         torch.manual_seed(1)
         trainer = cls(plans, "only", "all", DATASET, torch.device("cpu"))
         trainer.initialize()

@@ -1,6 +1,8 @@
 """Behaviour of the looks at plans, labels, images and checkpoints."""
 
 import copy
+import json
+import os
 import pickle
 import re
 import zipfile
@@ -17,7 +19,16 @@ from torch import nn
 from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint, load_checkpoint_file
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.planning.settings import SettingsError
-from nnunetv2_diffusion.training.checks import check_images, check_labels, check_plans
+from nnunetv2_diffusion.training.checks import (
+    absent_classes,
+    check_images,
+    check_label_numbers,
+    check_labels,
+    check_plans,
+    head_names,
+    never_found,
+)
+from nnunetv2_diffusion.training.label_scan import scan_labels
 
 # --- plans -----------------------------------------------------------------------------------------------------------
 
@@ -139,6 +150,200 @@ def test_labels_of_2d_cases_are_seen():
     dataset.segmentations["a"][0, 0, 7, 8] = 9
     with pytest.raises(ValueError, match="label 9"):
         check_labels([dataset], CLASSES, "folder", False)
+
+
+def test_labels_of_every_case_are_returned():
+    found = check_labels([make_dataset(1), Dataset({"z": np.zeros((1, 2, 3, 4), np.int8)})], CLASSES, "folder", False)
+    assert found == {"a": {-1, 0, 1, 2}, "z": {0}}
+
+
+@pytest.mark.parametrize(
+    ("labels", "wrong"),
+    [
+        ({"background": 0, "a": 1, "b": 3}, r"\[3\]"),
+        ({"background": 0, "a": 2}, r"\[2\]"),
+        ({"background": 0, "a": 1, "b": 4, "c": 5, "d": 9}, r"\[4, 9\]"),
+        ({"background": 0, "mask": 255}, r"\[255\]"),
+    ],
+)
+def test_labels_with_a_hole_are_refused_before_anything_is_written(labels, wrong):
+    expected = (
+        rf"^Labels must be in consecutive order \(0, 1, 2, \.\.\.\)\. The labels {wrong} do not satisfy this rest"
+    )
+    with pytest.raises(ValueError, match=expected):
+        check_plans(make_plans(), "2d", {"labels": labels})
+
+
+def test_they_are_refused_in_nnunets_words(tmp_path):
+    """What stands before the first colon is what its own check of a data set says."""
+    from nnunetv2.experiment_planning import verify_dataset_integrity
+
+    source = Path(verify_dataset_integrity.__file__).read_text()
+    with pytest.raises(ValueError, match="consecutive") as refusal:
+        check_label_numbers(LabelManager({"background": 0, "a": 2}, None))
+    before, after = str(refusal.value).split(" [2] ")
+    assert before in source
+    assert after.split(".")[0] in source
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        {"background": 0, "a": 1},
+        {"b": 2, "background": 0, "a": 1},
+        {"background": 0, "a": 1, "ignore": 2},
+        {"background": 0, "a": [1], "b": [2]},
+    ],
+)
+def test_consecutive_labels_pass_in_any_order(labels):
+    check_plans(make_plans(), "2d", {"labels": labels})
+
+
+def test_regions_of_labels_with_a_hole_pass():
+    """nnU-Net trains on them: regions have no number of their own."""
+    regions = {"labels": {"background": 0, "whole": [1, 4], "core": [4]}, "regions_class_order": [1, 4]}
+    check_plans(make_plans(), "2d", regions)
+
+
+def test_names_of_heads_are_in_the_order_of_the_network():
+    assert head_names(LabelManager({"b": 2, "background": 0, "a": 1, "ignore": 3}, None)) == ["a", "b"]
+    assert head_names(LabelManager({"background": 0, "a": [1], "b": 2}, None)) == ["a", "b"]
+    assert head_names(REGIONS) == ["whole", "core"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "found", "absent"),
+    [
+        (CLASSES, [{0, 1}, {-1, 0, 2}], []),
+        (CLASSES, [{0, 1}, {0}], ["lesion"]),
+        (SPARSE, [{0, 2, 3}], ["organ"]),
+        (REGIONS, [{0, 1}], ["core"]),
+        (REGIONS, [{0}, {2}], []),
+    ],
+)
+def test_classes_that_no_training_case_has_are_named(labels, found, absent):
+    assert absent_classes(found, labels, "folder") == absent
+
+
+@pytest.mark.parametrize("labels", [CLASSES, SPARSE, REGIONS], ids=["classes", "ignore", "regions"])
+@pytest.mark.parametrize("found", [[{0}, {-1, 0}], [{0, 3}], []], ids=["background", "ignored", "no case"])
+def test_no_foreground_at_all_is_an_error(labels, found):
+    with pytest.raises(ValueError, match="no training case in some/folder has any foreground"):
+        absent_classes(found, labels, "some/folder")
+
+
+# --- what is remembered of labels ------------------------------------------------------------------------------------
+
+
+class Stored(Dataset):
+    """A data set whose segmentations lie in files; counts how often one is loaded."""
+
+    def __init__(self, folder: Path, segmentations: dict[str, np.ndarray]):
+        super().__init__(segmentations)
+        self.source_folder, self.loaded = str(folder), []
+        for case, segmentation in segmentations.items():
+            np.savez(folder / f"{case}.npz", seg=segmentation)
+
+    def load_case(self, identifier):
+        self.loaded.append(identifier)
+        return super().load_case(identifier)
+
+
+@pytest.fixture
+def stored(tmp_path) -> Stored:
+    folder = tmp_path / "nnUNetPlans_2d"
+    folder.mkdir()
+    return Stored(folder, {"a": np.zeros((1, 1, 4, 5), np.int8), "b": np.ones((1, 1, 4, 5), np.int8)})
+
+
+def test_every_file_is_looked_at_once(stored, tmp_path):
+    cache = tmp_path / "label_scan.json"
+    for expected in (["a", "b"], []):
+        stored.loaded.clear()
+        assert scan_labels([stored], False, cache) == {"a": {0}, "b": {1}}
+        assert stored.loaded == expected
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["label_scan.json", "nnUNetPlans_2d"]
+
+
+def test_a_file_that_changed_is_looked_at_again(stored, tmp_path):
+    cache, file = tmp_path / "label_scan.json", tmp_path / "nnUNetPlans_2d" / "b.npz"
+    scan_labels([stored], False, cache)
+    for change in (lambda: os.utime(file, ns=(1, 1)), lambda: file.write_bytes(b"longer" * 1000)):
+        stored.segmentations["b"] = stored.segmentations["b"] + 1
+        change()
+        stored.loaded.clear()
+        assert scan_labels([stored], False, cache)["b"] == {int(stored.segmentations["b"].max())}
+        assert stored.loaded == ["b"]
+
+
+def test_remembered_labels_are_checked_as_well(stored, tmp_path):
+    """Against dataset.json as it is now."""
+    cache = tmp_path / "label_scan.json"
+    stored.segmentations["b"] += 1
+    check_labels([stored], CLASSES, "folder", False, cache)
+    with pytest.raises(ValueError, match="case b in folder: the segmentation holds label 2"):
+        check_labels([stored], LabelManager({"background": 0, "a": 1}, None), "folder", False, cache)
+
+
+def test_other_data_sets_of_the_same_cases_are_apart(stored, tmp_path):
+    cache, other = tmp_path / "label_scan.json", tmp_path / "nnUNetPlans_3d"
+    other.mkdir()
+    second = Stored(other, {"a": np.full((1, 2, 4, 5), 2, np.int8)})
+    for _ in range(2):
+        assert scan_labels([stored], False, cache)["a"] == {0}
+        assert scan_labels([second], False, cache)["a"] == {2}
+    assert len(json.loads(cache.read_text())) == 3
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "3", '{"nnUNetPlans_2d/a.npz": 3}', '{"nnUNetPlans_2d/a.npz": [1, "x", [0]], "x": [1, 2, [3.5]]}'],
+)
+def test_a_damaged_memory_is_made_anew(stored, tmp_path, content):
+    cache = tmp_path / "label_scan.json"
+    cache.write_text(content)
+    assert scan_labels([stored], False, cache) == {"a": {0}, "b": {1}}
+    stored.loaded.clear()
+    scan_labels([stored], False, cache)
+    assert stored.loaded == []
+
+
+def test_a_folder_that_cannot_be_written_to_is_looked_at_every_time(stored, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    for _ in range(2):
+        stored.loaded.clear()
+        assert scan_labels([stored], False, tmp_path / "label_scan.json") == {"a": {0}, "b": {1}}
+        assert stored.loaded == ["a", "b"]
+    assert not (tmp_path / "label_scan.json").exists()
+
+
+def test_trainings_that_start_at_once_leave_a_whole_memory(stored, tmp_path):
+    cache = tmp_path / "label_scan.json"
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: scan_labels([stored], False, cache), range(20)))
+    assert all(labels == {"a": {0}, "b": {1}} for labels in found)
+    assert len(json.loads(cache.read_text())) == 2
+
+
+# --- classes that are never found ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dice", "lost"),
+    [
+        ([], []),
+        ([[0.5, 0.1]], []),
+        ([[0.5, 0.0]], ["b"]),
+        ([[0.5, np.nan], [0.5, 0.0]], ["b"]),
+        ([[0.0, np.nan], [0.0, 1e-3]], ["a"]),
+        ([[np.nan, np.nan]], ["a", "b"]),
+    ],
+)
+def test_a_class_is_lost_if_no_epoch_found_it(dice, lost):
+    assert never_found(dice, ["a", "b"]) == lost
 
 
 # --- images ----------------------------------------------------------------------------------------------------------
