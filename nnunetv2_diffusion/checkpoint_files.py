@@ -6,9 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
-from nnunetv2_diffusion.checkpoints import _ALLOWING, CheckpointError, _safe_types, load_checkpoint_file
+from nnunetv2_diffusion.checkpoints import CheckpointError, load_checkpoint_file
+from nnunetv2_diffusion.tensor_files import nnunet_types
 
 NAMES = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")  # nnU-Net's
 FORCE, FORBID = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # PyTorch's switches
@@ -90,7 +89,7 @@ def weights_only() -> Iterator[None]:
     before = {name: os.environ.pop(name, None) for name in (FORCE, FORBID)}
     os.environ[FORCE] = "1"
     try:
-        with _ALLOWING, torch.serialization.safe_globals(_safe_types()):
+        with nnunet_types():
             yield
     finally:
         for name, value in before.items():

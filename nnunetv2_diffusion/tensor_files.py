@@ -4,6 +4,8 @@ import re
 import threading
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,19 @@ def read_tensor_file(path: str | Path, mmap: bool = False) -> Any:
     with Path(path).open("rb") as file:  # PyTorch's own message of a folder or a closed file is of its reader
         start = file.read(2)
     try:
-        with _ALLOWING, torch.serialization.safe_globals(_safe_types()), warnings.catch_warnings():
+        with nnunet_types(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of formats that are refused below
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged file can end in nearly any error of the unpickler
         # without its cause: a traceback would show PyTorch's advice
         raise TensorFileError(f"{path}: {_reason(error, Path(path), start)}") from None
+
+
+@contextmanager
+def nnunet_types() -> Iterator[None]:
+    """Let ``torch.load(weights_only=True)`` read what nnU-Net stores beyond tensors and plain types."""
+    with _ALLOWING, torch.serialization.safe_globals(_safe_types()):
+        yield
 
 
 def _safe_types() -> list:
