@@ -71,7 +71,9 @@ def check_architecture(class_name: Any, arch_kwargs: Any, requires_import: Any) 
     if not isinstance(requires_import, list | tuple) or not all(isinstance(key, str) for key in requires_import):
         raise _unusable("_kw_requires_import", requires_import, f"a list of {', '.join(OPERATORS)}")
     for key in requires_import:
-        name = arch_kwargs.get(key)
+        if key not in arch_kwargs:
+            raise _unusable("_kw_requires_import", key, f"keys of arch_kwargs: {', '.join(OPERATORS)}")
+        name = arch_kwargs[key]
         if name is None or (isinstance(name, str) and name in extra):
             continue
         if key not in OPERATORS:

@@ -165,6 +165,11 @@ def test_a_missing_argument_is_named():
         check_architecture(described["network_class_name"], described["arch_kwargs"], ["conv_op"])
 
 
+def test_a_key_without_an_argument_is_named():
+    with pytest.raises(UnsupportedArchitectureError, match="_kw_requires_import is 'nonropout_op', expected keys of"):
+        check(_kw_requires_import=["conv_op", "norm_op", "nonropout_op", "nonlin"])
+
+
 def test_an_operator_that_would_stay_a_text_is_named():
     with pytest.raises(UnsupportedArchitectureError, match="nonlin in it"):
         check(_kw_requires_import=["conv_op", "norm_op"])
