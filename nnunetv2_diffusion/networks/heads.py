@@ -58,7 +58,7 @@ class HeadsMixin(nn.Module):
 
     min_probability: float  # bounds the logits: nnU-Net adds them up, times a weight of 10, in half precision
     parts: tuple[str, ...] = ()  # names of children that settings can leave out
-    warm_heads: bool | None  # the weights came from a warm-start file, with its heads or without; None: they did not
+    warm_heads: bool | None  # from a warm-start file, all heads trained or not; None: they are from no such file
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -103,14 +103,15 @@ class HeadsMixin(nn.Module):
             raise RuntimeError(problem)
         result = super().load_state_dict(state_dict, strict, assign)
         heads = getattr(state_dict.get("_extra_state"), "warm_heads", None)
-        self.warm_heads = None if heads is None else bool(heads)
+        partly = getattr(state_dict.get("_extra_state"), "warm_partly", False)
+        self.warm_heads = None if heads is None else bool(heads) and not partly
         if heads:
             super().load_state_dict(heads, strict=False)
             print(f"nnunetv2_diffusion: segmentation heads taken from the warm-start file, {len(heads)} tensors")
         return result
 
 
-def carry_heads(weights: Mapping[str, torch.Tensor], copied: bool) -> None:
+def carry_heads(weights: Mapping[str, torch.Tensor], copied: bool, complete: bool = True) -> None:
     """Mark the weights of a ``HeadsMixin`` as a warm start, in place, and let its heads pass nnU-Net's loader.
 
     nnU-Net's ``-pretrained_weights`` keeps the network's own value of every key with ``.seg_layers.``, and demands
@@ -121,9 +122,17 @@ def carry_heads(weights: Mapping[str, torch.Tensor], copied: bool) -> None:
     Args:
         weights: state dict, ``_extra_state`` included.
         copied: the heads are to be taken along; otherwise those of the network stay, as in nnU-Net's fine-tuning.
+        complete: all heads are trained ones; otherwise some that are taken along are fresh.
     """
-    carried = {key: w for key, w in weights.items() if copied and HOST_SKIPS in key}
+    carried = {key: w for key, w in weights.items() if copied and is_carried(key)}
     weights["_extra_state"].warm_heads = carried
+    if carried and not complete:
+        weights["_extra_state"].warm_partly = True
+
+
+def is_carried(key: str) -> bool:
+    """A head of nnU-Net's network or of MERIT."""
+    return HOST_SKIPS in key or key.startswith("segmentor.heads.")
 
 
 def average_samples(draw: Callable[[int], list[torch.Tensor]], samples: int) -> list[torch.Tensor]:

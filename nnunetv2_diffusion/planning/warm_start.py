@@ -1,8 +1,9 @@
-"""Verb ``warm-start``: the weights of an ordinary nnU-Net result for stock ``nnUNetv2_train -pretrained_weights``.
+"""Verb ``warm-start``: the weights of a training for stock ``nnUNetv2_train -pretrained_weights``.
 
 The trainers keep nnU-Net's names, and what they add starts as the identity: zero weights for the mask channels, zero
 projections of time and transformer, a refiner beside the segmentor. So the file is the trainer's fresh network with
-the result's weights in it, and its logits are those of the result. nnU-Net's loader skips segmentation heads; see
+the result's weights in it; from a stock result, its logits are those of the result. Channels of images, masks and
+heads are copied by their names, see ``planning.transfer``. nnU-Net's loader skips segmentation heads; see
 ``networks.heads.carry_heads`` for how they come along.
 """
 
@@ -10,31 +11,47 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
-from torch import nn
 
 from nnunetv2_diffusion import shell
 from nnunetv2_diffusion.checkpoints import CheckpointError, build_network, check_weights, load_checkpoint_file
+from nnunetv2_diffusion.diffusion.mask_encoding import AnalogBits
 from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.discriminative import UNetSegmentor
-from nnunetv2_diffusion.networks.heads import HOST_SKIPS, carry_heads
+from nnunetv2_diffusion.networks.heads import carry_heads
+from nnunetv2_diffusion.networks.merit import Merit
 from nnunetv2_diffusion.packing import write_new
 from nnunetv2_diffusion.planning.derive import PlansError
 from nnunetv2_diffusion.planning.plan import dataset_folder
 from nnunetv2_diffusion.planning.schema import SettingsError
+from nnunetv2_diffusion.planning.transfer import (
+    STEMS,
+    Layout,
+    body_prefix,
+    comparable,
+    head_names,
+    image_names,
+    is_head,
+    match,
+    match_images,
+    parts,
+    shared_parts,
+    stem_keys,
+    transfer,
+)
 
 HEADS = ("auto", "copy", "fresh")
 SECOND_NAMES = (".all_modules.", "decoder.encoder.")  # nnU-Net registers these weights a second time
 WITHOUT_EFFECT = ("dropout_op", "dropout_op_kwargs", "deep_supervision")  # on the logits of a trained network
 DICTS = ("plans", "dataset_json")  # of init_args
 COMPARED = ("spacing", "normalization_schemes", "patch_size")
+MOST_REASONS = 6  # lines of a message
 
 
 class WarmStartError(ValueError):
@@ -44,7 +61,14 @@ class WarmStartError(ValueError):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add = parser.add_argument
-    add("--from", dest="source", required=True, type=Path, metavar="CHECKPOINT", help="of nnU-Net's own network")
+    add(
+        "--from",
+        dest="source",
+        required=True,
+        type=Path,
+        metavar="CHECKPOINT",
+        help="of any trainer here or of nnU-Net's",
+    )
     add("-d", required=True, metavar="DATASET", help="name or id of the data set to train on, preprocessed")
     add("-c", required=True, metavar="CONFIGURATION", help="2d, 3d_fullres, ...")
     add("-p", default="nnUNetPlans", metavar="PLANS", help="plans to train with; default nnUNetPlans")
@@ -54,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heads",
         default="auto",
         choices=HEADS,
-        help="segmentation heads: copy them, start with fresh ones, or (default) copy them if the labels are the same",
+        help="segmentation heads: copy them as they are, fresh ones, or (default) copy those of labels with the same name",
     )
 
 
@@ -82,16 +106,11 @@ def _check_output(file: Path) -> None:
         raise FileNotFoundError(f"{file.parent}: no such folder, expected one to write {file.name} to")
 
 
-def _describe(labels: Mapping) -> list:
-    """Labels as the heads see them: names and values in their order, without the one that no head has."""
-    return [(name, value) for name, value in labels.items() if name != "ignore"]
-
-
 class Source:
-    """A checkpoint of nnU-Net's own network.
+    """A checkpoint of a trainer of nnU-Net or of this package.
 
     Args:
-        file: written by an nnU-Net trainer.
+        file: written by it.
 
     Raises:
         CheckpointError: if the file cannot be read safely.
@@ -125,6 +144,32 @@ class Source:
         """Of its data set; None if the checkpoint does not tell."""
         return (self.arguments.get("dataset_json") or {}).get("labels")
 
+    @property
+    def heads(self) -> int:
+        """Classes or regions that it segments."""
+        return next((len(w) for key, w in self.weights.items() if is_head(key)), 0)
+
+    def layout(self, target: Layout) -> Layout:
+        """What its channels stand for; what the checkpoint does not tell is taken to be as in the target.
+
+        Args:
+            target: of the network that gets the weights.
+        """
+        if self.configuration is None or self.labels is None:
+            prefix = body_prefix(self.weights)
+            stem = next((self.weights[prefix + key] for key in STEMS if prefix + key in self.weights), None)
+            masked = "time" in parts(self.weights) and not prefix
+            inputs = len(target.images) if stem is None or masked else stem.shape[1]
+            images = target.images if inputs == len(target.images) else ("unknown",) * inputs
+            return Layout(images, target.heads if self.heads == len(target.heads) else ("unknown",) * self.heads)
+        plans, dataset_json = PlansManager(self.arguments["plans"]), self.arguments["dataset_json"]
+        section = self.configuration.configuration.get("diffusion") or {}
+        return Layout(
+            image_names(plans, self.arguments["configuration"], dataset_json),
+            head_names(plans, dataset_json),
+            section.get("mask_encoding") == "analog-bits",
+        )
+
     def __str__(self) -> str:
         """What it was trained as, in one line."""
         given = {k: self.arguments.get(k, "?") for k in ("configuration", "fold")}
@@ -145,7 +190,6 @@ class Target:
         name: of the configuration.
         dataset_json: of the data set to train on.
         network: as the trainer builds it.
-        image_channels: inputs of the network that are not a mask.
     """
 
     trainer: str
@@ -153,7 +197,6 @@ class Target:
     name: str
     dataset_json: dict
     network: DiffusionSegmentor | HybridSegmentor
-    image_channels: int
 
     @property
     def configuration(self) -> ConfigurationManager:
@@ -161,19 +204,16 @@ class Target:
         return self.plans.get_configuration(self.name)
 
     @property
-    def prefix(self) -> str:
-        """What precedes nnU-Net's names in the network's state dict."""
-        return "segmentor." if isinstance(self.network, HybridSegmentor) else ""
+    def layout(self) -> Layout:
+        """What its channels stand for."""
+        heads = head_names(self.plans, self.dataset_json)
+        encoding = getattr(self.network, "encoding", None)
+        images = image_names(self.plans, self.name, self.dataset_json)
+        return Layout(images, heads, isinstance(encoding, AnalogBits))
 
-    def host_weights(self) -> dict[str, torch.Tensor]:
-        """Weights that nnU-Net's own network has as well, by its names; the first convolution for images alone."""
-        unet = self.network.segmentor if self.prefix else self.network
-        stem = next(m for m in unet.encoder.modules() if isinstance(m, nn.Conv2d | nn.Conv3d)).weight
-        return {
-            key: w[:, : self.image_channels] if w.data_ptr() == stem.data_ptr() else w
-            for key, w in unet.state_dict().items()
-            if key.startswith(("encoder.", "decoder."))
-        }
+    def weights(self) -> dict[str, torch.Tensor]:
+        """Views of the network's own weights, without its extra state."""
+        return {key: w for key, w in self.network.state_dict().items() if key != "_extra_state"}
 
     def command(self, file: Path) -> str:
         """What trains from a warm-start file."""
@@ -216,37 +256,50 @@ def read_target(folder: Path, configuration: str, plans: str, trainer: str) -> T
         )
     settings, dataset_json = manager.get_configuration(configuration), _read_json(folder / "dataset.json")
     network = build_network(trainer, manager, settings, dataset_json)
-    of_host = isinstance(getattr(network, "segmentor", None), UNetSegmentor)
-    if not isinstance(network, DiffusionSegmentor) and not of_host:
+    known = isinstance(getattr(network, "segmentor", None), UNetSegmentor | Merit)
+    if not isinstance(network, DiffusionSegmentor) and not known:
         raise WarmStartError(
-            f"{trainer} cannot start from nnU-Net's own network, expected a trainer of the recycling family or "
-            "nnUNetTrainerHiDiff. nnU-Net's trainers take the checkpoint itself as -pretrained_weights"
+            f"{trainer} has neither mask channels nor a refiner to start, expected a trainer of the recycling family "
+            "or of HiDiff. nnU-Net's trainers take the checkpoint itself as -pretrained_weights"
         )
     network.sigmoid = manager.get_label_manager(dataset_json).has_regions
-    channels = determine_num_input_channels(manager, settings, dataset_json)
-    return Target(trainer, manager, configuration, dataset_json, network, channels)
+    return Target(trainer, manager, configuration, dataset_json, network)
 
 
-def choose_heads(source: Source, target: Target, heads: str = "auto") -> tuple[bool, str]:
-    """Whether the heads are copied, and why.
+def choose_heads(source: Source, target: Target, heads: str = "auto") -> tuple[tuple[Layout, Layout], str]:
+    """Which labels the networks share, and why.
 
     Args:
-        source: where they would come from.
+        source: where heads would come from.
         target: where they would go to.
-        heads: "copy", "fresh", or "auto": copied if both data sets have the same labels, fresh ones otherwise.
+        heads: "copy" takes them by position, "fresh" takes none, "auto" those whose names agree.
+
+    Returns:
+        layouts of source and target, in which shared labels have the same name, and the reason.
+
+    Raises:
+        WarmStartError: if other numbers of heads are to be copied.
     """
-    if heads != "auto":
-        return heads == "copy", "as asked for"
-    key = next(key for key in target.host_weights() if HOST_SKIPS in key)
-    here = len(target.host_weights()[key])
-    there = len(source.weights[key]) if key in source.weights else None
-    if here != there:
-        return False, f"the checkpoint segments {there or 'no'} classes or regions, the data set has {here}"
-    if source.labels is None:
-        return True, "as many classes or regions; the checkpoint does not tell their names"
-    if _describe(source.labels) != _describe(target.dataset_json["labels"]):
-        return False, f"the labels differ: {source.labels} there, {target.dataset_json['labels']} here"
-    return True, "the labels are the same"
+    here = target.layout
+    there = source.layout(here)
+    counts = f"the checkpoint segments {source.heads or 'no'} classes or regions, the data set has {len(here.heads)}"
+    if heads == "copy":
+        if source.heads != len(here.heads):
+            raise WarmStartError(f"--heads copy: {counts}, expected as many")
+        return (replace(there, heads=here.heads), here), "as asked for"
+    if heads == "fresh":
+        return (there, here), "as asked for"
+    if source.labels is None and source.heads == len(here.heads):
+        return (there, here), "as many classes or regions; the checkpoint does not tell their names"
+    if there.heads == here.heads:
+        return (there, here), "the labels are the same"
+    shared = [here.heads[i] for _, i in match(there.heads, here.heads)]
+    if set(shared) <= {"background"}:  # alone, its trained head would outvote all fresh ones
+        reason = counts if source.heads != len(here.heads) else "the labels differ: "
+        if source.heads == len(here.heads):
+            reason += f"{source.labels} there, {target.dataset_json['labels']} here"
+        return (replace(there, heads=tuple(f"{name} there" for name in there.heads)), here), reason
+    return (there, here), "by the names of the labels"
 
 
 def find_mismatches(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> list[str]:
@@ -282,39 +335,44 @@ def compare_architectures(source: ConfigurationManager, target: ConfigurationMan
     return lines
 
 
-def check_fit(source: Source, target: Target, with_heads: bool) -> None:
-    """Raise unless every weight of the plans' network is in the checkpoint, and no other.
+def check_fit(source: Source, target: Target) -> None:
+    """Raise unless the body of the target's network is in the checkpoint, and image channels can be matched.
 
     Raises:
-        WarmStartError: with all that does not match, a line each.
+        WarmStartError: of at most ten lines, with the planned difference first.
     """
-    expected, found = target.host_weights(), source.weights
-    if not with_heads:
-        expected, found = ({k: w for k, w in d.items() if HOST_SKIPS not in k} for d in (expected, found))
-    lines = _reasons(source, target, found, expected) + find_mismatches(found, expected)
+    found, expected = comparable(source.weights), comparable(target.weights())
+    different = find_mismatches(found, expected)
+    lines = _reasons(source, target)
+    if different:
+        lines = lines[:MOST_REASONS]
+        lines.append(f"{len(different)} of {len(expected)} weights have another shape or name, first {different[0]}")
     if lines:
         raise WarmStartError(
             f"{source} does not fit {target.trainer}, plans {target.plans.plans_name}, {target.name}; nothing was "
-            "written. Copy the plans that it was trained with (nnUNetv2_move_plans_between_datasets), or train nnU-Net "
-            "with these. What does not match, in the checkpoint and in these plans:\n  " + "\n  ".join(lines)
+            "written. Copy the plans that it was trained with (nnUNetv2_move_plans_between_datasets), or train "
+            "with these. What does not match, in the checkpoint and in these plans:\n  "
+            + "\n  ".join(lines[: MOST_REASONS + 1])
         )
 
 
-def _reasons(source: Source, target: Target, found: Mapping, expected: Mapping) -> list[str]:
-    """Why weights do not match, as far as the checkpoint tells."""
+def _reasons(source: Source, target: Target) -> list[str]:
+    """What was planned in another way, as far as the checkpoint tells."""
     lines = []
-    if any(key.startswith(("time.", "transformer.", "segmentor.", "_extra_state")) for key in found):
-        lines.append(f"trainer: found {source.trainer}, expected one of nnU-Net's own")
-    if source.configuration is not None:
+    kinds = ["MERIT" if "segmentor.scale1." in " ".join(d) else "U-Net" for d in (source.weights, target.weights())]
+    if kinds[0] != kinds[1]:
+        return [f"network: found {kinds[0]} ({source.trainer}), expected {kinds[1]}"]
+    if source.configuration is not None and kinds[1] == "U-Net":
         lines += compare_architectures(source.configuration, target.configuration)
-    stem = next(key for key, w in expected.items() if w.ndim > 3)
-    if stem in found and found[stem].shape[1] != expected[stem].shape[1]:
-        channels = target.dataset_json.get("channel_names")
+    there, here = source.layout(target.layout).images, target.layout.images
+    if not match_images(there, here):
         lines.append(
-            f"input channels: found {found[stem].shape[1]}, expected {target.image_channels} (channel_names {channels})"
+            f"input channels: found {len(there)}, expected {len(here)} "
+            f"(channel_names {target.dataset_json.get('channel_names')}); none could be matched by its name"
         )
-    if any("running_mean" in key for key in found):
-        lines.append("normalisation: found batch norm, expected instance norm")
+    if any("running_mean" in key for key in source.weights) and kinds[1] == "U-Net":
+        if any(key.endswith("norm.running_mean") and "refiner" not in key for key in source.weights):
+            lines.append("normalisation: found batch norm, expected instance norm")
     return lines
 
 
@@ -346,27 +404,52 @@ def warm_start(source: Source, target: Target, heads: str = "auto") -> tuple[dic
     Raises:
         WarmStartError: if they do not match, naming everything that does not.
     """
-    with_heads, why = choose_heads(source, target, heads)
-    check_fit(source, target, with_heads)
-    report = [f"from {source}"]
-    for key, own in target.host_weights().items():
-        if with_heads or HOST_SKIPS not in key:
-            own.copy_(source.weights[key])  # a view of the network's own weights
+    check_fit(source, target)
+    layouts, why = choose_heads(source, target, heads)
+    transfer(source.weights, target.weights(), layouts, heads != "fresh")
+    shared = [] if heads == "fresh" else [layouts[1].heads[i] for _, i in match(layouts[0].heads, layouts[1].heads)]
+    fresh = [name for name in layouts[1].heads if name not in shared]
     weights = target.network.state_dict()
-    carry_heads(weights, with_heads)
-    report += [f"segmentation heads: {'copied' if with_heads else 'fresh'}, {why}", *_new_parts(target)]
+    carry_heads(weights, bool(shared), complete=not fresh)
+    kind = "copied" if not fresh else "partly copied" if shared else "fresh"
+    report = [f"from {source}", f"segmentation heads: {kind}, {why}", *_table(source, target, layouts, shared, fresh)]
     report += _notes(source, target)
-    origin = {"trainer": target.trainer, "heads": "copied" if with_heads else "fresh", "from": source.trainer}
+    origin = {"trainer": target.trainer, "heads": kind, "from": source.trainer}
+    origin |= {"copied": shared, "fresh": fresh, "parts": shared_parts(source.weights, target.weights())}
     return {"network_weights": weights, "warm_start": origin}, report
 
 
-def _new_parts(target: Target) -> Iterator[str]:
-    """What the network has beyond the checkpoint's, in lines."""
-    stem = next(m for m in target.network.modules() if isinstance(m, nn.Conv2d | nn.Conv3d))
-    extra = 0 if target.prefix else stem.in_channels - target.image_channels
-    if extra:
-        yield f"first convolution: {extra} input channels for masks, with zero weights"
-    for name, child in target.network.named_children():
-        if name not in ("encoder", "decoder", "segmentor"):
-            count = sum(p.numel() for p in child.parameters())
-            yield f"{name}: new, {count:,} parameters, {'fresh' if target.prefix else 'without effect at the start'}"
+def _table(
+    source: Source, target: Target, layouts: tuple[Layout, Layout], shared: list[str], fresh: list[str]
+) -> Iterator[str]:
+    """What was copied and what is fresh, in lines."""
+    there, here = layouts
+    if shared and fresh:
+        yield f"labels: copied {', '.join(shared)}; fresh {', '.join(fresh)}"
+    images = match_images(there.images, here.images)
+    if len(images) < max(len(there.images), len(here.images)):
+        names = [here.images[i] for _, i in images]
+        left = [name for name in here.images if name not in names]
+        yield f"image channels: copied {', '.join(names)}; fresh {', '.join(left) or 'none'}"
+        yield f"note: the checkpoint has {len(there.images)} image channels, its logits are not kept"
+    yield from _masks(source, target, layouts)
+    for name, what in shared_parts(source.weights, target.weights()).items():
+        count = sum(w.numel() for w in parts(target.weights())[name].values())
+        effect = ", without effect at the start" if what != "copied" and name != "refiner" else ""
+        yield f"{name}: {what}, {count:,} parameters{effect}"
+    left = [name for name in parts(source.weights) if name not in parts(target.weights())]
+    if left:
+        yield f"note: {', '.join(left)} of {source.trainer} have no place in {target.trainer} and are left out"
+
+
+def _masks(source: Source, target: Target, layouts: tuple[Layout, Layout]) -> Iterator[str]:
+    """What the first convolution has for masks, in a line."""
+    inputs = []
+    for weights, layout in zip((source.weights, target.weights()), layouts, strict=True):
+        stem = next((weights[key] for key in sorted(stem_keys(weights))), None)
+        inputs.append([] if stem is None or body_prefix(weights) else layout.inputs(stem.shape[1]))
+    if inputs[1]:
+        copied = len(match(*inputs))
+        yield f"first convolution: {len(inputs[1])} input channels for masks, {copied} copied, others with zero weights"
+    elif inputs[0]:
+        yield f"note: {len(inputs[0])} input channels for masks are left out, {target.trainer} has none"
