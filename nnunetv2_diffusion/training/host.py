@@ -22,6 +22,7 @@ from nnunetv2_diffusion.planning.settings import (
 )
 from nnunetv2_diffusion.training import checks
 from nnunetv2_diffusion.training.losses import encoded_target
+from nnunetv2_diffusion.training.pretrained import check_pretrained_weights
 
 PEAK_GPU_MEMORY = "Peak GPU memory of tensors"  # a line of the log
 
@@ -133,6 +134,7 @@ class PlannedTrainer(MemoryLog, nnUNetTrainer):
     def initialize(self) -> None:
         """As nnU-Net's; then compile in place and say which heads are regions."""
         super().initialize()
+        check_pretrained_weights(self, self.inner_network)
         self.inner_network.sigmoid = self.label_manager.has_regions
         if super()._do_i_compile():
             self.print_to_log_file("Using torch.compile within the network, the reverse process left out")
