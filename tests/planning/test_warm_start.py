@@ -565,3 +565,16 @@ def test_bad_input_is_named(site, capsys, break_it, expected):
     site.train()
     break_it(site)
     assert expected in refused(site, capsys)
+
+
+def test_merit_goes_on_from_merit_alone(site, capsys):
+    site.plans = make_plans(architecture(dims=2), hidiff={"refiner_width": 4, "steps": 2, "merit_variant": "nano"})
+    site.plans["configurations"]["only"]["patch_size"] = [32, 32]
+    source = trained(site, "nnUNetTrainerHiDiffMERIT", make_dataset(REORDERED))
+    assert site.run("nnUNetTrainerHiDiffMERIT") == 0
+    found, there = site.loaded("nnUNetTrainerHiDiffMERIT").state_dict(), source.state_dict()
+    assert all(torch.equal(found[k], w) for k, w in there.items() if k.startswith("segmentor.scale"))
+    assert torch.equal(found["segmentor.heads.3.weight"], there["segmentor.heads.3.weight"][[0, 2, 1]])
+    site.output.unlink()
+    site.train()
+    assert "network: found U-Net (nnUNetTrainer), expected MERIT" in refused(site, capsys, "nnUNetTrainerHiDiffMERIT")
