@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
+from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_diffusion.networks.heads import HOST_SKIPS
 
 Weights = Mapping[str, torch.Tensor]
 Pairs = list[tuple[int, int]]  # index there, index here
-HEADS = (HOST_SKIPS, "segmentor.heads.", "refiner.head.")  # in keys whose first axis is classes or regions
+HEADS = (HOST_SKIPS, "segmentor.heads.", "refiner.head.2.")  # in keys whose first axis is classes or regions
 STEMS = ("encoder.stem.convs.0.conv.weight", "encoder.stages.0.0.convs.0.conv.weight", "to_rgb.0.weight")
+WITHOUT_EFFECT = ("dropout_op", "dropout_op_kwargs", "deep_supervision")  # on the logits of a trained network
 BODY = ("encoder.", "decoder.", "segmentor.")
 
 
@@ -164,7 +166,7 @@ def transfer(there: Weights, here: Weights, layouts: tuple[Layout, Layout], with
         if is_head(key):
             _copy(own, given, heads if with_heads else [], 0)
         elif key in stems:
-            names = [_plain(layout, w.shape[1], key) for layout, w in zip(layouts, (given, own), strict=True)]
+            names = [_inputs(layout, w.shape[1], key) for layout, w in zip(layouts, (given, own), strict=True)]
             offset = len(source.images), len(target.images)
             masks = [(i + offset[0], j + offset[1]) for i, j in match(*names)]
             _copy(own, given, images + masks, 1)
@@ -172,8 +174,25 @@ def transfer(there: Weights, here: Weights, layouts: tuple[Layout, Layout], with
             own.copy_(given)
 
 
-def _plain(layout: Layout, channels: int, key: str) -> list[tuple]:
+def _inputs(layout: Layout, channels: int, key: str) -> list[tuple]:
     """Inputs after the images; the refiner's masks are one-hot whatever the encoding."""
     if key == "refiner.stem.weight":
         layout = Layout(layout.images, layout.heads)
     return layout.inputs(channels)
+
+
+def plain(value: Any) -> Any:
+    """Sequences of plans as lists."""
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+
+def compare_architectures(source: ConfigurationManager, target: ConfigurationManager) -> list[str]:
+    """What differs between two planned networks and changes their logits, also where all shapes agree."""
+    names = [c.network_arch_class_name.rsplit(".", 1)[-1] for c in (source, target)]
+    lines = [f"network: found {names[0]}, expected {names[1]}"] if names[0] != names[1] else []
+    there, here = source.network_arch_init_kwargs, target.network_arch_init_kwargs
+    for key in dict.fromkeys([*here, *there]):
+        values = [plain(kwargs.get(key)) for kwargs in (there, here)]
+        if values[0] != values[1] and key not in WITHOUT_EFFECT:
+            lines.append(f"{key}: found {values[0]}, expected {values[1]}")
+    return lines

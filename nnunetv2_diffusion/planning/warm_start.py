@@ -35,12 +35,14 @@ from nnunetv2_diffusion.planning.transfer import (
     Layout,
     body_prefix,
     comparable,
+    compare_architectures,
     head_names,
     image_names,
     is_head,
     match,
     match_images,
     parts,
+    plain,
     shared_parts,
     stem_keys,
     transfer,
@@ -48,7 +50,6 @@ from nnunetv2_diffusion.planning.transfer import (
 
 HEADS = ("auto", "copy", "fresh")
 SECOND_NAMES = (".all_modules.", "decoder.encoder.")  # nnU-Net registers these weights a second time
-WITHOUT_EFFECT = ("dropout_op", "dropout_op_kwargs", "deep_supervision")  # on the logits of a trained network
 DICTS = ("plans", "dataset_json")  # of init_args
 COMPARED = ("spacing", "normalization_schemes", "patch_size")
 MOST_REASONS = 6  # lines of a message
@@ -78,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--heads",
         default="auto",
         choices=HEADS,
-        help="segmentation heads: copy them as they are, fresh ones, or (default) copy those of labels with the same name",
+        help="segmentation heads: copy all, start fresh, or (default) copy those of labels with the same name",
     )
 
 
@@ -319,22 +320,6 @@ def find_mismatches(found: Mapping[str, torch.Tensor], expected: Mapping[str, to
     return first_names or list(lines.values())
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value
-
-
-def compare_architectures(source: ConfigurationManager, target: ConfigurationManager) -> list[str]:
-    """What differs between two planned networks and changes their logits, also where all shapes agree."""
-    names = [c.network_arch_class_name.rsplit(".", 1)[-1] for c in (source, target)]
-    lines = [f"network: found {names[0]}, expected {names[1]}"] if names[0] != names[1] else []
-    there, here = source.network_arch_init_kwargs, target.network_arch_init_kwargs
-    for key in dict.fromkeys([*here, *there]):
-        values = [_plain(kwargs.get(key)) for kwargs in (there, here)]
-        if values[0] != values[1] and key not in WITHOUT_EFFECT:
-            lines.append(f"{key}: found {values[0]}, expected {values[1]}")
-    return lines
-
-
 def check_fit(source: Source, target: Target) -> None:
     """Raise unless the body of the target's network is in the checkpoint, and image channels can be matched.
 
@@ -370,9 +355,9 @@ def _reasons(source: Source, target: Target) -> list[str]:
             f"input channels: found {len(there)}, expected {len(here)} "
             f"(channel_names {target.dataset_json.get('channel_names')}); none could be matched by its name"
         )
-    if any("running_mean" in key for key in source.weights) and kinds[1] == "U-Net":
-        if any(key.endswith("norm.running_mean") and "refiner" not in key for key in source.weights):
-            lines.append("normalisation: found batch norm, expected instance norm")
+    body = (key for key in source.weights if not key.startswith("refiner."))
+    if kinds[1] == "U-Net" and any("running_mean" in key for key in body):
+        lines.append("normalisation: found batch norm, expected instance norm")
     return lines
 
 
@@ -382,7 +367,7 @@ def _notes(source: Source, target: Target) -> Iterator[str]:
         yield "note: the checkpoint does not tell its plans; only names and shapes of its weights were compared"
         return
     for key in COMPARED:
-        values = [_plain(c.configuration.get(key)) for c in (source.configuration, target.configuration)]
+        values = [plain(c.configuration.get(key)) for c in (source.configuration, target.configuration)]
         if values[0] != values[1]:
             yield f"note: {key} was {values[0]}, is {values[1]}"
     names = [d.get("channel_names") for d in (source.arguments.get("dataset_json") or {}, target.dataset_json)]

@@ -40,6 +40,7 @@ from nnunetv2_diffusion.training import checks
 from nnunetv2_diffusion.training.divergence import DivergedError, StepGuard, backward_seed, describe_not_finite
 from nnunetv2_diffusion.training.label_scan import FILE
 from nnunetv2_diffusion.training.losses import encoded_target
+from nnunetv2_diffusion.training.pretrained import check_pretrained_weights
 
 PEAK_GPU_MEMORY = "Peak GPU memory of tensors"  # a line of the log
 LOCK = ".training.lock"  # in the fold's folder
@@ -356,6 +357,7 @@ class PlannedTrainer(CommonTrainer):
     def initialize(self) -> None:
         """As nnU-Net's; then compile in place and say which heads are regions."""
         super().initialize()
+        check_pretrained_weights(self, self.inner_network)
         self.inner_network.sigmoid = self.label_manager.has_regions
         if super()._do_i_compile():
             self.print_to_log_file("Using torch.compile within the network, the reverse process left out")

@@ -1,14 +1,19 @@
-"""The segmentor that HiDiff starts from: an existing result of nnU-Net."""
+"""Weights that a training starts from: HiDiff's segmentor, and what nnU-Net's ``-pretrained_weights`` names."""
 
 import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from nnunetv2.paths import nnUNet_results
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
+from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
+from nnunetv2_diffusion import shell
 from nnunetv2_diffusion.checkpoints import CheckpointError, load_checkpoint_file
-from nnunetv2_diffusion.networks.heads import describe_mismatch
+from nnunetv2_diffusion.networks.heads import HOST_SKIPS, describe_mismatch
+from nnunetv2_diffusion.planning.transfer import compare_architectures, head_names, image_names, parts
 
 
 def find_segmentor(trainer: nnUNetTrainer, segmentor_trainer: str | None, checkpoint: str | None) -> Path | None:
@@ -52,3 +57,74 @@ def load_segmentor(segmentor: nn.Module, file: Path) -> None:
     if problem:
         raise CheckpointError(f"{file}: {problem}")
     segmentor.load_state_dict(weights)
+
+
+OPTION = "-pretrained_weights"
+
+
+def named_weights(command: Sequence[str]) -> Path | None:
+    """The file that a command line of ``nnUNetv2_train`` names; None if it names none or does not train.
+
+    nnU-Net loads it after ``initialize`` and does not tell the trainer.
+    """
+    if "--val" in command:
+        return None
+    for word, following in zip(command, [*command[1:], ""], strict=True):
+        if word == OPTION and following:
+            return Path(following)
+        if word.startswith(f"{OPTION}="):
+            return Path(word.removeprefix(f"{OPTION}="))
+    return None
+
+
+def check_pretrained_weights(trainer: nnUNetTrainer, network: nn.Module, command: Sequence[str] | None = None) -> None:
+    """Raise if nnU-Net could not load what its command line names, before it prints whole tensors.
+
+    Args:
+        trainer: whose plans are meant.
+        network: as it was built.
+        command: words of the command line; None for that of this process.
+
+    Raises:
+        CheckpointError: of three lines: the first difference, how many weights do not fit, what to type.
+    """
+    file = named_weights(sys.argv if command is None else command)
+    if file is None:
+        return
+    checkpoint = load_checkpoint_file(file)
+    found = checkpoint["network_weights"]
+    own = {key: w for key, w in network.state_dict().items() if HOST_SKIPS not in key}
+    wrong = [key for key, w in own.items() if key not in found or found[key].shape != w.shape]
+    if not wrong:
+        return
+    first = next(_differences(trainer, checkpoint, own), f"{wrong[0]} is another one")
+    plans, name = trainer.plans_manager, trainer.configuration_name
+    raise CheckpointError(
+        f"{file} does not fit {type(trainer).__name__}: {first}\n"
+        f"{len(wrong)} of {len(own)} weights are missing or have another shape; nothing was trained. Type\n"
+        f"nnunetv2_diffusion warm-start --from {shell.quote(str(file))} -d {plans.dataset_name} -c {name} "
+        f"-p {plans.plans_name} -tr {type(trainer).__name__} -o NEW_FILE"
+    )
+
+
+def _differences(trainer: nnUNetTrainer, checkpoint: Mapping, own: Mapping) -> Iterator[str]:
+    """What differs in the terms of plans and data set, most telling first."""
+    given = checkpoint.get("init_args") or {}
+    plans = PlansManager(given["plans"]) if {"plans", "configuration", "dataset_json"} <= set(given) else None
+    if plans is not None:
+        there = plans.get_configuration(given["configuration"])
+        yield from compare_architectures(there, trainer.configuration_manager)
+    found = checkpoint["network_weights"]
+    left = [name for name in parts(own) if name not in parts(found)]
+    if left:
+        yield f"trainer: found {checkpoint.get('trainer_name', 'unknown')} without {', '.join(left)}"
+    if plans is not None:
+        name, here = trainer.configuration_name, (trainer.plans_manager, trainer.dataset_json)
+        labels = head_names(plans, given["dataset_json"]), head_names(*here)
+        if labels[0] != labels[1]:
+            yield f"labels: found {', '.join(labels[0])}, expected {', '.join(labels[1])}"
+        images = image_names(plans, given["configuration"], given["dataset_json"]), image_names(here[0], name, here[1])
+        if len(images[0]) != len(images[1]):
+            yield f"input channels: found {', '.join(images[0])}, expected {', '.join(images[1])}"
+    if checkpoint.get("trainer_name", type(trainer).__name__) != type(trainer).__name__:
+        yield f"trainer: found {checkpoint['trainer_name']}"
