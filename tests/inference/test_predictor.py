@@ -300,7 +300,7 @@ def test_slices_of_a_2d_network_see_different_noise(models):
 
 def test_statistics_of_a_case_are_those_of_its_members(models, tmp_path):
     predictor = load(models(), samples=3, tta="none")
-    result = draw_case(predictor, case(), folder=tmp_path)
+    result = draw_case(predictor, case(), folder=tmp_path, to_mask=lambda p: p.argmax(0).numpy())
     members = torch.stack([m.steps[-1] for m in predictor.members(case())]).double()
     torch.testing.assert_close(result.moments.mean().double(), members.mean(0), atol=1e-6, rtol=0)
     torch.testing.assert_close(result.moments.variance().double(), members.var(0, False).mean(0), atol=1e-6, rtol=0)
