@@ -120,7 +120,13 @@ def _add_own_options(parser: argparse.ArgumentParser) -> None:
     defaults = PredictionOptions()
     ours = parser.add_argument_group("diffusion; defaults are the settings of the model's plans")
     add = ours.add_argument
-    add("--steps", type=int, metavar="K", help="reverse steps; 0: the segmentor's own mask of a HiDiff model")
+    add(
+        "--steps",
+        type=int,
+        metavar="K",
+        help="reverse steps; 0: the segmentor's own mask of a HiDiff model, 1: its best mask; samples of it whose "
+        "masks differ need more. A refiner that made masks worse in training is used only if steps are asked for",
+    )
     add("--sampler", choices=SAMPLERS)
     add("--step_spacing", choices=SPACINGS, help="of the steps; trailing leaves out the last one, t = 0")
     add("--samples", type=int, metavar="N", help="masks to draw; the result is their mean")

@@ -180,6 +180,11 @@ class HybridSegmentor(HeadsMixin):
         self.segmentor.compile(**kwargs)
         self.refiner.compile(**kwargs)
 
+    def compile_passes(self) -> None:
+        """As the host asks for by compiling the whole network to predict: both networks by themselves, once."""
+        if self.refiner._compiled_call_impl is None:
+            self.compile_parts()
+
     def prior(self, logits: torch.Tensor) -> torch.Tensor:
         """f(image): probabilities of the segmentor's logits, float32 also under autocast."""
         with torch.autocast(logits.device.type, enabled=False):
@@ -265,8 +270,8 @@ class HybridSegmentor(HeadsMixin):
             ValueError: for an image with NaN or infinite values.
             NotFiniteError: for an answer that is not finite.
         """
-        if compiled and self.refiner._compiled_call_impl is None:
-            self.compile_parts()
+        if compiled:
+            self.compile_passes()
         output = self.segmentor(image)
         if self.sampling is None or not self.uses_refiner():
             return self.prior_answer(output)

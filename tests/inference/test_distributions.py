@@ -176,3 +176,42 @@ def test_steps_and_moments_of_a_case_are_distributions(models, aggregate, tta):
         torch.testing.assert_close(p.sum(0), torch.ones(p.shape[1:]), atol=1e-4, rtol=0)
     assert result.moments.entropy().max() <= math.log(3) + 1e-5
     assert result.moments.mutual_information().max() <= math.log(3)
+
+
+# ---- what plans and environment say
+
+
+@pytest.mark.parametrize("trainer", ["HiDiff", "RecycleScore", "RecycleXT"])
+@pytest.mark.parametrize("spacing", ["linspace", "low"])
+def test_the_spacing_of_the_plans_is_that_of_the_network(models, trainer, spacing):
+    predictor = load_predictor(models(f"nnUNetTrainer{trainer}", step_spacing=spacing), progress=False)
+    assert predictor.network.sampling.step_spacing == predictor.sampling.step_spacing == spacing
+
+
+@pytest.mark.parametrize("trainer", ["HiDiff", "RecycleXT", "RecycleScore"])
+def test_a_network_that_the_host_compiles_keeps_its_chain(models, monkeypatch, trainer):
+    folder = models(f"nnUNetTrainer{trainer}")
+    expected = type(load_predictor(folder, progress=False).chain())
+    monkeypatch.setenv("nnUNet_compile", "1")
+    predictor = load_predictor(folder, progress=False)  # nothing is compiled before the first pass
+    assert type(predictor.chain()) is expected
+    network = predictor.network
+    assert network.refiner._compiled_call_impl is not None if trainer == "HiDiff" else network._run != network.denoise
+
+
+@pytest.mark.parametrize("pays", [(True, False), (False, True), (False, False)])
+def test_folds_with_and_without_a_refiner_that_pays_are_averaged(models, pays, capsys):
+    """Each by its own verdict, unless steps are asked for."""
+    folder, image = models("nnUNetTrainerHiDiff", folds=2), torch.randn(1, 8, 12, 8)
+    found = {}
+    for steps in (None, 0, 3):
+        options = PredictionOptions(steps=steps, tta="none", save_steps=True)
+        predictor = load_predictor(folder, options=options, progress=False)
+        if steps is None:
+            for weights, used in zip(predictor.list_of_parameters, pays, strict=True):
+                state = weights["_extra_state"]
+                weights["_extra_state"] = state if used else state + 2
+        found[steps] = [member.steps[-1] for member in predictor.members(image)]
+    for fold, used in enumerate(pays):
+        torch.testing.assert_close(found[None][fold], found[3 if used else 0][fold])
+    assert capsys.readouterr().out.count("the segmentor's own masks are given") == 1
