@@ -351,7 +351,7 @@ def _predict_cases(work: Work, failed: Mapping[str, str], outcome: Outcome, quie
     single = len(work.cases) == 1
     work.predictor.allow_tqdm = work.predictor.allow_tqdm and single  # one bar: of cases, or of the passes of one
     new, seen = dict(failed), set()
-    export = Exporter(model_files(work.predictor), work.exporting if work.cases else 0)
+    export = Exporter(model_files(work.predictor), min(work.exporting, len(work.cases)))
     try:
         with export:
             predict_case = CasePredictor(work.predictor, work.run, export)
