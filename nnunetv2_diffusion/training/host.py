@@ -115,22 +115,26 @@ def keep_in_optimizer_state(
     optimizer.register_load_state_dict_pre_hook(take)
 
 
-def read_pretrained_weights_safely() -> None:
-    """Let nnU-Net's ``-pretrained_weights`` read weights only, and name a file that holds more.
+def look_at_pretrained_weights(look: Callable[[str], None]) -> None:
+    """Let nnU-Net's ``-pretrained_weights`` read weights only, after a look at the file.
 
     nnU-Net unpickles that file by a function of its training command, with no hook of the trainer between. So that
-    function, where this process has the command loaded, is given a look at the file first.
+    function is wrapped, where this process has the command loaded.
+
+    Args:
+        look: given the file; raises if it cannot be used.
     """
     for command in (sys.modules.get("nnunetv2.run.run_training"), sys.modules.get("__main__")):
         load = getattr(command, "load_pretrained_weights", None)
-        if load is not None and not hasattr(load, "__wrapped__"):
-            command.load_pretrained_weights = _safe_loader(load)
+        if load is not None:
+            # of another trainer in this process, nothing is left
+            command.load_pretrained_weights = _safe_loader(getattr(load, "__wrapped__", load), look)
 
 
-def _safe_loader(load: Callable[..., None]) -> Callable[..., None]:
+def _safe_loader(load: Callable[..., None], look: Callable[[str], None]) -> Callable[..., None]:
     @functools.wraps(load)
     def checked(network: nn.Module, fname: str, verbose: bool = False) -> None:
-        load_checkpoint_file(fname)
+        look(fname)
         with weights_only():
             load(network, fname, verbose)
 
@@ -174,6 +178,14 @@ class CommonTrainer(MemoryLog, nnUNetTrainer):
         """Names of the settings that this trainer reads, those of a section within as ``hidiff.steps``."""
         return LENGTHS
 
+    def look_at_weights(self, file: str) -> None:
+        """Raise before the file of ``-pretrained_weights`` is loaded if that cannot be done.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or holds more than weights and plain data.
+        """
+        load_checkpoint_file(file)
+
     def _honour_thread_limit(self) -> None:
         """Undo what nnUNetv2_train does on a CPU: as many threads as processors, whatever OMP_NUM_THREADS says."""
         limit = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
@@ -184,7 +196,7 @@ class CommonTrainer(MemoryLog, nnUNetTrainer):
     def initialize(self) -> None:
         """As nnU-Net's; settings of the plans that have no effect go to the log."""
         super().initialize()
-        read_pretrained_weights_safely()
+        look_at_pretrained_weights(self.look_at_weights)
         ignored = unread(self.settings, self.reads())
         if ignored:
             self.print_to_log_file(
@@ -346,6 +358,10 @@ class PlannedTrainer(CommonTrainer):
         """The network without the wrapper of distributed training."""
         return self.network.module if isinstance(self.network, DistributedDataParallel) else self.network
 
+    def look_at_weights(self, file: str) -> None:
+        """As ``CommonTrainer.look_at_weights``; weights of another network are told in three lines."""
+        check_pretrained_weights(self, self.inner_network, file)
+
     def _do_i_compile(self) -> bool:
         # nnU-Net would compile the whole module, loop included, and rename its weights; see initialize()
         return False
@@ -357,7 +373,6 @@ class PlannedTrainer(CommonTrainer):
     def initialize(self) -> None:
         """As nnU-Net's; then compile in place and say which heads are regions."""
         super().initialize()
-        check_pretrained_weights(self, self.inner_network)
         self.inner_network.sigmoid = self.label_manager.has_regions
         if super()._do_i_compile():
             self.print_to_log_file("Using torch.compile within the network, the reverse process left out")

@@ -1,8 +1,7 @@
 """Weights that a training starts from: HiDiff's segmentor, and what nnU-Net's ``-pretrained_weights`` names."""
 
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from nnunetv2.paths import nnUNet_results
@@ -59,38 +58,17 @@ def load_segmentor(segmentor: nn.Module, file: Path) -> None:
     segmentor.load_state_dict(weights)
 
 
-OPTION = "-pretrained_weights"
-
-
-def named_weights(command: Sequence[str]) -> Path | None:
-    """The file that a command line of ``nnUNetv2_train`` names; None if it names none or does not train.
-
-    nnU-Net loads it after ``initialize`` and does not tell the trainer.
-    """
-    if "--val" in command:
-        return None
-    for word, following in zip(command, [*command[1:], ""], strict=True):
-        if word == OPTION and following:
-            return Path(following)
-        if word.startswith(f"{OPTION}="):
-            return Path(word.removeprefix(f"{OPTION}="))
-    return None
-
-
-def check_pretrained_weights(trainer: nnUNetTrainer, network: nn.Module, command: Sequence[str] | None = None) -> None:
-    """Raise if nnU-Net could not load what its command line names, before it prints whole tensors.
+def check_pretrained_weights(trainer: nnUNetTrainer, network: nn.Module, file: str | Path) -> None:
+    """Raise if nnU-Net could not load the file of ``-pretrained_weights``, before it prints whole tensors.
 
     Args:
         trainer: whose plans are meant.
         network: as it was built.
-        command: words of the command line; None for that of this process.
+        file: a checkpoint.
 
     Raises:
         CheckpointError: of three lines: the first difference, how many weights do not fit, what to type.
     """
-    file = named_weights(sys.argv if command is None else command)
-    if file is None:
-        return
     checkpoint = load_checkpoint_file(file)
     found = checkpoint["network_weights"]
     own = {key: w for key, w in network.state_dict().items() if HOST_SKIPS not in key}

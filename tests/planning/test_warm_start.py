@@ -532,9 +532,8 @@ def test_pretrained_weights_that_do_not_fit_are_told_in_three_lines(site, plans,
     plans, site.plans = site.plans, plans or site.plans
     trained(site, "nnUNetTrainerRecycleXT", dataset)
     site.plans = plans
-    command = ["nnUNetv2_train", "-pretrained_weights", str(site.checkpoint)]
     with pytest.raises(CheckpointError) as raised:
-        check_pretrained_weights(Training(site), site.fresh(), command)
+        check_pretrained_weights(Training(site), site.fresh(), site.checkpoint)
     lines = str(raised.value).splitlines()
     assert len(lines) == 3
     assert first in lines[0]
@@ -543,12 +542,10 @@ def test_pretrained_weights_that_do_not_fit_are_told_in_three_lines(site, plans,
 
 def test_stock_weights_are_told_by_their_trainer_and_fitting_ones_pass(site):
     site.train()
-    command = ["nnUNetv2_train", f"-pretrained_weights={site.checkpoint}"]
     with pytest.raises(CheckpointError, match="trainer: found nnUNetTrainer without time, transformer"):
-        check_pretrained_weights(Training(site), site.fresh(), command)
-    check_pretrained_weights(Training(site), site.fresh(), [*command, "--val"])
+        check_pretrained_weights(Training(site), site.fresh(), site.checkpoint)
     trained(site, "nnUNetTrainerRecycleXT")
-    check_pretrained_weights(Training(site), site.fresh(), command)
+    check_pretrained_weights(Training(site), site.fresh(), site.checkpoint)
 
 
 @pytest.mark.parametrize(

@@ -276,5 +276,7 @@ def test_pretrained_weights_are_looked_at_before_nnunet_unpickles_them(make, tmp
     before = trainer.network.state_dict()[first].clone()
     run_training.maybe_load_checkpoint(trainer, False, False, str(file))
     assert torch.equal(trainer.network.state_dict()[first], before + 1)
-    make(recursive_find_trainer_class_by_name(f"nnUNetTrainer{name}"))
+    other = make(recursive_find_trainer_class_by_name("nnUNetTrainerHiDiff"))
     assert not hasattr(run_training.load_pretrained_weights.__wrapped__, "__wrapped__"), "wrapped once"
+    with pytest.raises(CheckpointError, match="does not fit nnUNetTrainerHiDiff"):
+        run_training.maybe_load_checkpoint(other, False, False, str(file))
