@@ -121,7 +121,8 @@ class HybridTrainer(PlannedTrainer):
     @classmethod
     def reads(cls) -> frozenset[str]:
         """As ``CommonTrainer.reads``."""
-        return LENGTHS | section_names("hidiff") - {"hidiff.merit_variant", "hidiff.merit_weights"}
+        own = section_names("hidiff") - {"hidiff.merit_variant", "hidiff.merit_weights"}
+        return LENGTHS | own | {"step_spacing"}
 
     @classmethod
     def build_segmentor(
