@@ -158,8 +158,8 @@ class HybridTrainer(PlannedTrainer):
     @classmethod
     def reads(cls) -> frozenset[str]:
         """As ``CommonTrainer.reads``."""
-        merit = {"hidiff.merit_variant", "hidiff.merit_weights"}
-        return LENGTHS | {"step_spacing"} | section_names("hidiff") - merit
+        own = section_names("hidiff") - {"hidiff.merit_variant", "hidiff.merit_weights"}
+        return LENGTHS | own | {"step_spacing"}
 
     @classmethod
     def build_segmentor(

@@ -21,7 +21,7 @@ class MeritTrainer(HybridTrainer):
     @classmethod
     def reads(cls) -> frozenset[str]:
         """As ``CommonTrainer.reads``."""
-        return LENGTHS | {"step_spacing"} | section_names("hidiff") - {"hidiff.segmentor_trainer"}
+        return LENGTHS | section_names("hidiff") - {"hidiff.segmentor_trainer"} | {"step_spacing"}
 
     def __init__(
         self,

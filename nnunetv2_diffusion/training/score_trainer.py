@@ -67,7 +67,7 @@ class ScoreTrainer(DiffusionTrainer):
     @classmethod
     def reads(cls) -> frozenset[str]:
         """As ``CommonTrainer.reads``."""
-        return super().reads() | section_names("score") | {"samples", "seed"}
+        return super().reads() | section_names("score") | {"samples", "seed", "step_spacing"}
 
     @classmethod
     def build_network_architecture(
