@@ -158,7 +158,7 @@ def _check_list(key: str, value: Any, stages: int) -> None:
     if isinstance(value, list | tuple):
         if len(value) == length and all(map(fits, value)):
             return
-    elif fits(value):
+    elif key not in AXES and fits(value):  # planners write those of axes for every stage, and they are gone through
         return
     raise _unusable(key, value, f"{length} integers in [{low}, {high}], one for each stage (n_stages is {stages})")
 
@@ -234,7 +234,7 @@ def _check_geometry(patch: list | tuple, kwargs: Mapping[str, Any]) -> None:
         raise _unusable("conv_op", kwargs["conv_op"], f"one of {len(patch)} dimensions, as patch_size {list(patch)}")
     factors = [1] * len(patch)
     for key in AXES:
-        for entry in kwargs[key] if isinstance(kwargs[key], list | tuple) else [kwargs[key]] * int(kwargs["n_stages"]):
+        for entry in kwargs[key]:
             axes = list(entry) if isinstance(entry, list | tuple) else [entry] * len(patch)
             if len(axes) not in (1, len(patch)):
                 raise _unusable(key, entry, f"{len(patch)} numbers, as patch_size {list(patch)}")

@@ -142,7 +142,7 @@ def test_the_refusal_names_the_variable():
         ("features_per_stage", [4, 8]), ("features_per_stage", [4, 8, 0]), ("features_per_stage", [4, 8, 10**9]),
         ("features_per_stage", [4, 8, math.nan]), ("features_per_stage", [4, 8, math.inf]),
         ("features_per_stage", -4), ("kernel_sizes", [[3, 3, 3]] * 2), ("kernel_sizes", [[3, 3, 0]] * 3),
-        ("kernel_sizes", [[999] * 3] * 3), ("strides", [[0] * 3] * 3), ("strides", "2"),
+        ("kernel_sizes", [[999] * 3] * 3), ("strides", [[0] * 3] * 3), ("strides", "2"), ("strides", 2),
         ("n_conv_per_stage", [1, 1, 10**7]), ("n_conv_per_stage_decoder", [1, 1, 1]), ("conv_bias", 1e30),
         ("norm_op_kwargs", {"eps": math.nan}), ("norm_op_kwargs", {"x": "y" * 1000}), ("unknown", 1),
         ("norm_op_kwargs", [[[[[0] * 30]]]]),

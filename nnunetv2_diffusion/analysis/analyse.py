@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import platform
 import sys
 from dataclasses import asdict
@@ -17,6 +18,7 @@ from nnunetv2_diffusion.analysis.figures import all_figures, to_png
 from nnunetv2_diffusion.analysis.report import html_report
 from nnunetv2_diffusion.analysis.studies import MODES, Findings, Laboratory
 from nnunetv2_diffusion.analysis.tables import all_tables, rows_to_csv, summary
+from nnunetv2_diffusion.architecture import MOST_VOXELS
 from nnunetv2_diffusion.compat import package_versions
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.evaluation import EvaluationError
@@ -124,8 +126,12 @@ def set_patch_size(predictor: DiffusionPredictor, size: list[int] | None) -> Non
     for stride in strides:
         steps = stride if isinstance(stride, list | tuple) else [stride] * len(planned)
         factors = [a * b for a, b in zip(factors, steps, strict=True)]
-    if len(size) != len(planned) or any(n < 1 or n % f for n, f in zip(size, factors, strict=False)):
-        raise OptionError(f"--patch_size is {size}, expected {len(planned)} multiples of {factors}, as {list(planned)}")
+    fits = len(size) == len(planned) and all(n >= 1 and n % f == 0 for n, f in zip(size, factors, strict=True))
+    if not fits or math.prod(size) > MOST_VOXELS:
+        raise OptionError(
+            f"--patch_size is {size}, expected {len(planned)} multiples of {factors} and at most {MOST_VOXELS:,} "
+            f"voxels, as {list(planned)}"
+        )
     predictor.configuration_manager.configuration["patch_size"] = list(size)
 
 

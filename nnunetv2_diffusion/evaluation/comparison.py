@@ -38,6 +38,8 @@ LOWER_IS_BETTER = (
     "volume_error_abs",
 )
 
+MOST_RESAMPLES = 1_000_000
+
 
 @dataclass(frozen=True)
 class Options:
@@ -66,10 +68,12 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 < self.alpha < 1:
             raise ValueError(f"alpha is {self.alpha}, expected a number between 0 and 1")
-        if self.resamples < 100:
-            raise ValueError(f"bootstrap is {self.resamples}, expected at least 100 resamples")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}, expected at least 0")
+        if not 100 <= self.resamples <= MOST_RESAMPLES:
+            raise ValueError(
+                f"bootstrap is {self.resamples}, expected at least 100 resamples, at most {MOST_RESAMPLES}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed is {self.seed}, expected at least 0 and less than 2 ** 63")
         both = sorted(set(self.higher) & set(self.lower))
         if both:
             raise ValueError(f"{', '.join(both)} cannot be better both high and low")

@@ -181,6 +181,8 @@ def test_a_model_without_a_chain_has_one_step(setting, tmp_path):
         (("--cases", 0), "--cases is 0"),
         (("--patch_size", 8, 12), "--patch_size is [8, 12], expected 3 multiples of [4, 4, 4]"),
         (("--patch_size", 8, 12, 6), "expected 3 multiples"),
+        (("--patch_size", 8_000_000, 8, 2048), "at most 1,073,741,824 voxels"),
+        (("--samples", 10**9), "--samples is 1000000000, expected a value in"),
     ],
 )
 def test_bad_options_are_named_and_nothing_is_written(setting, tmp_path, capsys, options, words):

@@ -430,6 +430,8 @@ def test_summaries_of_background_only_have_no_foreground(summary, refused):
         (("--reference", "other"), "reference is other, expected one of base, ours"),
         (("--alpha", "1"), "alpha is 1.0"),
         (("--bootstrap", "5"), "bootstrap is 5, expected at least 100"),
+        (("--bootstrap", "1000000000"), "at most 1000000"),
+        (("--seed", "1" + "0" * 30), "expected at least 0 and less than"),
         (("--seed", "-1"), "seed is -1"),
         (("--higher_is_better", "TP", "--lower_is_better", "TP"), "TP cannot be better both high and low"),
     ],
