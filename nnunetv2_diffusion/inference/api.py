@@ -23,7 +23,7 @@ from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.maps import map_limit, to_original_geometry, within_limit
 from nnunetv2_diffusion.inference.options import PredictionOptions
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
-from nnunetv2_diffusion.inference.prepared import preprocess
+from nnunetv2_diffusion.inference.prepared import notes_on_shape, preprocess
 from nnunetv2_diffusion.inference.reading import channel_names, check_image, read_case
 from nnunetv2_diffusion.inference.sample_statistics import add_mask_volumes, foreground_labels, mask_volumes
 
@@ -167,10 +167,11 @@ def _preprocess(
         array, properties = _as_read(image, spacing, len(model.configuration_manager.patch_size), len(channels))
         source, notes = "the image", check_image(array, properties, channels)
     else:
-        files = _files(image)
-        source = str(files[0])
-        array, properties, notes = read_case(model.plans_manager.image_reader_writer_class(), files, channels)
-    return *preprocess(model_files(model), array, properties, source), notes
+        images = _files(image)
+        source = str(images[0])
+        array, properties, notes = read_case(model.plans_manager.image_reader_writer_class(), images, channels)
+    files = model_files(model)
+    return *preprocess(files, array, properties, source), notes + notes_on_shape(files, array, source)
 
 
 def _files(image: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -130,7 +130,7 @@ def _bad_name(name: str, ending: str) -> str | None:
     if size > LONGEST_NAME:
         return f"{name[:40]}...{ending}: the name of its mask has {size} bytes, a file's may have {LONGEST_NAME}"
     if ending in NIFTI and name.endswith(NIFTI):  # ITK would write x.nii.gz.nii.gz to x.nii.gz
-        return f"{name}: the name of a case cannot end in {ending}; rename {name}_0000{ending}"
+        return f"{name}: the name of a case cannot end in {' or '.join(NIFTI)}; rename {name}_0000{ending}"
     return None
 
 

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from multiprocessing.connection import Connection
@@ -21,7 +22,15 @@ from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.reading import channel_names, check_file, one_line, read_case
 from nnunetv2_diffusion.workers import end_with_parent
 
-__all__ = ["FailedCase", "PreparedCase", "check_resampled", "prepare_case", "prepare_cases", "preprocess"]
+__all__ = [
+    "FailedCase",
+    "PreparedCase",
+    "check_resampled",
+    "notes_on_shape",
+    "prepare_case",
+    "prepare_cases",
+    "preprocess",
+]
 
 PIECE = 2**26  # bytes of an array that go through a pipe at once, so that it is not there twice
 WRITABLE_AXES = (2, 3)  # of images whose masks nnU-Net's ITK writers can write
@@ -82,6 +91,13 @@ def _memory() -> float:
     if not hasattr(os, "sysconf"):
         return float("inf")
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def notes_on_shape(model: ModelFiles, image: np.ndarray, source: str) -> list[str]:
+    """A note on a single slice (C, z, y, x) for a model of volumes: it sees zeros on both sides."""
+    if len(model.configuration_manager.patch_size) < 3 or min(image.shape[1:]) > 1:
+        return []
+    return [f"{source}: a single slice, shape {image.shape[1:]}, and the model is 3D"]
 
 
 def preprocess(
@@ -159,7 +175,7 @@ def prepare_case(
     reader = model.plans_manager.image_reader_writer_class()
     try:
         image, properties, notes = read_case(reader, files, channel_names(model.dataset_json))
-        notes += _gaps(files, model.ending)
+        notes += _gaps(files, model.ending) + notes_on_shape(model, image, str(files[0]))
         axes = len(properties.get("sitk_stuff", {}).get("spacing", WRITABLE_AXES))
         if axes not in WRITABLE_AXES:
             raise CaseError(f"{files[0]}: {axes} axes in the file; nnU-Net cannot write the mask of such an image")
@@ -292,16 +308,20 @@ class _Worker:
 def _serve(model: ModelFiles, jobs: list[_Job], results: Connection) -> None:
     """In a worker: prepare and send one case after the other."""
     end_with_parent()
-    for job in jobs:
-        case = prepare_case(model, job.name, job.files, job.previous, job.verbose)
-        if isinstance(case, FailedCase):
-            results.send(case)
-            continue
-        data = np.ascontiguousarray(case.data.numpy())
-        results.send((case.name, data.shape, case.properties, case.notes))
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), PIECE):
-            results.send_bytes(view[start : start + PIECE])
+    with suppress(BrokenPipeError):  # the parent was killed: nobody waits for a case, nor for a traceback
+        for job in jobs:
+            _send(results, prepare_case(model, job.name, job.files, job.previous, job.verbose))
+
+
+def _send(results: Connection, case: PreparedCase | FailedCase) -> None:
+    if isinstance(case, FailedCase):
+        results.send(case)
+        return
+    data = np.ascontiguousarray(case.data.numpy())
+    results.send((case.name, data.shape, case.properties, case.notes))
+    view = memoryview(data).cast("B")
+    for start in range(0, len(view), PIECE):
+        results.send_bytes(view[start : start + PIECE])
 
 
 def _receive(results: Connection, shape: tuple[int, ...]) -> torch.Tensor:

@@ -21,6 +21,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 GIPL_HEADER = 256  # bytes
 BLOCK = 2**20  # bytes
 LONGEST_NOTE = 300
+LEAST_APART = 1e-6  # mm; less is rounding of the header
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
@@ -55,7 +56,7 @@ def read_case(
     except Exception as error:  # readers raise whatever their libraries do
         raise CaseError(_why_unreadable(reader, files, error)) from error
     if "Not all input images" in said:
-        notes += _displacements(reader, files)
+        notes += _displacements(reader, files) or [said[:LONGEST_NOTE]]
     elif said:
         notes.append(said[:LONGEST_NOTE])
     return array, properties, notes + check_image(array, properties, channels, files)
@@ -103,9 +104,9 @@ def _displacements(reader: BaseReaderWriter, files: Sequence[Path]) -> list[str]
         corners = _corners(*_by_host(reader, [file])[:2])
         if first is None:
             first = corners
-        if corners is None or first is None or np.allclose(corners, first):
+        apart = 0.0 if corners is None or first is None else np.linalg.norm(corners - first, axis=1).max()
+        if apart < LEAST_APART:
             continue
-        apart = np.linalg.norm(corners - first, axis=1).max()
         notes.append(f"{file}: lies up to {apart:.3g} mm from {files[0].name}; nnU-Net takes both to be in one place")
     return notes
 

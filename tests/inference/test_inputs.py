@@ -172,6 +172,12 @@ def test_a_gap_in_the_numbers_is_noted(tmp_path):
     assert "files numbered 0001 are taken for the channels from 0 on" in notes(model_of(), file)
 
 
+def test_a_single_slice_is_noted_for_a_model_of_volumes(tmp_path):
+    file = write_nifti(tmp_path / "a_0000.nii.gz", volume(0, (1, 7, 6)), np.eye(4))
+    assert f"{file}: a single slice, shape (1, 7, 6), and the model is 3D" in notes(model_of(), file)
+    assert not notes(model_of(spacing=(1.0, 1.0)), file)
+
+
 def test_axes_that_nnunet_cannot_write_are_told_before_anything_is_drawn(tmp_path):
     file = write_itk(tmp_path / "a_0000.nii.gz", np.stack([volume(0), volume(1)]))
     assert "4 axes in the file" in failure(model_of(channels=2), file)
@@ -420,7 +426,7 @@ def test_a_file_that_nnunet_passes_over_is_told_and_costs_nothing(tmp_path, caps
 def test_names_whose_masks_could_not_be_written_are_refused(tmp_path):
     (tmp_path / "x.nii.gz_0000.nii.gz").touch()
     (tmp_path / f"{'n' * 243}_0000.nii.gz").touch()
-    assert "cannot end in .nii.gz" in left_out(tmp_path)["x.nii.gz"]
+    assert "cannot end in .nii or .nii.gz; rename x.nii.gz_0000.nii.gz" in left_out(tmp_path)["x.nii.gz"]
     assert set(list_cases(tmp_path, DATASET)[0]) == {"n" * 243}
 
 
