@@ -9,6 +9,7 @@ from tiny_project import tiny_plans
 
 TRAINER = "nnUNetTrainerHiDiff"
 SEQUENTIAL = ("-npp", "0", "-nps", "0")
+REFINED = {"nnUNet_diffusion_steps": "2"}  # as in the plans; asked for, because so short a training does not pay
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def trained(project):
 
 @pytest.fixture(scope="module")
 def masks(trained):
-    return trained.predict("hidiff", TRAINER, "--save_probabilities", *SEQUENTIAL)
+    return trained.predict("hidiff", TRAINER, "--save_probabilities", *SEQUENTIAL, **REFINED)
 
 
 def test_the_log_says_where_the_segmentor_is_from_and_what_the_refiner_brings(trained):
@@ -54,7 +55,7 @@ def test_same_mask_in_another_order_and_in_parts(trained, masks):
         shutil.copyfile(file, swapped / file.name.replace(file.name[:6], names[file.name[:6]]))
     for part in ("0", "1"):
         found = trained.predict(
-            "hidiff_parts", TRAINER, "-num_parts", "2", "-part_id", part, *SEQUENTIAL, images=swapped
+            "hidiff_parts", TRAINER, "-num_parts", "2", "-part_id", part, *SEQUENTIAL, images=swapped, **REFINED
         )
     assert len(found) == 2
     for name, mask in masks.items():
@@ -70,7 +71,7 @@ def test_steps_0_gives_the_segmentors_own_mask_and_more_steps_another(trained, m
     assert prior.keys() == masks.keys()
 
 
-def test_a_packed_checkpoint_gives_the_same_network_bit_for_bit(trained, tmp_path, capsys):
+def test_a_packed_checkpoint_gives_the_same_network_bit_for_bit(trained, tmp_path, capsys, monkeypatch):
     import torch
 
     from nnunetv2_diffusion.checkpoints import load_checkpoint_file
@@ -86,9 +87,16 @@ def test_a_packed_checkpoint_gives_the_same_network_bit_for_bit(trained, tmp_pat
     assert main(["unpack", "-i", str(source), "-o", str(tmp_path / "x")]) == 1
     assert packed.stat().st_size < source.stat().st_size
     image = torch.randn(1, 2, 16, 16, 16)
-    with torch.inference_mode():
-        masks = [checkpoint_network(load_checkpoint_file(file))(image) for file in (source, back)]
-    assert torch.equal(*masks)
+    found = []
+    for steps in (None, "2"):
+        if steps:
+            monkeypatch.setenv("nnUNet_diffusion_steps", steps)
+        networks = [checkpoint_network(load_checkpoint_file(file)) for file in (source, back)]
+        assert networks[0].refiner_pays == networks[1].refiner_pays
+        with torch.inference_mode():
+            found.append([network(image) for network in networks])
+        assert torch.equal(*found[-1])
+    assert torch.equal(found[0][0], found[1][0]) == networks[0].refiner_pays
 
 
 @pytest.mark.slow  # the same without the command: test_hybrid_trainer.py
