@@ -15,7 +15,6 @@ from nnunetv2_diffusion.diffusion import (
     gaussian_reverse_step,
 )
 from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, LatentSegmentor, to_x_start
-from nnunetv2_diffusion.networks.heads import check_finite
 
 LEAST = 1e-6  # probability of a class before a distribution is made of them, as in export: all may be 0
 
@@ -140,11 +139,7 @@ class Chain(ABC):
         """What leaves the chain, from a mean of estimates (B, K, *spatial): of classes a distribution over them.
 
         Estimates of a softmax are one already.
-
-        Raises:
-            NotFiniteError: if the estimate is not finite.
         """
-        check_finite(estimate, self.network)
         return estimate
 
 

@@ -11,10 +11,8 @@ import torch
 from acvl_utils.cropping_and_padding.padding import pad_nd_image
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
-from torch import nn
 from tqdm import tqdm
 
-from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.diffusion import SamplingConfig
 from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, JoinedNoise, Noise, make_chain
 from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
@@ -97,22 +95,6 @@ class DiffusionPredictor(nnUNetPredictor):
         self.sampling: SamplingConfig | None = None
         self.meter: OverlapMeter | None = None  # set to measure how tiles disagree where they overlap
         self.results_device = self.device if self.perform_everything_on_device else torch.device("cpu")
-
-    def manual_initialization(self, network: nn.Module, *args: object, **kwargs: object) -> None:
-        """As nnU-Net's, but for weights that are not finite.
-
-        Not all of them show in the answer: HiDiff's refiner takes signs of what its learned offsets move.
-
-        Raises:
-            CheckpointError: naming fold and weight.
-        """
-        super().manual_initialization(network, *args, **kwargs)
-        for fold, weights in enumerate(self.list_of_parameters):
-            for name in (n for n, _ in network.named_parameters() if n in weights):
-                bad = int((~torch.isfinite(weights[name])).sum())
-                if bad:
-                    where = f"{name} in fold number {fold + 1} of {len(self.list_of_parameters)}"
-                    raise CheckpointError(f"{bad} weights of {where} are not finite: the training diverged")
 
     def set_options(self, options: PredictionOptions) -> None:
         """Change what is asked for.

@@ -597,7 +597,7 @@ def test_a_data_set_that_is_none_is_named(tmp_path, capsys, dataset):
         common = ["-d", dataset, "-c", "2d", "-i", str(tmp_path), "-o", str(tmp_path / "out"), "-device", "cpu"]
         assert cli.main([*verb, *common]) == 1
         message = capsys.readouterr().err
-        assert f"-d {dataset}: expected the number of a data set, or its name DatasetXXX_Name" in message
+        assert f"-d {dataset}: expected a number, or a name as Dataset001_NAME" in message
 
 
 @pytest.mark.parametrize("device", ["cuda", "mps"])
