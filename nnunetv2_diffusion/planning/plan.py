@@ -164,7 +164,21 @@ def chosen_configurations(
     for name in names or []:
         if name not in resolved:
             raise PlansError(f"-c {name}: no such configuration in the plans, expected one of {', '.join(resolved)}")
-    return names or [name for name, own in plans["configurations"].items() if "architecture" in own]
+    chosen = names or [name for name, own in plans["configurations"].items() if "architecture" in own]
+    for name in chosen:
+        _check_keys(resolved[name], name)
+    return chosen
+
+
+def _check_keys(configuration: Mapping[str, Any], name: str) -> None:
+    """Raise unless a configuration has what is shown and changed here."""
+    for key, kind in (("patch_size", list), ("batch_size", int), ("architecture", dict), ("data_identifier", str)):
+        if not isinstance(configuration.get(key), kind):
+            found = repr(configuration.get(key))[:100]
+            raise PlansError(f"configuration {name}: {key} is {found}, expected a {kind.__name__}")
+    arguments, network = (configuration["architecture"].get(key) for key in ("arch_kwargs", "network_class_name"))
+    if not isinstance(network, str) or not isinstance(arguments, dict) or "features_per_stage" not in arguments:
+        raise PlansError(f"configuration {name}: architecture has no network_class_name or no features_per_stage")
 
 
 def data_lines(plans: Mapping[str, Any], folder: Path, dataset: str) -> list[str]:
