@@ -16,7 +16,7 @@ from torch import nn
 from nnunetv2_diffusion.architecture import check_configuration
 from nnunetv2_diffusion.networks.heads import describe_mismatch
 from nnunetv2_diffusion.out_of_memory import is_out_of_memory
-from nnunetv2_diffusion.plans_content import PlansContentError, check_label_values, check_plans_content
+from nnunetv2_diffusion.plans_content import PlansContentError, check_channels_and_labels, check_plans_content
 from nnunetv2_diffusion.tensor_files import TensorFileError, check_tensor, read_tensor_file
 
 
@@ -170,7 +170,7 @@ def build_network(
     check_configuration(configuration.configuration, f"plans {plans.plans.get('plans_name', '')}".strip())
     trainer = find_trainer(trainer_name)
     try:
-        check_label_values(dataset_json["labels"], "dataset.json")
+        check_channels_and_labels(dataset_json, "dataset.json")
         channels = determine_num_input_channels(plans, configuration, dataset_json)
         heads = plans.get_label_manager(dataset_json).num_segmentation_heads
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -107,9 +107,15 @@ def read_plans(folder: Path, name: str) -> dict[str, Any]:
         found = ", ".join(sorted(f.stem for f in folder.glob("*lans*.json"))) or "none"
         raise PlansError(f"{file}: no such file; plans there: {found}")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        plans = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise PlansError(f"{file}: not JSON ({error})") from None
+    configurations = plans.get("configurations") if isinstance(plans, dict) else None
+    if not isinstance(configurations, dict) or not all(isinstance(c, dict) for c in configurations.values()):
+        raise PlansError(f"{file}: no mapping of configurations, expected plans of nnU-Net")
+    if not isinstance(plans.get("plans_name"), str):
+        raise PlansError(f"{file}: plans_name is {str(plans.get('plans_name'))[:100]}, expected a name")
+    return plans
 
 
 def derive(base: Mapping[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
