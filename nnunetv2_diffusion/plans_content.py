@@ -141,8 +141,9 @@ def check_channels_and_labels(dataset_json: Mapping[str, Any], where: str) -> No
         numbers = [int(v) if isinstance(v, str) and v.isdecimal() and len(v) < 6 else v for v in values]
         if not numbers or not all(type(v) is int and 0 <= v < 65536 for v in numbers):
             raise _bad(where, f"label {name!r} of dataset.json", value, "an integer from 0 to 65535, or a list of them")
-    single = [int(value) for value in labels.values() if not isinstance(value, list | tuple)]
-    if len(set(single)) < len(single):
+    lists = [list(value) if isinstance(value, list | tuple) else [value] for value in labels.values()]
+    regions = any(len(values) > 1 for values in lists)  # may overlap
+    if not regions and len({int(values[0]) for values in lists}) < len(lists):
         raise _bad(where, "labels of dataset.json", labels, "another value for each name")
 
 

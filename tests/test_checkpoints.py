@@ -372,6 +372,7 @@ DATASET = [
     ("labels", {"background": 0, "a": "x"}), ("labels", {"background": 0, "a": math.nan}),
     ("labels", {"background": 0, "a": -1}), ("labels", {"background": 0, "a": [1, 2]}),
     ("labels", {"background": 1, "a": 0}), ("labels", {"background": 0, "a": 1, "b": 1}),
+    ("labels", {"background": 0, "a": 1, "b": [1]}),
     ("labels", {"background": 0, "a": 10**9}), ("channel_names", {}), ("channel_names", None), ("channel_names", 3),
     ("file_ending", None), ("file_ending", "../../x.nii.gz"), ("file_ending", ""), ("file_ending", 3),
     ("channel_names", {"0": "MR", "1": "MR"}),
