@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
@@ -225,6 +226,21 @@ def _check_numbers(configuration: Mapping[str, Any]) -> None:
     check_architecture(*(architecture[key] for key in ("network_class_name", "arch_kwargs", "_kw_requires_import")))
     if architecture["network_class_name"] in NETWORKS:
         _check_geometry(patch, architecture["arch_kwargs"])
+        _try_operators(architecture["arch_kwargs"], len(patch))
+
+
+def _try_operators(kwargs: Mapping[str, Any], dims: int) -> None:
+    """Raise unless the operators, which are PyTorch's by now, take their arguments and an image."""
+    image = torch.zeros(1, 4, *[4] * dims)
+    for key, channels in (("norm_op", (4,)), ("dropout_op", ()), ("nonlin", ())):
+        name, given = kwargs.get(key), kwargs.get(f"{key}_kwargs")
+        if name is None or name in allowed_names():
+            continue
+        try:
+            getattr(nn, name.rsplit(".", 1)[-1])(*channels, **(given or {})).eval()(image)
+        except Exception as error:  # PyTorch's classes raise many kinds
+            reason = " ".join(str(error).split())[:200]
+            raise _unusable(f"{key}_kwargs", given, f"arguments of {name} for {dims}D images ({reason})") from None
 
 
 def _check_geometry(patch: list | tuple, kwargs: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from nnunetv2_diffusion.architecture import check_configuration
 from nnunetv2_diffusion.networks.heads import describe_mismatch
 from nnunetv2_diffusion.out_of_memory import is_out_of_memory
-from nnunetv2_diffusion.plans_content import PlansContentError, check_plans_content
+from nnunetv2_diffusion.plans_content import PlansContentError, check_channels_and_labels, check_plans_content
 from nnunetv2_diffusion.tensor_files import TensorFileError, check_tensor, read_tensor_file
 
 
@@ -163,17 +163,25 @@ def build_network(
     """The network of a trainer, for prediction, without weights.
 
     Raises:
-        CheckpointError: if nnU-Net does not find the trainer, or memory is too little.
+        CheckpointError: if nnU-Net does not find the trainer, labels or channels cannot be used, or memory is too
+            little.
         UnsupportedArchitectureError: if the plans name or number what is not allowed; nothing was imported.
     """
     check_configuration(configuration.configuration, f"plans {plans.plans.get('plans_name', '')}".strip())
     trainer = find_trainer(trainer_name)
     try:
+        check_channels_and_labels(dataset_json, "dataset.json")
+        channels = determine_num_input_channels(plans, configuration, dataset_json)
+        heads = plans.get_label_manager(dataset_json).num_segmentation_heads
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise CheckpointError(f"dataset.json or the plans' label manager cannot be used ({reason})") from error
+    try:
         return trainer.build_network_architecture(
             plans,
             configuration,
-            determine_num_input_channels(plans, configuration, dataset_json),
-            plans.get_label_manager(dataset_json).num_segmentation_heads,
+            channels,
+            heads,
             enable_deep_supervision=False,
         )
     except (MemoryError, RuntimeError) as error:

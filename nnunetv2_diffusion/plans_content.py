@@ -119,10 +119,21 @@ def _check_dataset(dataset_json: Any, where: str) -> None:
     """Raise unless dataset.json has channels, labels and the ending of files, of the right kinds."""
     if not isinstance(dataset_json, dict):
         raise _bad(where, "the content of dataset.json", dataset_json, "a mapping")
-    channels = dataset_json.get("modality", dataset_json.get("channel_names"))
-    if not isinstance(channels, dict | list) or not 1 <= len(channels) <= MOST_LABELS:
+    check_channels_and_labels(dataset_json, where)
+    ending = dataset_json.get("file_ending")
+    if not isinstance(ending, str) or not re.fullmatch(r"\.[\w.+-]{1,30}", ending):
+        raise _bad(where, "file_ending of dataset.json", ending, "an ending as .nii.gz")
+
+
+def check_channels_and_labels(dataset_json: Mapping[str, Any], where: str) -> None:
+    """Raise unless channels have names, and labels are names with integers, or lists of them.
+
+    Raises:
+        PlansContentError: naming the key, what was found and what was expected.
+    """
+    channels, labels = dataset_json.get("modality", dataset_json.get("channel_names")), dataset_json.get("labels")
+    if not isinstance(channels, dict) or not 1 <= len(channels) <= MOST_LABELS:
         raise _bad(where, "channel_names of dataset.json", channels, "a mapping with a name for each channel")
-    labels = dataset_json.get("labels")
     if not isinstance(labels, dict) or not 2 <= len(labels) <= MOST_LABELS:
         raise _bad(where, "labels of dataset.json", labels, "a mapping of names to labels, background: 0 among them")
     for name, value in labels.items():
@@ -130,9 +141,10 @@ def _check_dataset(dataset_json: Any, where: str) -> None:
         numbers = [int(v) if isinstance(v, str) and v.isdecimal() and len(v) < 6 else v for v in values]
         if not numbers or not all(type(v) is int and 0 <= v < 65536 for v in numbers):
             raise _bad(where, f"label {name!r} of dataset.json", value, "an integer from 0 to 65535, or a list of them")
-    ending = dataset_json.get("file_ending")
-    if not isinstance(ending, str) or not re.fullmatch(r"\.[\w.+-]{1,30}", ending):
-        raise _bad(where, "file_ending of dataset.json", ending, "an ending as .nii.gz")
+    lists = [list(value) if isinstance(value, list | tuple) else [value] for value in labels.values()]
+    regions = any(len(values) > 1 for values in lists)  # may overlap
+    if not regions and len({int(values[0]) for values in lists}) < len(lists):
+        raise _bad(where, "labels of dataset.json", labels, "another value for each name")
 
 
 def _check_labels(manager: PlansManager, settings: ConfigurationManager, dataset_json: dict, where: str) -> int:

@@ -184,13 +184,14 @@ def test_an_operator_that_would_stay_a_text_is_named():
         ("batch_size", 0), ("batch_size", -1), ("batch_size", 10**9), ("batch_size", None), ("batch_size", True),
         ("spacing", [0, 1, 1]), ("spacing", [math.nan, 1, 1]), ("spacing", [math.inf, 1, 1]), ("spacing", [1, 1]),
         ("spacing", [-1, 1, 1]), ("spacing", ["1", 1, 1]), ("spacing", None), ("architecture", None),
-        ("architecture", {}),
+        ("architecture", {}), ("nonlin_kwargs", {"inplcae": True}), ("norm_op_kwargs", {"eps": "x"}),
+        ("norm_op_kwargs", {"no": 1}),
     ],
 )  # fmt: skip
 def test_numbers_of_a_configuration_are_named_with_their_place(key, value):
     configuration = copy.deepcopy(make_plans((8, 8, 8), (1.0, 1.0, 1.0))["configurations"]["only"])
     check_configuration(configuration, "here")
-    configuration[key] = value
+    (configuration["architecture"]["arch_kwargs"] if key.endswith("kwargs") else configuration)[key] = value
     with pytest.raises(UnsupportedArchitectureError, match=rf"^here: .*({key}|spacing|conv_op)"):
         check_configuration(configuration, "here")
 

@@ -107,9 +107,15 @@ def read_plans(folder: Path, name: str) -> dict[str, Any]:
         found = ", ".join(sorted(f.stem for f in folder.glob("*lans*.json"))) or "none"
         raise PlansError(f"{file}: no such file; plans there: {found}")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        plans = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise PlansError(f"{file}: not JSON ({error})") from None
+    configurations = plans.get("configurations") if isinstance(plans, dict) else None
+    if not isinstance(configurations, dict) or not all(isinstance(c, dict) for c in configurations.values()):
+        raise PlansError(f"{file}: no mapping of configurations, expected plans of nnU-Net")
+    if not isinstance(plans.get("plans_name"), str):
+        raise PlansError(f"{file}: plans_name is {str(plans.get('plans_name'))[:100]}, expected a name")
+    return plans
 
 
 def derive(base: Mapping[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
@@ -164,7 +170,21 @@ def chosen_configurations(
     for name in names or []:
         if name not in resolved:
             raise PlansError(f"-c {name}: no such configuration in the plans, expected one of {', '.join(resolved)}")
-    return names or [name for name, own in plans["configurations"].items() if "architecture" in own]
+    chosen = names or [name for name, own in plans["configurations"].items() if "architecture" in own]
+    for name in chosen:
+        _check_keys(resolved[name], name)
+    return chosen
+
+
+def _check_keys(configuration: Mapping[str, Any], name: str) -> None:
+    """Raise unless a configuration has what is shown and changed here."""
+    for key, kind in (("patch_size", list), ("batch_size", int), ("architecture", dict), ("data_identifier", str)):
+        if not isinstance(configuration.get(key), kind):
+            found = repr(configuration.get(key))[:100]
+            raise PlansError(f"configuration {name}: {key} is {found}, expected a {kind.__name__}")
+    arguments, network = (configuration["architecture"].get(key) for key in ("arch_kwargs", "network_class_name"))
+    if not isinstance(network, str) or not isinstance(arguments, dict) or "features_per_stage" not in arguments:
+        raise PlansError(f"configuration {name}: architecture has no network_class_name or no features_per_stage")
 
 
 def data_lines(plans: Mapping[str, Any], folder: Path, dataset: str) -> list[str]:

@@ -17,6 +17,11 @@ WITHOUT_EFFECT = ("dropout_op", "dropout_op_kwargs", "deep_supervision")  # on t
 BODY = ("encoder.", "decoder.", "segmentor.")
 
 
+def _channel_number(key: Any) -> int:
+    """Of a channel in channel_names; what is no number comes first, as nnU-Net does not mind either."""
+    return int(key) if str(key).isdecimal() else -1
+
+
 def is_head(key: str) -> bool:
     """The first axis of these weights is classes or regions."""
     return any(part in key for part in HEADS)
@@ -42,7 +47,7 @@ def _number(value: int | Sequence[int]) -> int:
 def image_names(plans: PlansManager, configuration: str, dataset_json: Mapping) -> tuple[str, ...]:
     """Names of a network's inputs that are not a mask of the diffusion process, those of a cascade included."""
     channels = dataset_json.get("channel_names") or dataset_json["modality"]
-    names = [str(channels[key]) for key in sorted(channels, key=int)]
+    names = [str(channels[key]) for key in sorted(channels, key=_channel_number)]
     if plans.get_configuration(configuration).previous_stage_name is not None:
         manager = plans.get_label_manager(dataset_json)
         of_number = {_number(value): name for name, value in dataset_json["labels"].items()}

@@ -229,9 +229,12 @@ def _read_json(file: Path) -> dict:
     if not file.is_file():
         raise WarmStartError(f"{file}: no such file, expected that of a preprocessed data set")
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise WarmStartError(f"{file}: {error}, expected JSON") from error
+    if not isinstance(content, dict):
+        raise WarmStartError(f"{file}: holds {type(content).__name__}, expected a mapping as nnU-Net writes it")
+    return content
 
 
 def read_target(folder: Path, configuration: str, plans: str, trainer: str) -> Target:
@@ -251,6 +254,8 @@ def read_target(folder: Path, configuration: str, plans: str, trainer: str) -> T
     """
     file = folder / f"{plans}.json"
     manager = PlansManager(_read_json(file))
+    if not isinstance(manager.plans.get("configurations"), dict):
+        raise WarmStartError(f"{file}: no mapping of configurations, expected plans of nnU-Net")
     if configuration not in manager.available_configurations:
         raise WarmStartError(
             f"{file}: no configuration {configuration}, expected one of {', '.join(manager.available_configurations)}"

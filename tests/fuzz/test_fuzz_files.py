@@ -1,11 +1,14 @@
 """Files that are damaged at random: checkpoints, plans, dataset.json, packed files, images."""
 
+import json
 import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import SimpleITK as sitk  # noqa: N813, its usual name
 from harness import batches, check_command
 from tiny_model import make_model, write_images
 
@@ -63,3 +66,63 @@ def test_a_damaged_file_is_refused_with_a_message_or_harmless(world, tmp_path, c
             continue
         fixed = ["-m", model, "-i", images, "-o", folder / "out", "-device", "cpu", "-npp", 0, "-nps", 0]
         check_command(["predict", *map(str, fixed), "--disable_progress_bar"], capsys)
+
+
+VALUES = [None, 0, -1, 1e9, "x", "join", "os", [], {}, [1], {"a": 1}, True, float("nan"), "9" * 50]
+
+
+def change_json(content: bytes, rng: random.Random) -> bytes:
+    """Replace or remove any value in it, or damage its text."""
+    if rng.random() < 0.4:
+        return damage(content, rng)
+    read, places = json.loads(content), []
+
+    def walk(place: object) -> None:
+        for key in place if isinstance(place, dict) else range(len(place)) if isinstance(place, list) else ():
+            places.append((place, key))
+            walk(place[key])
+
+    walk(read)
+    place, key = rng.choice(places)
+    if rng.random() < 0.2:
+        del place[key]
+    else:
+        place[key] = rng.choice(VALUES)
+    return json.dumps(read).encode()
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory):
+    """A model of nnU-Net's own, and masks."""
+    root = tmp_path_factory.mktemp("stock")
+    for name in ("references", "predictions"):
+        (root / name).mkdir()
+        mask = (np.random.default_rng(0).random((3, 8, 8)) > 0.5).astype(np.uint8)
+        sitk.WriteImage(sitk.GetImageFromArray(mask), str(root / name / "case.nii.gz"))
+    make_model(root / "model", "nnUNetTrainer", patch=(8, 8), spacing=(1.0, 1.0))
+    return root
+
+
+@pytest.mark.parametrize("seed", batches(4, quick=1))
+def test_a_changed_json_of_a_data_set_is_refused_with_a_message_or_harmless(stock, tmp_path, monkeypatch, capsys, seed):
+    """4 x 20 files, for the verbs that read plans and dataset.json of a data set."""
+    rng = random.Random(seed)
+    monkeypatch.setenv("nnUNet_preprocessed", str(tmp_path))
+    for number in range(20):
+        folder, out = tmp_path / "Dataset903_Random", tmp_path / str(number)
+        shutil.rmtree(folder, ignore_errors=True)
+        for path in (folder, out):
+            path.mkdir()
+        plans = Path(shutil.copy(stock / "model/plans.json", folder / "tiny.json"))
+        dataset = Path(shutil.copy(stock / "model/dataset.json", folder))
+        changed = rng.choice((plans, dataset))
+        changed.write_bytes(change_json(changed.read_bytes(), rng))
+        checkpoint, named = stock / "model" / FILE, ["-d", "Dataset903_Random"]
+        masks = [stock / "references", stock / "predictions"]
+        command = (
+            ["plan", *named, "--base", "tiny", "-o", "other", "--preset", "fast"],
+            ["plan", *named, "-p", "tiny", "--show"],
+            ["warm-start", "--from", checkpoint, *named, "-c", "only", "-p", "tiny", "-o", out / "w"],
+            ["evaluate", *masks, "-djfile", dataset, "-pfile", plans, "-np", 1, "--no-surface", "-o", out / "s.json"],
+        )[number % 4]
+        check_command(list(map(str, command)), capsys)
