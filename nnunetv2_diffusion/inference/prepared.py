@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -295,7 +296,9 @@ class _Worker:
         code = self._process.exitcode
         if code >= 0:
             return f"its process ended with status {code}"
-        return f"its process was killed (signal {-code}), probably for want of memory; -npp 0 needs less"
+        if code == -signal.SIGKILL:
+            return "its process was killed (signal 9), probably for want of memory; -npp 0 needs less"
+        return f"its process crashed (signal {-code}); a damaged file can do that to the library that reads it"
 
     def end(self) -> None:
         """End the process, whatever it does."""

@@ -252,9 +252,9 @@ def _promised(header: nibabel.Nifti1Header) -> int:
     offset = float(header["vox_offset"])
     try:
         value_bytes = header.get_data_dtype().itemsize
-    except nibabel.spatialimages.HeaderDataError:
+    except (KeyError, nibabel.spatialimages.HeaderDataError):  # no type of values
         return 0  # reading it will say why
-    return prod(sizes) * value_bytes + (int(offset) if np.isfinite(offset) else 0)
+    return prod(sizes) * value_bytes + (int(max(0.0, offset)) if np.isfinite(offset) else 0)
 
 
 def _odd_spacing(file: Path, header: nibabel.Nifti1Header) -> list[str]:

@@ -10,6 +10,7 @@ from io import StringIO
 import nibabel
 import numpy as np
 import pytest
+import torch
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2.utilities.utils import (
     create_lists_from_splitted_dataset_folder,
@@ -277,6 +278,44 @@ def test_a_changed_byte_of_a_compressed_file_is_found(tmp_path):
     file = tmp_path / "a_0000.nii.gz"
     file.write_bytes(content)
     assert "damaged or cut off (CRC check failed" in failure(model_of(), file)
+
+
+# without .mha: with some headers ITK itself crashes, which only a worker process survives
+FUZZED = [("SimpleITKIO", e, 300) for e in (".nii", ".nrrd", ".gipl")]
+FUZZED += [("NibabelIO", ".nii", 348), ("NaturalImage2DIO", ".png", 400), ("Tiff3DIO", ".tif", 900)]
+
+
+@pytest.mark.parametrize(("reader", "ending", "size"), FUZZED)
+def test_changed_bytes_of_a_header_never_end_in_a_traceback(reader, ending, size, tmp_path):
+    """Sixty files of each kind; what is taken for an image is one that nnU-Net takes too."""
+    file, rng = tmp_path / f"a_0000{ending}", np.random.default_rng(7)
+    flat = reader == "NaturalImage2DIO"
+    if flat or reader == "Tiff3DIO":
+        array = volume(0, (9, 8)).astype(np.uint8) if flat else volume()
+        io.imsave(file, array, check_contrast=False)
+    else:
+        write_itk(file, volume(), compressed=False)
+    good, model = file.read_bytes(), model_of(reader, ending=ending, spacing=(1.0,) * (2 if flat else 3))
+    for _ in range(60):
+        content = bytearray(good)
+        for place in rng.integers(0, min(size, len(good)), rng.integers(1, 8)):
+            content[place] = rng.integers(0, 256)
+        file.write_bytes(content)
+        case = prepare_case(model, "a", [file])
+        if isinstance(case, FailedCase):
+            assert str(file) in case.reason
+            assert "\n" not in case.reason
+        else:
+            assert torch.isfinite(case.data).all()
+
+
+@pytest.mark.parametrize(("offset", "kind", "value"), [(70, "<h", 11), (108, "<f", -1e30), (108, "<f", np.nan)])
+def test_a_header_that_makes_no_sense_is_left_to_the_reader(offset, kind, value, tmp_path):
+    """Type of the values, and where they start."""
+    file = edit_header(write_nifti(tmp_path / "a_0000.nii", volume(), np.eye(4)), offset, kind, value)
+    for reader in WITH_HEADERS:
+        case = prepare_case(model_of(reader, ending=".nii"), "a", [file])
+        assert isinstance(case, PreparedCase) or str(file) in case.reason
 
 
 CONTENT = {

@@ -58,16 +58,21 @@ def test_one_bad_case_does_not_cost_the_others_with_workers_as_without(folder):
 
 
 def test_a_worker_that_is_killed_costs_its_case_only(folder):
-    cases = {name: [folder / f"{name[0]}_0000.nii.gz"] for name in ("a", "c", "e", "a again")}
+    cases = {name: [folder / f"{name[0]}_0000.nii.gz"] for name in ("a", "c", "e", "c again", "e again")}
     found = prepare_cases(Model(), cases, None, 1)
-    assert isinstance(next(found), PreparedCase)
-    (worker,) = multiprocessing.active_children()
-    os.kill(worker.pid, signal.SIGKILL)  # it holds the next case until that is taken
-    case = next(found)
-    assert isinstance(case, FailedCase)
-    assert case.name == "c"
-    assert "c_0000.nii.gz: its process was killed (signal 9), probably for want of memory" in case.reason
-    assert isinstance(next(found), PreparedCase)
+    for good, bad, sent, words in (
+        ("a", "c", signal.SIGKILL, "was killed (signal 9), probably for want of memory"),
+        ("e", "c again", signal.SIGSEGV, "crashed (signal 11); a damaged file can do that"),
+    ):
+        case = next(found)
+        assert isinstance(case, PreparedCase)
+        assert case.name == good
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid, sent)  # it holds the next case until that is taken
+        case = next(found)
+        assert isinstance(case, FailedCase)
+        assert case.name == bad
+        assert f"c_0000.nii.gz: its process {words}" in case.reason
     assert multiprocessing.active_children()
     found.close()
     assert not multiprocessing.active_children(), "workers end with the loop that takes their cases"
