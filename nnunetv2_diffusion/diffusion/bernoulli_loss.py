@@ -191,7 +191,7 @@ class NoiseCalibration:
             ValueError: if shapes differ.
         """
         y_t, prior = to_common_float(y_t=y_t, prior=prior)
-        rows = self.table.to(prior.device)[t.to(prior.device)].to(prior.dtype)
+        rows = self.table[t.cpu()].to(prior.device, prior.dtype)  # t is on the CPU, as a rule
 
         def look_up(y_t: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:
             place = (torch.logit(_other(y_t, prior)) / PRIOR_LIMIT + 1) * ((TABLE_SIZE - 1) / 2)
