@@ -105,7 +105,7 @@ def test_files_are_checked_as_by_the_command(model, images, tmp_path):
 
 def test_notes_on_the_image_are_in_the_summary(model):
     found = predict_image(model, np.full((9, 13, 8), 7.0), (1, 1, 1), tta="none")
-    assert found.summary["notes"] == ["the image: channel 0 (MR) has the value 7 in every voxel"]
+    assert found.summary["notes"][0] == "the image: channel 0 (MR) has the value 7 in every voxel"
 
 
 def test_options_are_checked(model, images):

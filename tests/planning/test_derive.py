@@ -118,7 +118,7 @@ def test_settings_reach_a_configuration_that_inherits_but_has_its_own(plans):
     ("settings", "message"),
     [
         ({"stepps": 3}, "configuration 2d of Mine: unknown setting 'stepps' in diffusion; did you mean 'steps'"),
-        ({"steps": 0}, "configuration 2d of Mine: in diffusion, steps is 0, expected at least 1"),
+        ({"steps": 0}, "configuration 2d of Mine: in diffusion, steps is 0, expected a value in"),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(plans, settings, message):

@@ -107,7 +107,12 @@ def test_the_default_name_tells_preset_and_base(plan, folder):
 
 @pytest.mark.parametrize(
     ("options", "same"),
-    [((), True), (("--set", "steps=2"), True), (("--preset", "fast"), False), (("--set", "batch_size=7"), False)],
+    [
+        ((), True),
+        (("--set", "steps=2"), True),
+        (("--preset", "recycling-paper"), False),
+        (("--set", "batch_size=7"), False),
+    ],
 )
 def test_plans_that_change_nothing_are_told(plan, options, same):
     _, text, _ = plan("-o", "mine", *options)
