@@ -36,6 +36,17 @@ def hush_libraries() -> None:
         warnings.filterwarnings("ignore", category=FutureWarning, module=rf"{name}\.")
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Every default behind its option, and examples as they are."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = "Default:" in (action.help or "")
+        without = action.default is None or action.default is False or action.default in (argparse.SUPPRESS, [], ())
+        if told or without:
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
 def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
     """The parser of the whole command; of all verbs, only the given one gets its arguments (and its import)."""
     parser = argparse.ArgumentParser(
@@ -44,11 +55,14 @@ def build_parser(verb: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"nnunetv2_diffusion {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     for name, (module_name, summary) in VERBS.items():
-        verb_parser = verbs.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        description = summary[0].upper() + summary[1:] + "."
+        verb_parser = verbs.add_parser(name, help=summary, description=description, formatter_class=HelpFormatter)
         if name == verb:
             module = import_module(module_name)
             module.add_arguments(verb_parser)
             verb_parser.set_defaults(run=module.run)
+            examples = getattr(module, "EXAMPLES", "").strip().splitlines()
+            verb_parser.epilog = "\n  ".join(["examples:", *examples]) if examples else None
     return parser
 
 

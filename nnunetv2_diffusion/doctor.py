@@ -48,9 +48,15 @@ class Check:
     remedy: tuple[str, ...] = ()
 
 
+EXAMPLES = """
+nnunetv2_diffusion doctor
+nnunetv2_diffusion doctor --quiet
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    parser.add_argument("--quiet", action="store_true", help="print only what is not OK")
+    parser.add_argument("--quiet", action="store_true", help="Print only what is not OK.")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,8 +1,11 @@
 """Verbs ``pack`` and ``unpack``: a HiDiff checkpoint with 1-bit weights, and back to one to predict with."""
 
 import argparse
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,10 +16,23 @@ from nnunetv2_diffusion.networks.binary_weights import pack, read_packed, unpack
 FOR_PREDICTION = ("init_args", "trainer_name", "inference_allowed_mirroring_axes")
 
 
+EXAMPLES = """
+nnunetv2_diffusion pack -i fold_0/checkpoint_final.pth -o packed.pth
+nnunetv2_diffusion unpack -i packed.pth -o fold_0/checkpoint_final.pth
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of both verbs."""
-    parser.add_argument("-i", "--input", required=True, type=Path, metavar="FILE", help="checkpoint, or packed file")
-    parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="new file")
+    parser.add_argument(
+        "-i",
+        "--input",
+        required=True,
+        type=Path,
+        metavar="FILE",
+        help="Checkpoint of a HiDiff model, or for unpack a packed file.",
+    )
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="FILE", help="New file.")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -35,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
 def pack_checkpoint(source: Path, target: Path) -> None:
     """Write what prediction needs of a checkpoint, binary weights as single bits.
 
-    The predictions are the same, bit for bit. Training cannot be continued from it.
+    The predictions are the same, bit for bit. Training cannot be continued from it. What it saves is printed first.
 
     Raises:
         CheckpointError: if source is no checkpoint that can be used.
@@ -48,8 +64,34 @@ def pack_checkpoint(source: Path, target: Path) -> None:
         bits = pack(network)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+    print("\n".join(what_it_saves(bits)), flush=True)
     packed = {**bits, **{key: checkpoint.get(key) for key in FOR_PREDICTION}}
     write_new(packed, target)
+
+
+def what_it_saves(packed: Mapping[str, Any]) -> list[str]:
+    """Sizes of weights by what becomes of them, a line each; an optimiser's state in a checkpoint is not counted.
+
+    Args:
+        packed: of ``networks.binary_weights.pack``.
+    """
+    signs = sum(math.prod(layer["shape"]) for layer in packed["binary"].values())
+    bits = sum(_mib(layer["signs"]) + _mib(layer["scale"]) for layer in packed["binary"].values())
+    real = dict.fromkeys(("refiner", "segmentor"), 0.0)
+    for name, value in packed["real"].items():
+        part = "segmentor" if name.startswith("segmentor.") else "refiner"
+        real[part] += _mib(value)
+    before = 4 * signs / 2**20
+    whole, rest = before + sum(real.values()), bits + sum(real.values())
+    return [
+        f"{signs:,} binary weights: {before:.2f} MiB become {bits:.2f} MiB",
+        f"as they are: {real['refiner']:.2f} MiB of the refiner, {real['segmentor']:.2f} MiB of the segmentor",
+        f"together {rest:.2f} MiB instead of {whole:.2f} MiB, {100 * (1 - rest / whole):.1f} % less",
+    ]
+
+
+def _mib(value: Any) -> float:
+    return value.numel() * value.element_size() / 2**20 if isinstance(value, torch.Tensor) else 0.0
 
 
 def unpack_checkpoint(source: Path, target: Path) -> None:

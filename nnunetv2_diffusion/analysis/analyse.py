@@ -23,45 +23,56 @@ from nnunetv2_diffusion.compat import package_versions
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.evaluation import EvaluationError
 from nnunetv2_diffusion.evaluation.tables import to_markdown, to_text
+from nnunetv2_diffusion.inference.arguments import add_model_options, model_folder
 from nnunetv2_diffusion.inference.inputs import InputError
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.options import BOUNDS, OptionError, PredictionOptions, check_number
-from nnunetv2_diffusion.inference.predict import EXPECTED, add_model_options, model_folder
+from nnunetv2_diffusion.inference.predict import EXPECTED
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.views import TTA
+
+EXAMPLES = """
+nnunetv2_diffusion analyse -d 501 -c 3d_fullres -f 0 -i imagesTs -l labelsTs -o report
+nnunetv2_diffusion analyse -m MODEL_FOLDER -i imagesTs -l labelsTs -o report --counts 1 2 5 --modes full none
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
-    add_model_options(parser)
-    add = parser.add_argument
-    add("-i", required=True, type=Path, metavar="DIR", help="images, <case>_0000<ending>")
-    add("-l", required=True, type=Path, metavar="DIR", help="references, <case><ending>")
-    add("-o", required=True, type=Path, metavar="DIR", help="new folder for CSV, PNG, Markdown and report.html")
-    add("-device", default="cuda", choices=("cuda", "cpu", "mps"))
-    add("--steps", type=int, metavar="K", help="of the studies of steps and samples; default: the model's")
-    add("--sampler", choices=SAMPLERS)
-    add("--step_spacing", choices=SPACINGS, help="of the steps; trailing leaves out the last one, t = 0")
-    add("--samples", type=int, default=3, metavar="N", help="chains that are drawn for each case; default 3")
-    add("--seed", type=int)
-    add("--tta", choices=TTA, default="none", help="of the studies of steps, samples and counts; default none")
-    add("--counts", type=int, nargs="+", default=[], metavar="K", help="numbers of steps to compare")
+    add_model_options(parser.add_argument_group("model, as in nnUNetv2_predict"))
+    _add_study_options(parser.add_argument_group("what is studied"))
+    add = parser.add_argument_group("files and machine").add_argument
+    add("-i", required=True, type=Path, metavar="IN", help="Folder of images <case>_0000<ending>, or one of them.")
+    add("-l", required=True, type=Path, metavar="DIR", help="Folder of references, <case><ending>.")
+    add("-o", required=True, type=Path, metavar="DIR", help="New folder for CSV, PNG, Markdown and report.html.")
+    add("-device", default="cuda", choices=("cuda", "cpu", "mps"), help="Where to compute.")
+    add("--cases", type=int, metavar="N", help="Study the first N cases. Default: all.")
+    add("--patch_size", type=int, nargs="+", metavar="N", help="Another size of tiles than the plans'.")
+    add("--disable_progress_bar", action="store_true", help="Show no progress bar.")
+
+
+def _add_study_options(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--steps", type=int, metavar="K", help="Steps of the studies of steps and samples. Default: the model's.")
+    add("--samples", type=int, default=3, metavar="N", help="Chains that are drawn for each case.")
+    add("--counts", type=int, nargs="+", default=[], metavar="K", help="Numbers of steps to compare, as 1 2 5.")
     add(
         "--modes",
         nargs="+",
         default=[],
         choices=[*MODES, "all"],
         metavar="MODE",
-        help=f"all, or of: {', '.join(MODES)}",
+        help=f"Ways of mirroring and blending to compare: all, or of {', '.join(MODES)}.",
     )
     add(
         "--mask_use",
         action="store_true",
-        help="also give the network true and wrong masks: does it copy or ignore them",
+        help="Also give the network true and wrong masks: does it copy them, ignore them, or use them?",
     )
-    add("--patch_size", type=int, nargs="+", metavar="N", help="another size of tiles, for example smaller than a case")
-    add("--cases", type=int, metavar="N", help="only the first N cases")
-    add("--disable_progress_bar", action="store_true")
+    add("--tta", choices=TTA, default="none", help="Mirroring in the studies of steps, samples and counts.")
+    add("--sampler", choices=SAMPLERS, help="How a step is taken. Default: the model's.")
+    add("--step_spacing", choices=SPACINGS, help="Where the steps lie. Default: the model's.")
+    add("--seed", type=int, help="Seed of the noise. Default: the model's.")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -17,23 +17,47 @@ from nnunetv2_diffusion.evaluation.tables import ENDINGS, RENDERERS, Cell, Table
 MISSING = "n/a"
 
 
+EXAMPLES = """
+nnunetv2_diffusion compare masks_recycling masks_nnunet --names RecycleXT nnU-Net
+nnunetv2_diffusion compare masks_recycling masks_nnunet --metrics Dice HD95 NSD_1 --format latex csv -o table.tex
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add = parser.add_argument
-    add("predictions", nargs="+", type=Path, metavar="PREDICTIONS", help=f"two or more folders with {FILE}, or files")
-    add("--names", nargs="+", metavar="NAME", help="of the methods; those of the folders by default")
-    add("--metrics", nargs="+", metavar="METRIC", help=f"default: {' '.join(DEFAULT_METRICS)}, where present")
-    add("--classes", nargs="+", metavar="CLASS", help="mean (over the foreground), 1, 1,2 (a region); default: all")
-    add("--reference", metavar="NAME", help="method that the others are tested against; the first by default")
-    add("--alpha", type=float, default=0.01, help="level of the tests; the intervals have 1 - alpha (%(default)s)")
-    add("--bootstrap", type=int, default=10000, metavar="N", help="resamples for the intervals (%(default)s)")
-    add("--seed", type=int, default=0, help="of the resamples (%(default)s)")
-    add("--decimals", type=int, default=3, choices=range(10), metavar="N", help="of values; csv has all (%(default)s)")
-    add("--higher_is_better", nargs="+", default=(), metavar="METRIC", help="of metrics that are not known here")
-    add("--lower_is_better", nargs="+", default=(), metavar="METRIC", help="of metrics that are not known here")
+    add(
+        "predictions",
+        nargs="+",
+        type=Path,
+        metavar="PREDICTIONS",
+        help=f"Two or more folders with {FILE}, or files.",
+    )
+    add("--names", nargs="+", metavar="NAME", help="Names of the methods. Default: those of the folders.")
+    add("--metrics", nargs="+", metavar="METRIC", help=f"Default: {' '.join(DEFAULT_METRICS)}, where present.")
+    add("--classes", nargs="+", metavar="CLASS", help="mean (over the foreground), 1, 1,2 (a region). Default: all.")
+    add("--reference", metavar="NAME", help="Method that the others are tested against. Default: the first.")
+    add("--alpha", type=float, default=0.01, help="Level of the tests; the intervals have 1 - alpha.")
+    add("--bootstrap", type=int, default=10000, metavar="N", help="Resamples for the intervals.")
+    add("--seed", type=int, default=0, help="Seed of the resamples.")
+    add("--decimals", type=int, default=3, choices=range(10), metavar="N", help="Digits behind the point; csv has all.")
+    add("--higher_is_better", nargs="+", default=(), metavar="METRIC", help="Of metrics unknown here: more is better.")
+    add("--lower_is_better", nargs="+", default=(), metavar="METRIC", help="Of metrics unknown here: less is better.")
     formats = ", ".join(RENDERERS)
-    add("--format", nargs="+", choices=list(RENDERERS), metavar="FORMAT", help=f"{formats}; default: by -o, or text")
-    add("-o", "--output", type=Path, metavar="FILE", help="new file; for several formats, its ending is replaced")
+    add(
+        "--format",
+        nargs="+",
+        choices=list(RENDERERS),
+        metavar="FORMAT",
+        help=f"Of {formats}. Default: by -o, or text.",
+    )
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="New file; for several formats, its ending is replaced.",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

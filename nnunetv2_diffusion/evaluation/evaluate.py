@@ -126,24 +126,30 @@ class Evaluation:
 # ---- verb -----------------------------------------------------------------------------------------------------------
 
 
+EXAMPLES = """
+nnunetv2_diffusion evaluate labelsTs masks
+nnunetv2_diffusion evaluate labelsTs masks --probabilities --empty hidiff -o scores.json
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb; those that nnUNetv2_evaluate_folder has are the same."""
     add = parser.add_argument
-    add("reference", type=Path, metavar="GT", help="folder of reference masks")
-    add("prediction", type=Path, metavar="PRED", help="folder of predicted masks")
-    add("-o", type=Path, metavar="FILE", help="result, .json; a .csv is written beside it (PRED/summary.json)")
-    add("-djfile", type=Path, metavar="FILE", help="dataset.json (PRED/dataset.json)")
-    add("-pfile", type=Path, metavar="FILE", help="plans.json (PRED/plans.json if it exists)")
-    add("-np", type=int, default=default_num_processes, metavar="N", help="processes (%(default)s)")
-    add("--chill", action="store_true", help="leave out cases that are in one folder only")
-    add("--overwrite", action="store_true", help="replace results that exist")
-    add("--disable_progress_bar", action="store_true", help="show no progress bar")
+    add("reference", type=Path, metavar="GT", help="Folder of reference masks.")
+    add("prediction", type=Path, metavar="PRED", help="Folder of predicted masks.")
+    add("-o", type=Path, metavar="FILE", help="Result, .json; a .csv is written beside it. Default: PRED/summary.json.")
+    add("-djfile", type=Path, metavar="FILE", help="dataset.json of the labels. Default: PRED/dataset.json.")
+    add("-pfile", type=Path, metavar="FILE", help="plans.json. Default: PRED/plans.json if it exists.")
+    add("-np", type=int, default=default_num_processes, metavar="N", help="Processes.")
+    add("--chill", action="store_true", help="Leave out cases that are in one folder only.")
+    add("--overwrite", action="store_true", help="Replace results that exist.")
+    add("--disable_progress_bar", action="store_true", help="Show no progress bar.")
     _add_conventions(parser.add_argument_group("conventions, all written to the result"))
     further = parser.add_argument_group("further input")
     add = further.add_argument
-    add("--probabilities", action="store_true", help="score PRED/CASE.npz of --save_probabilities too")
-    add("--samples", type=Path, nargs="+", metavar="DIR", help="folders of samples (all of PRED/samples/)")
-    add("--raters", type=Path, nargs="+", default=[], metavar="DIR", help="folders of further raters' masks")
+    add("--probabilities", action="store_true", help="Also score PRED/CASE.npz of predict --save_probabilities.")
+    add("--samples", type=Path, nargs="+", metavar="DIR", help="Folders of samples. Default: all of PRED/samples/.")
+    add("--raters", type=Path, nargs="+", default=[], metavar="DIR", help="Folders of further raters' masks.")
 
 
 def _add_conventions(group: argparse._ArgumentGroup) -> None:
@@ -152,28 +158,39 @@ def _add_conventions(group: argparse._ArgumentGroup) -> None:
     rules = "; ".join(f"{name}: {rule.reason}" for name, rule in EMPTY_RULES.items())
     percentiles = "; ".join(f"{name}: {text}" for name, text in surface.PERCENTILES.items())
     add = group.add_argument
-    add("--empty", choices=EMPTY_RULES, default=defaults.empty, help=f"empty masks ({defaults.empty}). {rules}")
-    add("--no-surface", "--no_surface", action="store_true", help="no distances, which need MONAI")
+    add("--empty", choices=EMPTY_RULES, default=defaults.empty, help=f"How empty masks count. {rules}.")
+    add("--no-surface", "--no_surface", action="store_true", help="Leave out distances, which need MONAI and time.")
     add(
         "--tolerances",
         type=float,
         nargs="*",
         default=defaults.tolerances,
         metavar="T",
-        help="of NSD, in the unit (1 2)",
+        help="Tolerances of NSD, in the unit of lengths.",
     )
-    add("--percentile", choices=surface.PERCENTILES, default=defaults.percentile, help=f"HD95; {percentiles}")
-    add("--unit", choices=UNITS, default=defaults.unit, help="of lengths; auto: mm for volumes, px for 2D images")
+    add(
+        "--percentile",
+        choices=surface.PERCENTILES,
+        default=defaults.percentile,
+        help=f"HD95: {percentiles}.",
+    )
+    add("--unit", choices=UNITS, default=defaults.unit, help="Unit of lengths. auto: mm for volumes, px for 2D images.")
     add(
         "--strata",
         type=int,
         nargs="+",
         default=defaults.strata,
         metavar="SIZE",
-        help="voxels of small objects (100 500)",
+        help="Sizes in voxels that small objects are below.",
     )
-    add("--lesion_overlap", type=float, default=0.0, metavar="X", help="share of a lesion that detects it (any voxel)")
-    add("--ignore_geometry", action="store_true", help="do not compare origin and direction of the files")
+    add(
+        "--lesion_overlap",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="Share of a lesion that detects it.",
+    )
+    add("--ignore_geometry", action="store_true", help="Do not compare origin and direction of the files.")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,7 +1,6 @@
 """Verb ``predict``: nnU-Net's prediction with samples, uncertainty and control of steps and mirrors."""
 
 import argparse
-import os
 import sys
 import time
 import traceback
@@ -12,20 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from nnunetv2.utilities.file_path_utilities import get_output_folder
 from tqdm import tqdm
 
 from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.compat import package_versions
-from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
+from nnunetv2_diffusion.inference.arguments import EXAMPLES, add_arguments, model_folder
 from nnunetv2_diffusion.inference.cases import CasePredictor, CaseResult, model_files
-from nnunetv2_diffusion.inference.export import SAMPLES, STEPS, UNCERTAINTY, work_folder
+from nnunetv2_diffusion.inference.export import work_folder
 from nnunetv2_diffusion.inference.exporter import Exporter
 from nnunetv2_diffusion.inference.failures import concerns_one_case, lacks_memory, reason_of
 from nnunetv2_diffusion.inference.inputs import InputError, list_cases, prepare_output
 from nnunetv2_diffusion.inference.loading import find_folds, load_predictor
 from nnunetv2_diffusion.inference.maps import MapWriterError, check_map_writer
-from nnunetv2_diffusion.inference.options import AGGREGATION, OptionError, PredictionOptions, check_number
+from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions, check_number
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.prepared import FailedCase, PreparedCase, prepare_cases
 from nnunetv2_diffusion.inference.runs import (
@@ -40,8 +38,6 @@ from nnunetv2_diffusion.inference.runs import (
     write_failures,
     write_json,
 )
-from nnunetv2_diffusion.inference.sliding_window import COMBINATIONS
-from nnunetv2_diffusion.inference.views import TTA
 from nnunetv2_diffusion.locks import LockedError
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.planning.schema import SettingsError
@@ -54,6 +50,7 @@ class StoppedError(RuntimeError):
     """What a case failed at concerns all cases."""
 
 
+__all__ = ["EXAMPLES", "add_arguments", "run"]  # what the command asks a verb for
 EXPECTED = (
     CheckpointError,
     InputError,
@@ -66,94 +63,6 @@ EXPECTED = (
     StoppedError,
     UnsupportedArchitectureError,
 )
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """nnU-Net's own options, and ours."""
-    _add_host_options(parser)
-    _add_own_options(parser)
-
-
-def add_model_options(parser: argparse._ActionsContainer) -> None:
-    """Which trained model, in nnU-Net's words; see ``model_folder``."""
-    add = parser.add_argument
-    add("-d", metavar="DATASET", help="name or id")
-    add("-c", metavar="CONFIGURATION", help="2d, 3d_fullres, ...")
-    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans; default nnUNetPlans")
-    add("-tr", default="nnUNetTrainerRecycleXT", metavar="TRAINER", help="default nnUNetTrainerRecycleXT")
-    add("-m", type=Path, metavar="DIR", help="folder of a trained model, instead of -d -c -p -tr")
-    add("-f", nargs="+", metavar="FOLD", help="folds to average; default: all that were trained")
-    add("-chk", default="checkpoint_final.pth", metavar="FILE", help="name of the checkpoint")
-
-
-def _processes(variable: str) -> int:
-    """nnU-Net's default for -npp and -nps."""
-    return int(os.environ.get(variable) or 3)
-
-
-def _add_host_options(parser: argparse.ArgumentParser) -> None:
-    host = parser.add_argument_group("as in nnUNetv2_predict")
-    add_model_options(host)
-    add = host.add_argument
-    add("-i", required=True, type=Path, metavar="DIR", help="images, <case>_0000<ending>")
-    add("-o", required=True, type=Path, metavar="DIR", help="output folder")
-    add("-step_size", type=float, default=0.5, help="of the sliding window, in parts of the patch")
-    add("-device", default="cuda", choices=("cuda", "cpu", "mps"))
-    add("-npp", type=int, default=_processes("nnUNet_npp"), help="processes for preprocessing, 0 for none")
-    add("-nps", type=int, default=_processes("nnUNet_nps"), help="processes for export, 0 for none")
-    add("-num_parts", type=int, default=1, help="how many calls share the work")
-    add("-part_id", type=int, default=0, help="which of them this is, from 0")
-    add("-prev_stage_predictions", type=Path, metavar="DIR", help="of a cascade")
-    add("--disable_tta", action="store_true", help="the same as --tta none")
-    add("--save_probabilities", action="store_true", help="npz and pkl, as nnU-Net's")
-    add(
-        "--continue_prediction",
-        action="store_true",
-        help="go on with an interrupted call: cases that are whole are kept, others are made; failed ones are left out",
-    )
-    add("--disable_progress_bar", action="store_true")
-    add("--not_on_device", action="store_true", help="keep results of a GPU in main memory")
-    add("--verbose", action="store_true")
-
-
-def _add_own_options(parser: argparse.ArgumentParser) -> None:
-    defaults = PredictionOptions()
-    ours = parser.add_argument_group("diffusion; defaults are the settings of the model's plans")
-    add = ours.add_argument
-    add(
-        "--steps",
-        type=int,
-        metavar="K",
-        help="reverse steps; 0: the segmentor's own mask of a HiDiff model, 1: its best mask; samples of it whose "
-        "masks differ need more. A refiner that made masks worse in training is used only if steps are asked for",
-    )
-    add("--sampler", choices=SAMPLERS)
-    add("--step_spacing", choices=SPACINGS, help="of the steps; trailing leaves out the last one, t = 0")
-    add("--samples", type=int, metavar="N", help="masks to draw; the result is their mean")
-    add("--seed", type=int)
-    add("--tta", choices=TTA, default=defaults.tta, help="mirroring: a chain a view, one chain through all, or none")
-    add("--early_exit", action="store_true", help="end a tile's chain when a step leaves its labels unchanged")
-    add(
-        "--aggregate",
-        choices=AGGREGATION,
-        default=defaults.aggregate,
-        help="blend tiles at the end, or after every step",
-    )
-    add(
-        "--combine",
-        choices=COMBINATIONS,
-        default=defaults.combine,
-        help="what a chain goes on from and returns: the mean of its views, its last step, or the mean of its steps",
-    )
-    add("--save_uncertainty", action="store_true", help=f"maps and a JSON for each case in {UNCERTAINTY}/")
-    add("--save_samples", action="store_true", help=f"every sample's mask in {SAMPLES}/000/ ...")
-    add("--retry_failed", action="store_true", help=f"with --continue_prediction: also the cases of {FAILED}")
-    add(
-        "--overwrite",
-        action="store_true",
-        help="remove the files of the run that the output folder holds, and replace other files of the same names",
-    )
-    add("--save_steps", action="store_true", help=f"the mask after every step in {STEPS}/01/ ...")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -194,27 +103,6 @@ def read_options(arguments: argparse.Namespace) -> PredictionOptions:
     if arguments.disable_tta:
         given["tta"] = "none"
     return PredictionOptions(**given)
-
-
-def model_folder(arguments: argparse.Namespace) -> Path:
-    """Of -m, or of -d -c -p -tr.
-
-    Raises:
-        OptionError: if neither is given.
-        InputError: for a data set that nnU-Net does not know.
-    """
-    if arguments.m is not None:
-        return arguments.m
-    missing = [f"-{name}" for name in ("d", "c") if getattr(arguments, name) is None]
-    if missing:
-        raise OptionError(f"{' and '.join(missing)} missing: give -d and -c, or -m with the folder of a trained model")
-    try:
-        return Path(get_output_folder(arguments.d, arguments.tr, arguments.p, arguments.c))
-    except (RuntimeError, TypeError, ValueError) as error:  # nnU-Net: unknown data set, or no folder variable
-        reason = str(error).split(". ")[0]  # the rest names folders and documentation
-        if isinstance(error, ValueError):
-            reason = "expected a number, or a name as Dataset001_NAME"
-        raise InputError(f"-d {arguments.d}: {reason}; are nnUNet_raw and nnUNet_results set?") from error
 
 
 @dataclass

@@ -32,22 +32,38 @@ VARIABLE = "nnUNet_preprocessed"
 RECORD = "diffusion_plan"  # top-level key of plans: what this verb was told
 
 
+EXAMPLES = """
+nnunetv2_diffusion plan -d 501 --preset recycling-paper -o paper
+nnunetv2_diffusion plan -d 501 --base paper --show
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     network = ", ".join((*OVERRIDES, *GEOMETRY))
-    parser.add_argument("-d", required=True, metavar="DATASET", help="name or number")
-    parser.add_argument("-c", nargs="+", metavar="CONFIGURATION", help="default: all that have a network of their own")
-    parser.add_argument("--base", "-p", default="nnUNetPlans", metavar="PLANS", help="default: nnUNetPlans")
-    parser.add_argument("--preset", metavar="NAME", help=f"one of {', '.join(preset_names())}")
-    parser.add_argument(
-        "--set", nargs="+", default=[], metavar="KEY=VALUE",
-        help=f"settings, as steps=5 or hidiff.steps=1, or changes of the plans themselves: {network}",
-    )  # fmt: skip
-    parser.add_argument("-o", metavar="NAME", help="of the new plans; default: diffusion_[PRESET_]PLANS")
-    parser.add_argument(
-        "--show", action="store_true",
-        help="write nothing; print the settings, and where each comes from, of --base or of what would be derived",
-    )  # fmt: skip
+    add = parser.add_argument
+    add("-d", required=True, metavar="DATASET", help="Name or number of the data set, which is planned.")
+    add(
+        "-c",
+        nargs="+",
+        metavar="CONFIGURATION",
+        help="Configurations to change. Default: all with a network.",
+    )
+    add("--base", "-p", default="nnUNetPlans", metavar="PLANS", help="Plans to start from.")
+    add("--preset", metavar="NAME", help=f"Settings of a preset: {', '.join(preset_names())}. See docs/planning.md.")
+    add(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help=f"Settings, as steps=5 or hidiff.steps=1, or changes of the plans themselves: {network}.",
+    )
+    add("-o", metavar="NAME", help="Name of the new plans. Default: diffusion_[PRESET_]PLANS.")
+    add(
+        "--show",
+        action="store_true",
+        help="Write nothing; print the settings, and where each comes from, of --base or of what would be derived.",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

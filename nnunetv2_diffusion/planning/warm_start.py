@@ -59,6 +59,12 @@ class WarmStartError(ValueError):
     """A checkpoint does not fit a trainer, or the trainer takes no warm start."""
 
 
+EXAMPLES = """
+nnunetv2_diffusion warm-start --from .../fold_0/checkpoint_final.pth -d 501 -c 3d_fullres -o warm.pth
+nnUNetv2_train 501 3d_fullres 0 -tr nnUNetTrainerRecycleXT -pretrained_weights warm.pth
+"""
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add = parser.add_argument
@@ -68,18 +74,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="CHECKPOINT",
-        help="of any trainer here or of nnU-Net's",
+        help="Checkpoint to start from, of any trainer here or of nnU-Net's.",
     )
-    add("-d", required=True, metavar="DATASET", help="name or id of the data set to train on, preprocessed")
-    add("-c", required=True, metavar="CONFIGURATION", help="2d, 3d_fullres, ...")
-    add("-p", default="nnUNetPlans", metavar="PLANS", help="plans to train with; default nnUNetPlans")
-    add("-tr", default="nnUNetTrainerRecycleXT", metavar="TRAINER", help="default nnUNetTrainerRecycleXT")
-    add("-o", required=True, type=Path, metavar="FILE", help="new file, for nnUNetv2_train -pretrained_weights")
+    add(
+        "-d",
+        required=True,
+        metavar="DATASET",
+        help="Name or number of the preprocessed data set to train on.",
+    )
+    add("-c", required=True, metavar="CONFIGURATION", help="Configuration to train: 2d, 3d_fullres, ...")
+    add("-p", default="nnUNetPlans", metavar="PLANS", help="Plans to train with.")
+    add("-tr", default="nnUNetTrainerRecycleXT", metavar="TRAINER", help="Trainer to train with.")
+    add("-o", required=True, type=Path, metavar="FILE", help="New file, for nnUNetv2_train -pretrained_weights.")
     add(
         "--heads",
         default="auto",
         choices=HEADS,
-        help="segmentation heads: copy all, start fresh, or (default) copy those of labels with the same name",
+        help="Segmentation heads. auto: copy those of labels with the same name; copy: all; fresh: none.",
     )
 
 
