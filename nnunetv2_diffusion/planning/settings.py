@@ -252,7 +252,8 @@ def settings_table(cls: type[Settings] = DiffusionSettings) -> str:
     for f in fields(cls):
         default = "{}" if f.name in SUBSECTIONS else json.dumps(f.default)
         choices = f.metadata.get("choices")
-        meaning = f.metadata["doc"] + (f" ({', '.join(choices)})" if choices else "")
+        named = ", ".join(str(choice) for choice in choices or () if choice is not None)
+        meaning = f.metadata["doc"] + (f" ({named})" if named else "")
         rows.append(f"| `{f.name}` | {default} | {meaning} |")
     return "\n".join(rows)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from nnunetv2_diffusion.planning.schema import Settings, SettingsError, parse, setting
 from nnunetv2_diffusion.planning.settings import (
+    MOST_SAMPLES,
     SAMPLERS,
     SPACINGS,
     DiffusionSettings,
@@ -29,6 +30,7 @@ CELL_KEYS = (
     "name", "trainer", "runs", "settings", "network", "predictions", "segmentor", "warm_start", "ensemble", "analyse"
 )  # fmt: skip
 QUESTION_KEYS = ("title", "cells")
+MOST_STEPS = 100_000  # as long as a schedule may be
 SPLIT_KEYS = ("train", "val", "test")
 
 
@@ -36,9 +38,9 @@ SPLIT_KEYS = ("train", "val", "test")
 class Prediction(Settings):
     """One way to predict the test cases."""
 
-    steps: int | None = setting(None, "K, reverse steps; null for a trainer without a chain", low=0)
+    steps: int | None = setting(None, "K, reverse steps; null for a trainer without a chain", low=0, high=MOST_STEPS)
     sampler: str = setting("ddpm", "reverse step", choices=SAMPLERS)
-    samples: int = setting(1, "masks that are drawn; their probabilities are averaged", low=1)
+    samples: int = setting(1, "masks that are drawn; their probabilities are averaged", low=1, high=MOST_SAMPLES)
     mirroring: bool = setting(False, "average over nnU-Net's mirrored views")
 
     @property
@@ -52,10 +54,10 @@ class Prediction(Settings):
 class Analysis(Settings):
     """Options of the verb ``analyse``: Dice by step, and how samples differ."""
 
-    steps: int = setting(5, "K", low=1)
+    steps: int = setting(5, "K", low=1, high=MOST_STEPS)
     sampler: str = setting("ddpm", "reverse step", choices=SAMPLERS)
-    samples: int = setting(3, "chains with other noise for each case", low=1)
-    cases: int | None = setting(None, "only the first so many test cases; null: all", low=1)
+    samples: int = setting(3, "chains with other noise for each case", low=1, high=MOST_SAMPLES)
+    cases: int | None = setting(None, "only the first so many test cases; null: all", low=1, high=1_000_000)
     modes: str = setting("", "kinds of mirroring and blending that are compared, with spaces between")
     mask_use: bool = setting(False, "give the network true and wrong masks: does it copy or ignore them")
     step_spacing: str | None = setting(None, "of the steps; null: the model's", choices=(*SPACINGS, None))

@@ -20,25 +20,26 @@ MARK = "<!-- made by scripts/study report from the JSONs; do not edit -->"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``scripts/study report``."""
-    parser.add_argument("results", type=Path, metavar="RESULTS_DIR", help="JSONs of scripts/study run")
+    parser.add_argument("results", type=Path, metavar="RESULTS_DIR", help="Folder of the JSONs of scripts/study run.")
     parser.add_argument(
-        "--insert", type=Path, metavar="FILE.md", help=f"write the summary of NAME between {BEGIN!r} and {END!r} there"
+        "--insert", type=Path, metavar="FILE.md", help=f"Write the summary of NAME between {BEGIN!r} and {END!r} there."
     )
-    parser.add_argument("-o", type=Path, default=Path("docs/results.md"), metavar="FILE.md", help="page (%(default)s)")
+    parser.add_argument("-o", type=Path, metavar="FILE.md", help="The page. Default: report.md beside RESULTS_DIR.")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Write the page and its figures; 1 with a message if it cannot be done."""
     try:
         studies = load_results(arguments.results)
-        page, figures = build(studies, arguments.o.stem)
-        write_page(arguments.o, page, figures)
+        file = arguments.o or arguments.results.resolve().parent / "report.md"
+        page, figures = build(studies, file.stem)
+        write_page(file, page, figures)
         if arguments.insert is not None:
             write_whole(arguments.insert, insert_summaries(arguments.insert, studies))
     except (StudyError, OSError) as error:
         print(f"scripts/study report: {error}", file=sys.stderr)
         return 1
-    print(arguments.o)
+    print(file)
     return 0
 
 

@@ -59,13 +59,19 @@ def say(line: str) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``scripts/study run``."""
     add = parser.add_argument
-    add("study", type=Path, metavar="STUDY.json", help="see studies/")
-    add("--raw", required=True, type=Path, metavar="DIR", help="the raw data set, or the folder that it is in")
-    add("--out", required=True, type=Path, metavar="WORKDIR", help="for data, models and masks; kept to continue")
-    add("--results", type=Path, default=Path("docs/results/study"), metavar="DIR", help="for the JSONs (%(default)s)")
-    add("--cells", nargs="+", metavar="NAME", help="only these")
-    add("--jobs", type=int, default=1, metavar="N", help="trainings at once, on one device (%(default)s)")
-    add("-device", "--device", choices=("cpu", "cuda", "mps"), help="another than the study's")
+    add("study", type=Path, metavar="STUDY.json", help="The study: see docs/study.md and studies/template.json.")
+    add("--raw", required=True, type=Path, metavar="DIR", help="The raw data set, or the folder that it is in.")
+    add(
+        "--out",
+        required=True,
+        type=Path,
+        metavar="WORKDIR",
+        help="Folder for data, models and masks; kept to continue.",
+    )
+    add("--results", type=Path, metavar="DIR", help="Folder for the JSONs. Default: WORKDIR/results.")
+    add("--cells", nargs="+", metavar="NAME", help="Run these cells. Default: all.")
+    add("--jobs", type=int, default=1, metavar="N", help="Trainings at once, on one device. Default: 1.")
+    add("-device", "--device", choices=("cpu", "cuda", "mps"), help="Another device than the study's.")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -97,12 +103,13 @@ def open_study(arguments: argparse.Namespace) -> tuple[Workplace, list[Unit]]:
     check_cases(study, arguments.raw)
     device = arguments.device or study.device
     place = Workplace(arguments.out.resolve(), study, device, CommandRunner(), arguments.jobs)
-    units = open_units(place, cells, arguments.results)
+    results = arguments.results or arguments.out / "results"
+    units = open_units(place, cells, results)
     if not units:
         say("all cells are finished")
         return place, units
     place.root.mkdir(parents=True, exist_ok=True)
-    _copy_study(study, arguments.results)
+    _copy_study(study, results)
     warn_of_code(place)
     place.prepare(arguments.raw)
     return place, units

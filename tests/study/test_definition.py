@@ -5,8 +5,19 @@ from pathlib import Path
 
 import pytest
 
+from nnunetv2_diffusion.planning.settings import settings_table
 from nnunetv2_diffusion.study import StudyError
-from nnunetv2_diffusion.study.definition import Prediction, predictions_of, read_split, read_study
+from nnunetv2_diffusion.study.definition import (
+    CELL_KEYS,
+    QUESTION_KEYS,
+    SPLIT_KEYS,
+    STUDY_KEYS,
+    Analysis,
+    Prediction,
+    predictions_of,
+    read_split,
+    read_study,
+)
 from nnunetv2_diffusion.study.split import draw_split
 
 STUDIES = Path(__file__).parents[2] / "studies"
@@ -178,3 +189,17 @@ def test_studies_of_the_repository_can_be_run(file):
         assert predictions_of(cell, None if cell.trainer.endswith(("Baseline", "NoDiff")) else kind)
         if "HiDiff" in cell.trainer:
             assert study.cell(cell.segmentor).trainer == "nnUNetTrainerBaseline"
+
+
+def test_the_docs_name_every_key_and_hold_the_generated_tables():
+    page = (STUDIES.parent / "docs" / "study.md").read_text(encoding="utf-8")
+    for key in {*STUDY_KEYS, *CELL_KEYS, *QUESTION_KEYS, *SPLIT_KEYS}:
+        assert f"`{key}`" in page, key
+    assert settings_table(Prediction) in page
+    assert settings_table(Analysis) in page
+
+
+def test_the_template_can_be_read():
+    study = read_study(STUDIES / "template.json")
+    assert [cell.name for cell in study.cells] == ["Baseline", "RecycleXT", "RecycleXT_warm"]
+    assert study.cell("RecycleXT_warm").source == "Baseline"

@@ -72,6 +72,11 @@ def test_every_run_of_every_cell_gets_its_json(fake, start, results):
     assert [p["name"] for p in found["A_run0"]["predictions"]] == ["one_pass"]
 
 
+def test_results_go_into_the_working_folder_by_default(fake, start, tmp_path):
+    assert start(results=None) == 0
+    assert (tmp_path / "work" / "results" / "fake" / "B_run0.json").is_file()
+
+
 def test_results_name_no_folder_of_the_machine(fake, start, tmp_path):
     start()
     for file in (tmp_path / "results" / "fake").iterdir():
