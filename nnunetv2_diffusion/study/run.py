@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         type=Path,
         metavar="WORKDIR",
-        help="Folder for data, models and masks; kept to continue.",
+        help="Folder for data, models and masks, to continue in.",
     )
     add("--results", type=Path, metavar="DIR", help="Folder for the JSONs. Default: WORKDIR/results.")
     add("--cells", nargs="+", metavar="NAME", help="Run these cells. Default: all.")
