@@ -22,7 +22,10 @@ figure img { max-width: 100%; height: auto; background: white; border-radius: 4p
 figcaption, .note { font-size: 0.85rem; opacity: 0.75; max-width: 60rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.15rem 1.2rem; font-size: 0.92rem; }
 dt { opacity: 0.75; } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 40rem) { dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.4rem; } }
+@media (max-width: 40rem) {
+  dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.4rem; }
+  .figures figure:first-child { overflow-x: auto; } .figures figure:first-child img { min-width: 52rem; }
+}
 """  # noqa: E501, CSS
 
 
