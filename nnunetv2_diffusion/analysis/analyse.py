@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _add_study_options(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--steps", type=int, metavar="K", help="Steps of the studies of steps and samples. Default: the model's.")
-    add("--samples", type=int, default=3, metavar="N", help="Chains that are drawn for each case.")
+    add("--samples", type=int, metavar="N", help="Chains that are drawn for each case. Default: 3; without a chain 1.")
     add("--counts", type=int, nargs="+", default=[], metavar="K", help="Numbers of steps to compare, as 1 2 5.")
     add(
         "--modes",
@@ -110,8 +110,9 @@ def analyse(arguments: argparse.Namespace) -> tuple[Findings, DiffusionPredictor
     )
     set_patch_size(predictor, arguments.patch_size)
     modes = list(MODES) if "all" in arguments.modes else arguments.modes
+    samples = arguments.samples or (3 if predictor.chain().stochastic else 1)
     laboratory = Laboratory(
-        predictor, options, arguments.steps, arguments.samples, arguments.counts, modes, arguments.mask_use
+        predictor, options, arguments.steps, samples, arguments.counts, modes, arguments.mask_use
     )  # fmt: skip
     laboratory.plan()
     files = find_cases(predictor, arguments.i, arguments.l, arguments.cases)

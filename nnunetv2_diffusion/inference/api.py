@@ -23,7 +23,7 @@ from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.maps import map_limit, to_original_geometry, within_limit
 from nnunetv2_diffusion.inference.options import PredictionOptions
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
-from nnunetv2_diffusion.inference.prepared import notes_on_shape, preprocess
+from nnunetv2_diffusion.inference.prepared import notes_on_intensities, notes_on_shape, preprocess
 from nnunetv2_diffusion.inference.reading import channel_names, check_image, read_case
 from nnunetv2_diffusion.inference.sample_statistics import add_mask_volumes, foreground_labels, mask_volumes
 
@@ -171,7 +171,9 @@ def _preprocess(
         source = str(images[0])
         array, properties, notes = read_case(model.plans_manager.image_reader_writer_class(), images, channels)
     files = model_files(model)
-    return *preprocess(files, array, properties, source), notes + notes_on_shape(files, array, source)
+    data, properties = preprocess(files, array, properties, source)
+    notes += notes_on_shape(files, array, source) + notes_on_intensities(data, len(array), source)
+    return data, properties, notes
 
 
 def _files(image: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 LONGEST_NAME = 255  # bytes of a file's name on every usual file system
 NIFTI = (".nii", ".nii.gz")
+MOST_NAMED = 5  # in a message
 
 
 class InputError(ValueError):
@@ -56,7 +57,10 @@ def list_cases(folder: Path, dataset_json: Mapping[str, Any]) -> tuple[dict[str,
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder, expected images <case>_0000{ending}")
     cases = list_images(folder, ending)
-    failed = {**_left_out(folder, ending, cases), **{n: r for n in cases if (r := _bad_name(n, ending))}}
+    failed = {n: r for n in cases if (r := _bad_name(n, ending))}
+    for file in cases.pop("", []):
+        failed[file.name] = f"{file}: expected a name in front of the number, <case>_0000{ending}"
+    failed |= _left_out(folder, ending, cases, quiet=only is not None)
     if only is not None:
         cases, failed = ({n: v for n, v in found.items() if n == only} for found in (cases, failed))
     if not cases and not failed:
@@ -85,7 +89,7 @@ def _naming(ending: str) -> re.Pattern:
 def _case_of(file: Path, ending: str) -> str:
     """Name of the case that a single image stands for."""
     found = _naming(ending).fullmatch(file.name)
-    if found is None:
+    if found is None or not found[1]:
         stem = file.name.removesuffix(ending).split(".")[0]
         raise InputError(
             f"{file}: expected a folder, or an image named <case>_0000{ending}; rename it to {stem}_0000{ending}, "
@@ -94,23 +98,28 @@ def _case_of(file: Path, ending: str) -> str:
     return found[1]
 
 
-def _left_out(folder: Path, ending: str, cases: Mapping[str, Sequence[Path]]) -> dict[str, str]:
-    """Name -> why it is no case, of everything in the folder that a person may take for one."""
-    used, found = {f.name for files in cases.values() for f in files}, {}
+def _left_out(folder: Path, ending: str, cases: Mapping[str, Sequence[Path]], quiet: bool) -> dict[str, str]:
+    """Name -> why it is no case, of everything in the folder that a person may take for one; the rest is told."""
+    used, found, rest = {f.name for files in cases.values() for f in files}, {}, []
     endings = sorted({e for reader in LIST_OF_IO_CLASSES for e in reader.supported_file_endings}, key=len, reverse=True)
     others = re.compile(rf"(.+)_\d{{4}}(?:{'|'.join(map(re.escape, endings))})", re.IGNORECASE)
     for file in sorted(folder.iterdir()):
-        if file.name in used:
+        if file.name in used or (file.is_file() and re.fullmatch(r"_\d{4}" + re.escape(ending), file.name)):
             continue
         if not file.name.endswith(ending):
             other = others.fullmatch(file.name)
             if other and other[1] not in cases:
                 found.setdefault(other[1], f"{file}: the model reads files that end in {ending}")
+            elif not file.name.startswith(".") and file.name.removesuffix(".json") not in cases:
+                rest.append(file.name)
         elif file.is_file() and file.name[: -len(ending) - 5] in cases:
-            tqdm.write(f"{file}: not used, as its name does not end in a number of four digits and {ending}")
+            rest.append(file.name)
         else:
             stem = file.name.removesuffix(ending)
-            found.setdefault(re.sub(r"_\d{4}$", "", stem), f"{file}: {_what_it_is(file, ending)}")
+            found.setdefault(re.sub(r"_\d{4}$", "", stem) or file.name, f"{file}: {_what_it_is(file, ending)}")
+    if rest and not quiet:
+        more = f" and {len(rest) - MOST_NAMED} more" if len(rest) > MOST_NAMED else ""
+        tqdm.write(f"{folder}: not used, not named <case>_0000{ending}: {', '.join(rest[:MOST_NAMED])}{more}")
     return found
 
 

@@ -36,6 +36,8 @@ __all__ = [
 PIECE = 2**26  # bytes of an array that go through a pipe at once, so that it is not there twice
 WRITABLE_AXES = (2, 3)  # of images whose masks nnU-Net's ITK writers can write
 
+FLAT = 1e-3  # normalised intensities have a standard deviation of about 1
+
 
 @dataclass
 class PreparedCase:
@@ -148,6 +150,16 @@ def preprocess(
     return data, properties
 
 
+def notes_on_intensities(data: torch.Tensor, channels: int, source: str) -> list[str]:
+    """Notes on what normalisation made of the channels of an image: nnU-Net's divides by 1e-8 at least."""
+    return [
+        f"{source}: channel {number} is nearly the same in every voxel after normalisation: its intensities are constant, too "
+        "small or too large. The mask does not depend on it"
+        for number, channel in enumerate(data[:channels])
+        if channel.max() - channel.min() < FLAT
+    ]
+
+
 def _check_prepared(data: torch.Tensor, source: str) -> None:
     """Raise CaseError unless preprocessed data has voxels, and all of them are finite."""
     if not data.numel():
@@ -182,6 +194,7 @@ def prepare_case(
             raise CaseError(f"{files[0]}: {axes} axes in the file; nnU-Net cannot write the mask of such an image")
         mask = None if previous is None else _read_previous(reader, previous, image.shape[1:])
         data, properties = preprocess(model, image, properties, str(files[0]), mask, verbose)
+        notes += notes_on_intensities(data, len(image), str(files[0]))
     except CaseError as error:
         return FailedCase(name, str(error))
     return PreparedCase(name, data, properties, notes)

@@ -1,6 +1,7 @@
 """Images as nnU-Net's own readers give them, and what is wrong with them in a sentence."""
 
 import gzip
+import warnings
 import zlib
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
@@ -17,11 +18,17 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 
 from nnunetv2_diffusion.inference.inputs import NIFTI, CaseError
 
+try:
+    from numpy.exceptions import ComplexWarning
+except ImportError:  # numpy before 1.25
+    from numpy import ComplexWarning
+
 GZIP_MAGIC = b"\x1f\x8b"
 GIPL_HEADER = 256  # bytes
 BLOCK = 2**20  # bytes
 LONGEST_NOTE = 300
 LEAST_APART = 1e-6  # mm; less is rounding of the header
+SKEW = 1e-3  # share of a voxel's volume; less is rounding of the header
 
 
 def channel_names(dataset_json: Mapping[str, Any]) -> list[str]:
@@ -59,13 +66,15 @@ def read_case(
         notes += _displacements(reader, files) or [said[:LONGEST_NOTE]]
     elif said:
         notes.append(said[:LONGEST_NOTE])
-    return array, properties, notes + check_image(array, properties, channels, files)
+    notes += check_image(array, properties, channels, files)
+    return array, properties, notes + _skewed(properties, files[0])
 
 
 def _by_host(reader: BaseReaderWriter, files: Sequence[Path]) -> tuple[np.ndarray, dict[str, Any], str]:
     """Array, properties, and what the reader printed: nnU-Net's warn so."""
     printed = StringIO()
-    with redirect_stdout(printed), np.errstate(over="ignore", invalid="ignore"):
+    with redirect_stdout(printed), np.errstate(over="ignore", invalid="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("error", ComplexWarning)  # readers would take the real part
         array, properties = reader.read_images([str(f) for f in files])
     return array, properties, " ".join(printed.getvalue().split())
 
@@ -109,6 +118,17 @@ def _displacements(reader: BaseReaderWriter, files: Sequence[Path]) -> list[str]
             continue
         notes.append(f"{file}: lies up to {apart:.3g} mm from {files[0].name}; nnU-Net takes both to be in one place")
     return notes
+
+
+def _skewed(properties: Mapping[str, Any], file: Path) -> list[str]:
+    """A note if voxels are no boxes: volumes are counted by spacing."""
+    affine = properties.get("nibabel_stuff", {}).get("original_affine")
+    if affine is None:
+        return []
+    ratio = abs(np.linalg.det(affine[:3, :3])) / prod(float(s) for s in properties["spacing"])
+    if abs(ratio - 1) < SKEW:
+        return []
+    return [f"{file}: axes are not at right angles; true volumes are {ratio:.4g} times those that are written"]
 
 
 def _corners(array: np.ndarray, properties: Mapping[str, Any]) -> np.ndarray | None:

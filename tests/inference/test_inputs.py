@@ -459,7 +459,9 @@ def test_a_file_that_nnunet_passes_over_is_told_and_costs_nothing(tmp_path, caps
         write_nifti(tmp_path / name, volume(), np.eye(4))
     assert set(list_cases(tmp_path, DATASET)[0]) == {"a"}
     assert not left_out(tmp_path)
-    assert "a_mask.nii.gz: not used" in "".join(capsys.readouterr())
+    said = "".join(capsys.readouterr())
+    assert "not used, not named <case>_0000.nii.gz: " in said
+    assert "a_mask.nii.gz" in said
 
 
 def test_names_whose_masks_could_not_be_written_are_refused(tmp_path):
@@ -487,3 +489,49 @@ def test_a_folder_without_images_is_named(tmp_path):
         list_cases(tmp_path, DATASET)
     with pytest.raises(InputError, match="nowhere: no such folder"):
         list_cases(tmp_path / "nowhere", DATASET)
+
+
+def test_whatever_is_not_used_is_told_in_a_line(tmp_path, capsys):
+    write_nifti(tmp_path / "a_0000.nii.gz", volume(), np.eye(4))
+    for name in ("b.nii", "b_0000.nii.gz.part", "d_0000.dcm", "one.txt", "three.txt", "two.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "sub").mkdir()
+    assert set(list_cases(tmp_path, DATASET)[0]) == {"a"}
+    (line,) = "".join(capsys.readouterr()).splitlines()
+    assert line == (
+        f"{tmp_path}: not used, not named <case>_0000.nii.gz: b.nii, b_0000.nii.gz.part, d_0000.dcm, one.txt, sub and "
+        "2 more"
+    )
+    list_cases(tmp_path / "a_0000.nii.gz", DATASET)
+    assert not "".join(capsys.readouterr())
+
+
+def test_a_case_without_a_name_is_named_by_its_file(tmp_path):
+    for name in ("_0000.nii.gz", "a_0000.nii.gz", "c.nii.gz"):
+        write_nifti(tmp_path / name, volume(), np.eye(4))
+    assert set(list_cases(tmp_path, DATASET)[0]) == {"a"}
+    found = left_out(tmp_path)
+    assert set(found) == {"_0000.nii.gz", "c"}
+    assert "_0000.nii.gz: expected a name in front of the number" in found["_0000.nii.gz"]
+    with pytest.raises(InputError, match="expected a folder, or an image named"):
+        list_cases(tmp_path / "_0000.nii.gz", DATASET)
+
+
+@pytest.mark.parametrize("factor", [1e-20, 1e20])
+def test_an_image_that_normalisation_flattens_is_noted(factor, tmp_path):
+    file = write_nifti(tmp_path / "a_0000.nii.gz", volume() * factor, np.eye(4))
+    assert "channel 0 is nearly the same in every voxel after normalisation" in notes(model_of(), file)
+
+
+def test_a_skewed_voxel_is_noted_where_volumes_are_counted_by_spacing(tmp_path):
+    affine = np.eye(4)
+    affine[0, 1] = 0.2
+    file = write_nifti(tmp_path / "a_0000.nii.gz", volume(), affine)
+    true = 1 / np.sqrt(1 + 0.2**2)
+    assert f"true volumes are {true:.4g} times those that are written" in notes(model_of("NibabelIO"), file)
+
+
+@pytest.mark.parametrize("reader", ["SimpleITKIO", "NibabelIO"])
+def test_a_complex_image_is_refused(reader, tmp_path):
+    file = write_nifti(tmp_path / "a_0000.nii.gz", volume() * (1 + 1j), np.eye(4), np.complex64)
+    assert "cannot be read as an image" in failure(model_of(reader), file)
