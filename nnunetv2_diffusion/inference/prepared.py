@@ -153,8 +153,8 @@ def preprocess(
 def notes_on_intensities(data: torch.Tensor, channels: int, source: str) -> list[str]:
     """Notes on what normalisation made of the channels of an image: nnU-Net's divides by 1e-8 at least."""
     return [
-        f"{source}: channel {number} is nearly the same in every voxel after normalisation: its intensities are constant, too "
-        "small or too large. The mask does not depend on it"
+        f"{source}: channel {number} is nearly the same in every voxel after normalisation: its intensities are "
+        "constant, too small or too large. The mask does not depend on it"
         for number, channel in enumerate(data[:channels])
         if channel.max() - channel.min() < FLAT
     ]
