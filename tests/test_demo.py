@@ -15,6 +15,7 @@ from nnunetv2.utilities.utils import (
     create_lists_from_splitted_dataset_folder,
     get_identifiers_from_splitted_dataset_folder,
 )
+from PIL import Image
 from skimage import io
 
 sys.path.insert(0, str(Path(__file__).parent / "inference"))
@@ -22,7 +23,7 @@ from tiny_model import make_model
 
 from nnunetv2_diffusion import cli
 from nnunetv2_diffusion.demo import __main__ as demo
-from nnunetv2_diffusion.demo.data import RawDataError, hold_out
+from nnunetv2_diffusion.demo.data import RawDataError, check_masks, hold_out
 from nnunetv2_diffusion.demo.phantoms import LABELS, make_phantom, write_phantoms
 from nnunetv2_diffusion.demo.pipeline import Job, draw_samples, ranges_that_hold
 
@@ -262,3 +263,31 @@ def test_the_demo_meets_its_bound(tmp_path):
     assert result["mean_dice"]["nnUNetTrainerRecycleXT"] >= demo.BOUND
     assert result["spread_of_samples"]["ranges"] == 12
     assert (out / "demo.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--trainer", "nnUNetTrainerRecycleXX"], "nnUNetTrainerRecycleXX"),
+        (["--device", "mps"], "-device mps"),
+        (["--test-cases", "0"], "--test-cases is 0, expected at least 1"),
+        (["--epochs", "0"], "num_epochs is 0"),
+    ],
+)
+def test_options_are_checked_before_anything_is_written(tmp_path, options, words):
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match=words):
+        demo.main(["--out", str(out), *options])
+    assert not out.exists()
+
+
+def test_masks_with_a_palette_are_refused_by_name(tmp_path):
+    folder = tmp_path / "Dataset503_Nerves"
+    (folder / "labelsTr").mkdir(parents=True)
+    mask = Image.fromarray(np.array([[0, 1], [2, 0]], np.uint8))
+    mask.save(folder / "labelsTr" / "grey.png")
+    check_masks(folder)
+    mask.putpalette([0, 0, 0, 128, 0, 0, 0, 128, 0])
+    mask.save(folder / "labelsTr" / "coloured.png")
+    with pytest.raises(RawDataError, match=r"coloured\.png: a PNG with a palette, as 1 of the masks are"):
+        check_masks(folder)

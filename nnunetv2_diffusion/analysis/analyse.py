@@ -31,6 +31,8 @@ from nnunetv2_diffusion.inference.predict import EXPECTED
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.views import TTA
 
+HIDDEN = ("i", "l", "o", "m")  # folders of the machine
+NAMED_BY_M = ("d", "c", "p", "tr")
 EXAMPLES = """
 nnunetv2_diffusion analyse -d 501 -c 3d_fullres -f 0 -i imagesTs -l labelsTs -o report
 nnunetv2_diffusion analyse -m MODEL_FOLDER -i imagesTs -l labelsTs -o report --counts 1 2 5 --modes full none
@@ -160,7 +162,8 @@ def describe(arguments: argparse.Namespace, predictor: DiffusionPredictor, findi
         "sampling": asdict(predictor.sampling) if predictor.sampling else "one pass",
         "cases": len(findings.samples),
         "date": date.today().isoformat(),
-        "options": {k: v for k, v in given.items() if k not in ("i", "l", "o", "m")},
+        "model": predictor.plans_manager.dataset_name if arguments.m is None else arguments.m.name,
+        "options": {k: v for k, v in given.items() if k not in HIDDEN and (arguments.m is None or k not in NAMED_BY_M)},
         "versions": package_versions(),
         "python": platform.python_version(),
         "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {arguments.device}",
@@ -182,5 +185,5 @@ def write_results(arguments: argparse.Namespace, findings: Findings, predictor: 
     (arguments.o / "tables.md").write_text("\n\n".join(to_markdown(table) for table in tables) + "\n")
     title = f"{settings['trainer']} on {settings['data set']}"
     (arguments.o / "report.html").write_text(
-        html_report(title, list(figures.values()), tables, settings, summary(findings))
+        html_report(title, list(figures.values()), tables, settings, summary(findings, arguments.tta))
     )

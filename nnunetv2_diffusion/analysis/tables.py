@@ -202,10 +202,10 @@ def all_tables(findings: Findings) -> list[Table]:
     return tables
 
 
-def summary(findings: Findings) -> list[str]:
-    """What was found, in sentences."""
+def summary(findings: Findings, tta: str = "") -> list[str]:
+    """What was found, in sentences; tta: mirroring of the studies, told if there was none."""
     dice = [r["Dice"] for r in findings.samples]
-    sentences = [f"{len(dice)} cases, Dice {mean_sd(dice)}."]
+    sentences = [f"{len(dice)} cases, Dice {mean_sd(dice)}{' (mirroring: none)' if tta == 'none' else ''}."]
     if findings.steps and len(grouped(findings.steps, "step")) > 1:
         for metric in step_metrics(findings):
             found, better, digits = known(gains(findings, metric).values()), direction(metric), DIGITS.get(metric, 3)

@@ -4,14 +4,16 @@ import argparse
 import glob
 import json
 import platform
+import signal
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from nnunetv2_diffusion.agreement import CAUTION
+from nnunetv2_diffusion.checkpoints import CheckpointError, find_trainer
 from nnunetv2_diffusion.compat import package_versions
-from nnunetv2_diffusion.demo.data import RawDataError, hold_out, read_raw
+from nnunetv2_diffusion.demo.data import RawDataError, check_masks, hold_out, read_raw
 from nnunetv2_diffusion.demo.options import parse_arguments
 from nnunetv2_diffusion.demo.phantoms import write_phantoms
 from nnunetv2_diffusion.demo.picture import draw_case, reverse_steps
@@ -24,6 +26,8 @@ from nnunetv2_diffusion.demo.pipeline import (
     ranges_that_hold,
     train,
 )
+from nnunetv2_diffusion.inference.devices import check_device
+from nnunetv2_diffusion.inference.options import OptionError
 from nnunetv2_diffusion.planning.schema import SettingsError
 from nnunetv2_diffusion.planning.settings import parse_settings, read_assignments
 
@@ -160,24 +164,52 @@ def write_result(
     (job.out / "result.json").write_text(json.dumps(result, indent=2))
 
 
+def check(options: argparse.Namespace, trainers: list[str]) -> dict:
+    """Look at all options before anything is written; returns the settings of --set.
+
+    Raises:
+        SettingsError, CheckpointError, OptionError, RawDataError: naming the option.
+    """
+    settings = read_assignments(options.set)
+    lengths = {"num_epochs": options.epochs, "num_iterations_per_epoch": options.iterations}
+    parse_settings({**settings, **lengths}, "--set, --epochs or --iterations")
+    for trainer in trainers:
+        find_trainer(trainer)
+    check_device(options.device)
+    if options.test_cases is not None and options.test_cases < 1:
+        raise OptionError(f"--test-cases is {options.test_cases}, expected at least 1")
+    if options.raw is not None:
+        check_masks(options.raw.resolve())
+    return settings
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demo; 0 if the bounds are met."""
+    """Run the demo; 0 if the bounds are met, 130 if it was interrupted."""
+    try:
+        return run(arguments)
+    except KeyboardInterrupt:
+        print("interrupted")
+        return 130
+
+
+def run(arguments: list[str] | None) -> int:
+    """All of it; the exit status."""
     options = parse_arguments(arguments)
     out = (options.out or free_folder("demo_output")).resolve()
     if out.exists():
         raise SystemExit(f"{out} exists; the demo writes into a new folder only")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # commands are ended then, too
+    trainers = [EQUAL_LENGTH.get(t, t) for t in (options.trainer, options.compare) if t]
     try:
-        settings = read_assignments(options.set)
-        parse_settings(settings, "--set")  # a typo shows before anything is written
+        settings = check(options, trainers)
         name = make_data(options, out)
-    except (RawDataError, SettingsError) as error:
+    except (RawDataError, SettingsError, CheckpointError, OptionError) as error:
         raise SystemExit(str(error)) from error
     job = Job(
         out, name, options.configuration, options.epochs, options.iterations, options.base_features,
         options.batch_size, options.device, options.recipe, settings, options.patch_size,
     )  # fmt: skip
     plan(job)
-    trainers = [EQUAL_LENGTH.get(t, t) for t in (options.trainer, options.compare) if t]
     for trainer in trainers:
         train(job, trainer)
     scores = {trainer: dice_scores(predict_and_score(job, trainer)) for trainer in trainers}

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
+from PIL import Image
 
 from nnunetv2_diffusion.inference.inputs import list_images
 
@@ -119,6 +120,20 @@ def _read(source: Path) -> tuple[dict, dict[str, tuple[list[Path], Path]]]:
                 "dataset.json names"
             )
     return dataset, cases
+
+
+def check_masks(source: Path) -> None:
+    """Raise for masks that nnU-Net would read as colours.
+
+    Raises:
+        RawDataError: naming the first one.
+    """
+    coloured = [f for f in sorted((source / "labelsTr").glob("*.[pP][nN][gG]")) if Image.open(f).mode == "P"]
+    if coloured:
+        raise RawDataError(
+            f"{coloured[0]}: a PNG with a palette, as {len(coloured)} of the masks are; nnU-Net reads its colours, "
+            "not its label numbers. Save masks as greyscale, as by PIL.Image.fromarray(numpy.array(mask)).save(file)"
+        )
 
 
 def _link_if_there(stem: str, source: Path, folder: Path, case: str) -> None:

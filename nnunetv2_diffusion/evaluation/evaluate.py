@@ -2,6 +2,7 @@
 
 import argparse
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -89,6 +90,8 @@ class EvaluationSettings:
         strata.check_thresholds(self.strata)
 
 
+CASES_A_PROCESS = 8  # at least
+
 # What further scores are added by: functions at the top of a module, so that worker processes find them.
 # A case -> key of a class or region -> metric -> value; into the metrics of its classes.
 CLASS_SCORERS: list[Callable[[Case, EvaluationSettings], Mapping[str, Mapping[str, float]]]] = [sampled.class_scores]
@@ -140,7 +143,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", type=Path, metavar="FILE", help="Result, .json; a .csv is written beside it. Default: PRED/summary.json.")
     add("-djfile", type=Path, metavar="FILE", help="dataset.json of the labels. Default: PRED/dataset.json.")
     add("-pfile", type=Path, metavar="FILE", help="plans.json. Default: PRED/plans.json if it exists.")
-    add("-np", type=int, default=default_num_processes, metavar="N", help="Processes.")
+    add(
+        "-np",
+        type=int,
+        default=default_num_processes,
+        metavar="N",
+        help="Most processes; each gets 8 cases at least.",
+    )
     add("--chill", action="store_true", help="Leave out cases that are in one folder only.")
     add("--overwrite", action="store_true", help="Replace results that exist.")
     add("--disable_progress_bar", action="store_true", help="Show no progress bar.")
@@ -409,7 +418,9 @@ def _run_jobs(jobs: Sequence[Job], processes: int, progress: bool) -> list[CaseR
     """Score all cases; those that cannot be scored are named together at the end."""
     if processes < 1:
         raise EvaluationError(f"-np is {processes}, expected at least 1")
-    bar = tqdm(_outcomes(jobs, min(processes, len(jobs))), "cases", len(jobs), disable=not progress)
+    # a process imports torch and MONAI, which takes longer than small cases do
+    at_once = max(1, min(processes, os.cpu_count() or 1, len(jobs) // CASES_A_PROCESS))
+    bar = tqdm(_outcomes(jobs, at_once), "cases", len(jobs), disable=not progress)
     outcomes = list(bar)
     errors = sorted(str(outcome) for outcome in outcomes if isinstance(outcome, EvaluationError))
     if errors:

@@ -83,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"wrote {file}; use it with -p {plans['plans_name']}")
     if not says_more(base, plans):
         print(f"Nothing but the name differs from {base['plans_name']}: --preset and --set give what it says already.")
-    for line in data_lines(plans, folder, arguments.d):
+    for line in data_lines(plans, folder, arguments.d, arguments.c):
         print(line)
     return 0
 
@@ -203,11 +203,11 @@ def _check_keys(configuration: Mapping[str, Any], name: str) -> None:
         raise PlansError(f"configuration {name}: architecture has no network_class_name or no features_per_stage")
 
 
-def data_lines(plans: Mapping[str, Any], folder: Path, dataset: str) -> list[str]:
-    """For every configuration, whether its preprocessed data are there, and what to type if not."""
+def data_lines(plans: Mapping[str, Any], folder: Path, dataset: str, names: list[str] | None = None) -> list[str]:
+    """For every configuration, or those named, whether its preprocessed data are there, and what to type if not."""
     lines = []
     for name, configuration in resolve_configurations(plans).items():
-        if "data_identifier" not in configuration:
+        if "data_identifier" not in configuration or (names and name not in names):
             continue
         identifier = configuration["data_identifier"]
         command = f"nnUNetv2_preprocess -d {dataset} -plans_name {plans['plans_name']} -c {name}"

@@ -291,7 +291,14 @@ def test_2d_images_are_measured_in_pixels(ending, tmp_path):
     assert not evaluation.summary["strata"]["slice"]
 
 
-def test_processes_give_what_one_process_gives(make):
+def test_small_folders_are_scored_without_processes(make, monkeypatch):
+    """A process takes seconds to start."""
+    monkeypatch.setattr(evaluate, "ProcessPoolExecutor", None)
+    evaluate_folders(*make(), NO_SURFACE, processes=8)
+
+
+def test_processes_give_what_one_process_gives(make, monkeypatch):
+    monkeypatch.setattr(evaluate, "CASES_A_PROCESS", 1)
     gt, pred = make()
     one, two = (evaluate_folders(gt, pred, NO_SURFACE, processes=n).summary for n in (1, 2))
     np.testing.assert_equal(one, two)

@@ -7,6 +7,7 @@ import pytest
 import SimpleITK as sitk  # noqa: N813, its usual name
 
 from nnunetv2_diffusion import cli
+from nnunetv2_diffusion.evaluation import evaluate
 from nnunetv2_diffusion.evaluation.evaluate import EvaluationSettings, evaluate_folders
 
 DATASET = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 1, "b": 2}, "file_ending": ".nii.gz"}
@@ -80,7 +81,8 @@ def test_without_samples_and_probabilities_there_are_masks_only(folders):
     assert "Brier" not in summary["metric_per_case"][0]["metrics"]["1"]
 
 
-def test_worker_processes_find_the_scorers(folders):
+def test_worker_processes_find_the_scorers(folders, monkeypatch):
+    monkeypatch.setattr(evaluate, "CASES_A_PROCESS", 1)
     gt, pred = folders
     assert cli.main(["evaluate", str(gt), str(pred), "--no-surface", "--probabilities", "-np", "2"]) == 0
     summary = json.loads((pred / "summary.json").read_text())

@@ -87,6 +87,8 @@ def test_data_are_reused_if_geometry_and_normalisation_stay(plan, folder):
     _, text, _ = plan("-o", "mine", "--set", "batch_size=1", "spacing=[1.0,1.0,1.0]", "-c", "3d_fullres")
     assert read(folder, "mine")["configurations"]["3d_fullres"]["data_identifier"] == "nnUNetPlans_3d_fullres"
     assert "3d_fullres: uses the preprocessed data in nnUNetPlans_3d_fullres" in text
+    assert "2d:" not in text
+    _, text, _ = plan("-o", "all", "--set", "batch_size=1")
     assert "2d: there are no preprocessed data in nnUNetPlans_2d; type: nnUNetv2_preprocess -d 501" in text
 
 
