@@ -353,9 +353,8 @@ def _replaced(out: Path, request: Request, records: Mapping[str, Any], holds: Se
 def _tell_of_others(out: Path, left: Sequence[str]) -> None:
     """Name the files that --overwrite leaves, as no recorded run wrote them as they are."""
     if left:
-        print(
-            f"{out}: {_count(left, 'file')} of no recorded run, replaced only by those of the same name: {_listed(left)}"
-        )
+        count = _count(left, "file")
+        print(f"{out}: {count} of no recorded run, replaced only by those of the same name: {_listed(left)}")
 
 
 def _has_files(out: Path, record: Mapping[str, Any]) -> bool:
