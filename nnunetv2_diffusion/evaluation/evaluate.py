@@ -43,7 +43,8 @@ from nnunetv2_diffusion.evaluation.results import (
     to_json,
     write_files,
 )
-from nnunetv2_diffusion.evaluation.run_ids import check_one_run
+from nnunetv2_diffusion.evaluation.run_ids import changed_masks, check_one_run
+from nnunetv2_diffusion.evaluation.summaries import listed
 
 SHOWN = ("Dice", "IoU", "HD95", "ASSD", "NSD")  # columns of the table that is printed
 
@@ -229,9 +230,23 @@ def run(arguments: argparse.Namespace) -> int:
     except (EvaluationError, OSError) as error:
         print(f"nnunetv2_diffusion evaluate: {error}", file=sys.stderr)
         return 1
+    _warn_of_changed(evaluation, arguments.prediction)
     print(_table(evaluation))
     print(f"{len(evaluation.results)} cases: {files[0]}, {files[1]}")
     return 0
+
+
+def _warn_of_changed(evaluation: Evaluation, prediction: Path) -> None:
+    """Masks that were corrected by hand are scored as any; those of another run would be too."""
+    notes = evaluation.summary["conventions"]
+    changed = notes["masks_changed_since_run"]
+    if changed:
+        print(
+            f"nnunetv2_diffusion evaluate: warning: {len(changed)} of {len(evaluation.results)} masks in {prediction} "
+            f"are not as run {notes['run_id']} wrote them: {listed(changed)}. They are scored as they are; right "
+            "if they were corrected by hand, wrong if they are of another run",
+            file=sys.stderr,
+        )
 
 
 def _settings(arguments: argparse.Namespace) -> EvaluationSettings:
@@ -294,7 +309,8 @@ def evaluate_folders(
     if settings.surface:
         surface.library_version()
     jobs = _jobs(Path(reference), Path(prediction), settings, dataset_json, plans, samples, raters)
-    run_id = check_one_run(Path(prediction), [job.files for job in jobs])
+    files = [job.files for job in jobs]
+    run_id, changed = check_one_run(Path(prediction), files), changed_masks(Path(prediction), files)
     results = _run_jobs(jobs, processes, progress)
     if len({result.unit for result in results}) > 1:
         raise EvaluationError(f"{prediction}: holds volumes and 2D images, expected one kind; or use --unit px")
@@ -302,7 +318,7 @@ def evaluate_folders(
     summary = summarise(results, labels, settings.strata)
     for scorer in FOLDER_SCORERS:
         summary |= scorer(results, settings)
-    notes = conventions(settings, labels, results[0]) | {"run_id": run_id}
+    notes = conventions(settings, labels, results[0]) | {"run_id": run_id, "masks_changed_since_run": changed}
     return Evaluation({**summary, "conventions": notes}, results, labels)
 
 

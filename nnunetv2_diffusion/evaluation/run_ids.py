@@ -6,7 +6,7 @@ from typing import Any
 
 from nnunetv2_diffusion.evaluation import EvaluationError
 from nnunetv2_diffusion.evaluation.files import CaseFiles
-from nnunetv2_diffusion.inference.runs import ARGUMENTS, FOLDER, read_json, read_records
+from nnunetv2_diffusion.inference.runs import ARGUMENTS, FOLDER, fingerprint, read_json, read_records
 
 
 def check_one_run(prediction: Path, cases: Sequence[CaseFiles]) -> str | None:
@@ -29,6 +29,21 @@ def check_one_run(prediction: Path, cases: Sequence[CaseFiles]) -> str | None:
         for case in cases:
             _check_case(case, prediction, records.get(case.name, {}), run)
     return run
+
+
+def changed_masks(prediction: Path, cases: Sequence[CaseFiles]) -> list[str]:
+    """Cases whose mask is not the one that the recorded run wrote: corrected by hand, or copied from elsewhere.
+
+    Only the masks are read. Without a record, as of version 0.1 and of nnU-Net, there are none.
+    """
+    records, changed = read_records(prediction), []
+    for case in cases:
+        file = case.prediction
+        name = file.relative_to(prediction).as_posix() if file.is_relative_to(prediction) else None
+        expected = records.get(case.name, {}).get("files", {}).get(name)
+        if expected is not None and fingerprint(file, expected.get("bytes")) != expected:
+            changed.append(case.name)
+    return changed
 
 
 def check_summary(file: Path, content: dict[str, Any]) -> None:

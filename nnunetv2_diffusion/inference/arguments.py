@@ -63,7 +63,8 @@ def _add_file_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--overwrite",
         action="store_true",
-        help="Remove what an earlier call wrote to the output folder, and replace other files of the same names.",
+        help="Make the cases of this call again; other cases stay. What a run with another model or other options "
+        "wrote to the output folder is all removed first. Foreign files are replaced only by those of the same name.",
     )
     add("-prev_stage_predictions", type=Path, metavar="DIR", help="Masks of the first stage, for a cascade.")
 

@@ -95,7 +95,7 @@ def read_options(arguments: argparse.Namespace) -> PredictionOptions:
     if not SMALLEST_STEP <= arguments.step_size <= 1:
         raise OptionError(f"-step_size is {arguments.step_size}, expected a part of the patch in [{SMALLEST_STEP}, 1]")
     if arguments.overwrite and arguments.continue_prediction:
-        raise OptionError("--continue_prediction keeps what is there and --overwrite removes it: choose one")
+        raise OptionError("--continue_prediction keeps what is there and --overwrite makes it again: choose one")
     if arguments.retry_failed and not arguments.continue_prediction:
         raise OptionError("--retry_failed goes with --continue_prediction, which keeps the other cases")
     names = PredictionOptions.__dataclass_fields__
@@ -149,7 +149,7 @@ def predict_folder(arguments: argparse.Namespace) -> Outcome:
     with open_run(arguments.o, request) as run:
         _write_records(arguments, predictor, run)
         outcome = Outcome(len(cases) + len(failed))
-        work = Work(predictor, run, cases, previous, arguments.npp, arguments.nps)
+        work = Work(predictor, run, cases, previous, arguments.npp, arguments.nps, arguments.overwrite)
         if arguments.continue_prediction:
             _leave_out(work, arguments.retry_failed, outcome)
         _predict_cases(work, failed, outcome, arguments.disable_progress_bar)
@@ -168,6 +168,7 @@ class Work:
         previous: folder of the previous stage's masks, of a cascade.
         preparing: processes for preprocessing.
         exporting: processes for export.
+        replacing: cases that were made before (--overwrite).
     """
 
     predictor: DiffusionPredictor
@@ -176,6 +177,7 @@ class Work:
     previous: Path | None
     preparing: int
     exporting: int
+    replacing: bool = False
 
     def sources(self, name: str) -> list[Path]:
         """All files that a case is made of."""
@@ -255,7 +257,7 @@ def _predict_cases(work: Work, failed: Mapping[str, str], outcome: Outcome, quie
         new |= {case.name: case.reason for case in export.failed}
         outcome.predicted = export.finished
         outcome.failed |= new
-        _keep_failures(work.run, new)
+        _keep_failures(work.run, new, work.replacing)
 
 
 def _with_bar(
@@ -296,11 +298,12 @@ def _attempt(predict_case: CasePredictor, case: PreparedCase | FailedCase, input
     return reason
 
 
-def _keep_failures(run: RunRecord, failed: Mapping[str, str]) -> None:
+def _keep_failures(run: RunRecord, failed: Mapping[str, str], replacing: bool) -> None:
     """Write down what failed; a full disk may keep this from being written, and it is printed anyhow."""
     with suppress(OSError, LockedError):
         for name, reason in failed.items():
-            run.fail(name, reason)
+            if run.fail(name, reason, keep=replacing):
+                print(f"{name}: could not be made again; its earlier files stay, marked as failed in {FAILED}")
         write_failures(run.out)
 
 

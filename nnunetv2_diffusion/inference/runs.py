@@ -66,17 +66,34 @@ class RunRecord:
     def write(self, name: str, work: Path, inputs: Iterable[Path]) -> None:
         """Record the files of a finished case that lie in a work folder and are about to be moved.
 
+        What an earlier call wrote of the case is removed first, not before: until then it is all that there is.
+
         Args:
             name: of the case.
             work: where its files are, at the same places as later in the output folder.
             inputs: images that it was made of.
         """
         files = {str(f.relative_to(work)): fingerprint(f) for f in sorted(work.rglob("*")) if f.is_file()}
+        self._remove_files(self.read(name) or {})
         self._write(name, inputs=_inputs(inputs), files=files)
 
-    def fail(self, name: str, reason: str) -> None:
-        """Record that a case could not be made, and remove what this run wrote of it."""
-        self._write(name, failed=reason, files=self._remove_files(self.read(name) or {}))
+    def fail(self, name: str, reason: str, keep: bool = False) -> bool:
+        """Record that a case could not be made, and remove what this run wrote of it.
+
+        Args:
+            name: of the case.
+            reason: why.
+            keep: leave the files of an earlier call, if replacing them has not begun.
+
+        Returns:
+            whether files of an earlier call were left.
+        """
+        record = self.read(name) or {}
+        files = record.get("files", {})
+        keep = keep or "failed" in record  # whose files, if any, were left before
+        kept = keep and bool(files) and all((self.out / file).is_file() for file in files)
+        self._write(name, failed=reason, files=files if kept else self._remove_files(record))
+        return kept
 
     def forget(self, name: str) -> None:
         """Remove the files of a case and its record; a file of another content than was written stays."""
@@ -210,7 +227,7 @@ class Request:
         part: its number, from 0.
         parts: how many calls share the work.
         keep: go on with the run that is there (--continue_prediction).
-        overwrite: replace what is there (--overwrite).
+        overwrite: make its cases again, and remove another run (--overwrite).
     """
 
     about: Mapping[str, Any]
@@ -233,9 +250,9 @@ def open_run(out: Path, request: Request) -> Iterator[RunRecord]:
     _check_links(out)
     with ExitStack() as stack:
         with locked(out / ".lock", "a prediction that starts", START_WAIT):
-            alone = _take_part(stack, out, request)
-            run = _join(out, request, alone)
-            if alone:
+            others = _take_part(stack, out, request)
+            run = _join(out, request, others)
+            if not others:
                 clear_leftovers(out)
         yield run
 
@@ -264,39 +281,47 @@ def _check_links(out: Path) -> None:
                 raise RunError(f"{path}: is a link out of {out}, expected a folder; remove the link")
 
 
-def _take_part(stack: ExitStack, out: Path, request: Request) -> bool:
-    """Hold this call's part of the folder; whether no other call works in it."""
-    mine, alone = f".lock_{request.part}_of_{request.parts}", True
-    for file in out.glob(".lock_*_of_*"):
+def _take_part(stack: ExitStack, out: Path, request: Request) -> list[str]:
+    """Hold this call's part of the folder; the other parts that work in it, in words."""
+    mine, others = f".lock_{request.part}_of_{request.parts}", []
+    for file in sorted(out.glob(".lock_*_of_*")):
         pid = holder(file)
         if pid is None or file.name == mine:
             continue
         if not file.name.endswith(f"_of_{request.parts}"):
             raise LockedError(f"{out}: a prediction with another -num_parts works here already (process {pid})")
-        alone = False
+        others.append(f"-part_id {file.name.split('_')[1]} (process {pid or 'unknown'})")
     try:
         stack.enter_context(locked(out / mine, "a prediction"))
     except LockedError as error:
         raise LockedError(f"{error}; choose another folder, or share the work with -num_parts and -part_id") from None
-    return alone
+    return others
 
 
-def _join(out: Path, request: Request, alone: bool) -> RunRecord:
-    """The run to go on with; the old one's files are gone if they are to be replaced."""
+def _join(out: Path, request: Request, others: Sequence[str]) -> RunRecord:
+    """The run to go on with; another one's files are gone if they are to be replaced."""
     present = _results(out, request)  # before the records: a part that works now writes those first
     found, records = read_json(out / FOLDER / "run.json"), read_records(out)
     differences = None if found is None else _differences(found.get("about", {}), request.about)
     same = differences == []
-    if request.overwrite:
-        return _replaced(out, request, records, found if same else None, alone)
+    if others and not same:
+        raise LockedError(
+            f"{out}: a run with other options works here, {_listed(others)}: "
+            f"{'; '.join(differences or ['its record is gone'])}. Choose another folder, or wait for its end"
+        )
+    holds = [name for name, record in records.items() if _has_files(out, record)]
     recorded = {file for record in records.values() for file in record.get("files", {})}
     unknown = sorted(present - recorded if found is not None else present)
+    if request.overwrite and same:  # files stay until each case of this call is replaced
+        _tell_of_others(out, unknown)
+        return _welcome(out, found)
+    if request.overwrite:
+        return _replaced(out, request, records, holds)
     if unknown:
         raise RunError(
             f"{out} holds {_count(unknown, 'file')} that no recorded run wrote: {_listed(unknown)}. Choose a new "
             "folder, or type --overwrite, which replaces those of the same name"
         )
-    holds = [name for name, record in records.items() if present.intersection(record.get("files", {}))]
     if same:
         mine = [name for name in holds if name in request.names]
         if mine and not request.keep:
@@ -305,32 +330,36 @@ def _join(out: Path, request: Request, alone: bool) -> RunRecord:
                 "--continue_prediction to keep them, --overwrite to make them again, or choose a new folder"
             )
         return _welcome(out, found)
-    if found is not None and (holds or not alone):
+    if found is not None and holds:
         raise RunError(
             f"{out} holds {_count(holds, 'case')} of another run: {'; '.join(differences)}. Choose a new folder, or "
-            "type --overwrite, which removes them"
+            f"type --overwrite, which removes {_count(holds, 'case')} of that run"
         )
     return _begin(out, request)
 
 
-def _replaced(
-    out: Path, request: Request, records: Mapping[str, Any], found: Mapping[str, Any] | None, alone: bool
-) -> RunRecord:
-    """Remove what is to be made again: all that is recorded, or the own part of the same run."""
-    if found is not None and (request.parts > 1 or not alone):
-        run = _welcome(out, found)
-        for name in set(request.names) & set(records):
-            run.forget(name)
-        return run
-    if not alone:
-        raise LockedError(f"{out}: a part of another run works here; wait for its end, or choose another folder")
+def _replaced(out: Path, request: Request, records: Mapping[str, Any], holds: Sequence[str]) -> RunRecord:
+    """A new run in the place of another one, of which nothing may stay: runs would be mixed."""
     for name in records:
         RunRecord(out, "").forget(name)
+    removed = [name for name in holds if not _has_files(out, records[name])]
+    if removed:
+        print(f"{out}: removed {_count(removed, 'case')} of another run: {_listed(removed)}")
     run = _begin(out, request)
-    left = sorted(file for file in _results(out, request) if "/" in file)
-    if left:
-        print(f"{out}: {_count(left, 'file')} of no recorded run stay unless they are replaced: {_listed(left)}")
+    _tell_of_others(out, sorted(_results(out, request)))
     return run
+
+
+def _tell_of_others(out: Path, left: Sequence[str]) -> None:
+    """Name the files that --overwrite leaves, as no recorded run wrote them as they are."""
+    if left:
+        count = _count(left, "file")
+        print(f"{out}: {count} of no recorded run, replaced only by those of the same name: {_listed(left)}")
+
+
+def _has_files(out: Path, record: Mapping[str, Any]) -> bool:
+    """Whether any recorded file of a case is there."""
+    return any((out / file).is_file() for file in record.get("files", {}))
 
 
 def _begin(out: Path, request: Request) -> RunRecord:

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import SimpleITK as sitk  # noqa: N813, its usual name
 
-from nnunetv2_diffusion.evaluation import EvaluationError
+from nnunetv2_diffusion import cli
+from nnunetv2_diffusion.evaluation import EvaluationError, run_ids
 from nnunetv2_diffusion.evaluation.evaluate import EvaluationSettings, evaluate_folders
 from nnunetv2_diffusion.evaluation.results import to_json
 from nnunetv2_diffusion.evaluation.summaries import read_summary
+from nnunetv2_diffusion.inference.runs import fingerprint
 
 DATASET = {"channel_names": {"0": "MR"}, "labels": {"background": 0, "a": 1}, "file_ending": ".nii.gz"}
 SETTINGS = EvaluationSettings(surface=False)
@@ -22,7 +24,7 @@ def write_json(file, **content):
 
 
 def record(pred, case, run, **content):
-    files = {f.relative_to(pred).as_posix(): {} for f in pred.rglob(f"{case}.nii.gz")}
+    files = {f.relative_to(pred).as_posix(): fingerprint(f) for f in pred.rglob(f"{case}.nii.gz")}
     write_json(pred / ".run/cases" / f"{case}.json", **{"run_id": run, "case": case, "files": files, **content})
 
 
@@ -104,3 +106,28 @@ def test_a_summary_of_the_run_before_is_refused_by_compare(folders):
     write_json(pred / "predict_from_raw_data_args.json", run_id="B")
     with pytest.raises(EvaluationError, match=r"summary.json scores run A, .*pred holds run B: type .* --overwrite"):
         read_summary(pred, "pred")
+
+
+def test_a_mask_that_the_run_did_not_write_so_is_scored_and_named(folders, capsys):
+    """Corrected by hand, or of another run: nobody can tell, but everybody should know."""
+    gt, pred = folders
+    command = ["evaluate", str(gt), str(pred), "--no-surface", "-np", "1", "--disable_progress_bar", "--overwrite"]
+    assert cli.main(command) == 0
+    assert "warning" not in capsys.readouterr().err
+    assert json.loads((pred / "summary.json").read_text())["conventions"]["masks_changed_since_run"] == []
+    other = np.zeros((4, 6, 6), np.uint8)
+    other[1, 2, 2] = 1
+    sitk.WriteImage(sitk.GetImageFromArray(other), str(pred / "two.nii.gz"))
+    assert cli.main(command) == 0
+    message = capsys.readouterr().err
+    assert f"warning: 1 of 2 masks in {pred} are not as run A wrote them: two. They are scored as they are" in message
+    assert json.loads((pred / "summary.json").read_text())["conventions"]["masks_changed_since_run"] == ["two"]
+
+
+def test_only_masks_that_are_scored_are_hashed(folders, monkeypatch):
+    gt, pred = folders
+    (gt / "two.nii.gz").unlink()
+    hashed = []
+    monkeypatch.setattr(run_ids, "fingerprint", lambda file, size: hashed.append(file) or fingerprint(file, size))
+    evaluate_folders(gt, pred, EvaluationSettings(surface=False, chill=True))
+    assert hashed == [pred / "one.nii.gz"]

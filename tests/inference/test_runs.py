@@ -26,7 +26,7 @@ from nnunetv2_diffusion.inference.exporter import Exporter
 from nnunetv2_diffusion.inference.inputs import CaseError
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.prepared import FailedCase
-from nnunetv2_diffusion.inference.runs import RunRecord, clear_leftovers, short_name
+from nnunetv2_diffusion.inference.runs import RunRecord, clear_leftovers, fingerprint, short_name
 from nnunetv2_diffusion.locks import locked
 
 PLAIN = ("--tta", "none", "--steps", "1", "--sampler", "ddim", "--seed", "5")
@@ -229,6 +229,101 @@ def test_overwrite_keeps_a_mask_that_a_person_has_corrected_and_that_is_not_made
     assert (plain / "case_1.nii.gz").read_bytes() == b"corrected"
 
 
+def test_overwrite_with_the_same_options_makes_the_cases_of_the_call_alone(models, images, masks, plain, capsys):
+    before, old = everything_in(plain), (plain / "case_1.nii.gz").stat().st_mtime_ns
+    (plain / "case_0.nii.gz").write_bytes(b"cut off")
+    assert run(models(), images / "case_0_0000.nii.gz", plain, *PLAIN, "--overwrite") == 0
+    assert contents(plain) == contents(masks)
+    assert (plain / "case_1.nii.gz").stat().st_mtime_ns == old
+    for record in (".run/run.json", ".run/cases/case_0.json", ".run/cases/case_1.json"):
+        assert (plain / record).read_bytes() == before[record]
+    assert "removed" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("seed", [5, 6])
+def test_overwrite_names_the_files_of_others_that_stay(models, images, plain, capsys, seed):
+    shutil.copy(plain / "case_1.nii.gz", plain / "case_7.nii.gz")
+    assert run(models(), images, plain, *PLAIN, "--seed", seed, "--overwrite") == 0
+    printed = capsys.readouterr().out
+    assert "1 file of no recorded run, replaced only by those of the same name: case_7.nii.gz" in printed
+    assert (plain / "case_7.nii.gz").is_file()
+
+
+def test_overwrite_makes_whole_cases_again(models, images, finished, out):
+    old = {name: (out / name).stat().st_mtime_ns for name in contents(out)}
+    assert run(models(), images, out, *WITH_ALL, "--overwrite") == 0
+    assert contents(out) == contents(finished)
+    assert all((out / name).stat().st_mtime_ns > then for name, then in old.items())
+
+
+def test_overwrite_removes_files_of_a_case_that_are_not_made_again(models, images, plain):
+    """As a map that could be written then and cannot now."""
+    file, record = plain / "uncertainty/case_0.nii.gz", plain / ".run/cases/case_0.json"
+    file.parent.mkdir()
+    file.write_bytes(b"old")
+    content = json.loads(record.read_text())
+    content["files"]["uncertainty/case_0.nii.gz"] = fingerprint(file)
+    record.write_text(json.dumps(content))
+    assert run(models(), images, plain, *PLAIN, "--overwrite") == 0
+    assert not (plain / "uncertainty").exists()
+
+
+def test_overwrite_from_an_image_that_is_cut_off_loses_no_mask(models, masks, plain, tmp_path, capsys):
+    images = write_images(tmp_path / "in", 1)
+    whole = (images / "case_0_0000.nii.gz").read_bytes()
+    _cut(images / "case_0_0000.nii.gz")
+    assert run(models(), images, plain, *PLAIN, "--overwrite") == 1
+    said = capsys.readouterr()
+    assert "case_0: could not be made again; its earlier files stay" in said.out
+    assert "case_0 failed: " in said.err
+    assert list(failures(plain)) == ["case_0"]
+    assert contents(plain) == contents(masks)
+    again = (*PLAIN, "--continue_prediction", "--retry_failed")
+    assert run(models(), images, plain, *again) == 1
+    assert contents(plain) == contents(masks), "nor does trying again"
+    (images / "case_0_0000.nii.gz").write_bytes(whole)
+    assert run(models(), images, plain, *again) == 0
+    assert contents(plain) == contents(masks)
+    assert not (plain / "failed.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["preprocessing", "values", "export", "lost"])
+def test_overwrite_that_fails_at_a_case_keeps_its_files(models, images, finished, out, monkeypatch, kind):
+    BAD[kind][0](monkeypatch)
+    assert run(models(), images, out, *WITH_ALL, "--overwrite") == 1
+    assert contents(out) == contents(finished)
+    assert list(failures(out)) == ["case_0"]
+
+
+def test_overwrite_that_fails_while_a_case_is_moved_leaves_no_half_of_it(models, images, out, monkeypatch):
+    """Neither new maps beside an old mask, nor the other way round."""
+    replace = os.replace
+
+    def full(source, target):
+        if str(target).endswith("steps/01/case_0.nii.gz"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    assert run(models(), images, out, *WITH_ALL, "--overwrite") == 1
+    assert list(failures(out)) == ["case_0"]
+    assert not [name for name in contents(out) if "case_0" in name]
+
+
+@pytest.mark.parametrize("number", ["1 case", "2 cases"])
+def test_how_many_cases_of_another_run_are_removed_is_told_before_and_after(models, images, plain, capsys, number):
+    if number == "1 case":
+        (plain / "case_1.nii.gz").unlink()
+    one = images / "case_0_0000.nii.gz"
+    assert run(models(), one, plain, *PLAIN, "--seed", 6) == 1
+    message = capsys.readouterr().err
+    assert f"holds {number} of another run: --seed was 5 and is 6." in message
+    assert f"type --overwrite, which removes {number} of that run" in message
+    assert run(models(), one, plain, *PLAIN, "--seed", 6, "--overwrite") == 0
+    assert f"removed {number} of another run: case_0" in capsys.readouterr().out
+    assert set(contents(plain)) == {"case_0.nii.gz"}
+
+
 @pytest.mark.parametrize("seed", [5, 6])
 def test_a_folder_whose_files_a_person_has_removed_is_empty(models, images, plain, seed):
     for file in plain.glob("*"):  # as rm does: hidden ones stay
@@ -259,28 +354,44 @@ def test_other_versions_are_told_of(models, images, plain, capsys):
 # --- kills -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("moment", range(1, 18, 2))
-def test_a_kill_at_any_file_loses_nothing_and_leaves_nothing(models, images, finished, tmp_path, moment):
-    """The process is gone before the second, sixth, ... file gets its name."""
-    out = tmp_path / "out"
+def _killed_at(moment, *arguments):
+    """Whether a run was killed, in a process of its own, before a file got its name: the n-th one, or the one given."""
     pid = os.fork()
     if pid == 0:
         replace, calls = os.replace, []
 
-        def dying(*arguments):
-            calls.append(arguments)
-            if len(calls) == 2 * moment:
+        def dying(*names):
+            calls.append(names)
+            if moment in (len(calls), names[1]):
                 os.kill(os.getpid(), signal.SIGKILL)
-            replace(*arguments)
+            replace(*names)
 
         os.replace = dying
-        run(models(), images, out, *WITH_ALL)
+        run(*arguments)
         os._exit(0)
-    killed = os.waitpid(pid, 0)[1] == signal.SIGKILL
+    return os.waitpid(pid, 0)[1] == signal.SIGKILL
+
+
+@pytest.mark.parametrize("moment", range(1, 18, 2))
+def test_a_kill_at_any_file_loses_nothing_and_leaves_nothing(models, images, finished, tmp_path, moment):
+    """The process is gone before the second, sixth, ... file gets its name."""
+    out = tmp_path / "out"
+    killed = _killed_at(2 * moment, models(), images, out, *WITH_ALL)
     assert killed or moment > 15
     assert run(models(), images, out, *WITH_ALL, "--continue_prediction") == 0
     assert contents(out) == contents(finished)
     assert not list(out.glob(".[!r]*")), "nothing hidden is left but the record"
+
+
+@pytest.mark.parametrize("file", [".run/cases/case_0.json", "case_0.npz", "samples/001/case_0.nii.gz", "case_0.nii.gz"])
+def test_a_kill_while_a_case_is_replaced_costs_that_case_alone(models, images, finished, out, capsys, file):
+    """Before the new record, and before files of the case."""
+    assert _killed_at(out / file, models(), images, out, *WITH_ALL, "--overwrite")
+    assert json.loads((out / ".run/cases/case_0.json").read_text())["files"]
+    assert not (out / "case_0.nii.gz").exists(), "an old mask is never beside new maps"
+    assert run(models(), images, out, *WITH_ALL, "--continue_prediction") == 0
+    assert "1 of 2 cases are finished" in capsys.readouterr().out
+    assert contents(out) == contents(finished)
 
 
 def test_leftovers_of_the_dead_are_cleared_and_other_files_are_not(tmp_path):
@@ -552,6 +663,19 @@ def test_parts_work_side_by_side_in_one_run(models, images, masks, tmp_path, cap
     assert len({json.loads(f.read_text())["run_id"] for f in (out / ".run").rglob("*.json")}) == 1
     assert run(models(), images, out, *part, 0, "--seed", 6, "--overwrite") == 0
     assert not (out / "case_1.nii.gz").exists(), "of another run"
+
+
+@pytest.mark.parametrize("how", [(), ("--overwrite",), ("--continue_prediction",)])
+def test_a_part_of_another_run_that_works_is_named_and_nothing_is_to_be_removed(models, images, plain, capsys, how):
+    pytest.importorskip("fcntl")
+    before = everything_in(plain)
+    with locked(plain / ".lock_0_of_2", "a prediction"):
+        assert run(models(), images, plain, *PLAIN, "--seed", 6, "-num_parts", 2, "-part_id", 1, *how) == 1
+    message = capsys.readouterr().err
+    assert f"a run with other options works here, -part_id 0 (process {os.getpid()}): --seed was 5 and is 6" in message
+    assert "Choose another folder, or wait for its end" in message
+    assert "--overwrite" not in message
+    assert everything_in(plain) == before
 
 
 # --- places ----------------------------------------------------------------------------------------------------------
