@@ -397,6 +397,8 @@ PLANS = [
     (("configurations", "only", "resampling_fn_seg_kwargs", "no_such_argument"), 1),
     (("configurations", "only", "use_mask_for_norm"), None), (("transpose_forward",), [0, 0, 1]),
     (("transpose_backward",), None), (("transpose_forward",), [0, 1, 99]), (("plans_name",), 3),
+    (("transpose_backward",), [1, 2, 0]), (("transpose_forward",), [2, 1, 0]), (("transpose_forward",), ["0", "1", "2"]),
+    (("transpose_backward",), [0, 1]), (("transpose_backward",), [0, 1, 2, 2]),
     (("dataset_name",), None),
     (("foreground_intensity_properties_per_channel",), None),
     (("foreground_intensity_properties_per_channel", "0"), {"mean": math.nan}),
