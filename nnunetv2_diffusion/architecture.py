@@ -32,6 +32,7 @@ OPERATORS = {
     "dropout_op": ("dropout",),
     "nonlin": ("activation",),
 }
+CONVOLUTIONS = ("Conv1d", "Conv2d", "Conv3d")  # nnU-Net tells the dimensions by them
 GIVEN_BY_THE_HOST = ("self", "input_channels", "num_classes", "deep_supervision")
 LISTS = {  # a number for each stage, or one for all; and what it may be
     "features_per_stage": (1, 8192),
@@ -79,8 +80,9 @@ def check_architecture(class_name: Any, arch_kwargs: Any, requires_import: Any) 
             continue
         if key not in OPERATORS:
             raise _refused("_kw_requires_import", key, f"only {', '.join(OPERATORS)}")
-        if not _is_operator(name, OPERATORS[key]):
-            raise _refused(key, name, f"a class of torch.nn.modules.{' or '.join(OPERATORS[key])}")
+        if not _is_operator(name, key):
+            which = ": Conv1d, Conv2d or Conv3d" if key == "conv_op" else ", none that is lazy"
+            raise _refused(key, name, f"a class of torch.nn.modules.{' or '.join(OPERATORS[key])}{which}")
     if class_name in NETWORKS:
         _check_arguments(NETWORKS[class_name], arch_kwargs, requires_import)
 
@@ -102,14 +104,16 @@ def short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _is_operator(name: Any, modules: tuple[str, ...]) -> bool:
-    """Whether a name is that of a class of torch.nn, defined in one of its modules; PyTorch is imported already."""
+def _is_operator(name: Any, key: str) -> bool:
+    """Whether a name is that of a class of torch.nn that may be this operator; PyTorch is imported already."""
     match = re.fullmatch(r"torch\.nn\.(?:modules\.(\w+)\.)?(\w+)", name) if isinstance(name, str) else None
     found = getattr(nn, match[2], None) if match else None
     if not (isinstance(found, type) and issubclass(found, nn.Module)):
         return False
+    if match[2].startswith("Lazy") or (key == "conv_op" and match[2] not in CONVOLUTIONS):
+        return False
     home = found.__module__.removeprefix("torch.nn.modules.")
-    return home in modules and match[1] in (None, home)
+    return home in OPERATORS[key] and match[1] in (None, home)
 
 
 # ---- numbers --------------------------------------------------------------------------------------------------------
@@ -132,8 +136,10 @@ def _check_arguments(network: type[nn.Module], kwargs: Mapping[str, Any], requir
         if key not in kwargs and parameters[key].default is inspect.Parameter.empty:
             raise UnsupportedArchitectureError(f"the plans' arch_kwargs have no {key}, which {network.__name__} needs")
     for key in OPERATORS:
-        if isinstance(kwargs.get(key), str) and key not in requires_import:
+        if kwargs.get(key) is not None and key not in requires_import:
             raise _unusable("_kw_requires_import", list(requires_import), f"{key} in it, which is a name")
+    if kwargs["conv_op"] is None:
+        raise _unusable("conv_op", None, f"one of {', '.join(CONVOLUTIONS)} of torch.nn")
     if not _whole(kwargs["n_stages"], 1, MOST_STAGES):
         raise _unusable("n_stages", kwargs["n_stages"], f"an integer in [1, {MOST_STAGES}]")
     for key in LISTS:
@@ -224,20 +230,35 @@ def _check_numbers(configuration: Mapping[str, Any]) -> None:
     if not isinstance(architecture, Mapping) or not keys <= set(architecture):
         raise _unusable("architecture", architecture, f"a mapping with {', '.join(sorted(keys))}")
     check_architecture(*(architecture[key] for key in ("network_class_name", "arch_kwargs", "_kw_requires_import")))
-    if architecture["network_class_name"] in NETWORKS:
+    network = NETWORKS.get(architecture["network_class_name"])
+    if network:
         _check_geometry(patch, architecture["arch_kwargs"])
-        _try_operators(architecture["arch_kwargs"], len(patch))
+        _try_operators(network, architecture["arch_kwargs"], len(patch))
 
 
-def _try_operators(kwargs: Mapping[str, Any], dims: int) -> None:
-    """Raise unless the operators, which are PyTorch's by now, take their arguments and an image."""
-    image = torch.zeros(1, 4, *[4] * dims)
-    for key, channels in (("norm_op", (4,)), ("dropout_op", ()), ("nonlin", ())):
+def _try_operators(network: type[nn.Module], kwargs: Mapping[str, Any], dims: int) -> None:
+    """Raise unless the operators, which are PyTorch's by now, take their arguments and the features of every stage."""
+    features = kwargs["features_per_stage"]
+    widths = sorted({int(n) for n in (features if isinstance(features, list | tuple) else [features])})
+    # as many voxels along an axis as no stage has features: a layer must not take the one for the other
+    voxels = next(n for n in range(2, 99) if n not in widths)
+    weights = network is ResidualEncoderUNet  # whose initialisation sets them, of norm_op
+    if weights and kwargs.get("norm_op") is None:
+        raise _unusable("norm_op", None, f"a normalisation with weights, as {network.__name__} needs")
+    for key in ("norm_op", "dropout_op", "nonlin"):
         name, given = kwargs.get(key), kwargs.get(f"{key}_kwargs")
         if name is None or name in allowed_names():
             continue
         try:
-            getattr(nn, name.rsplit(".", 1)[-1])(*channels, **(given or {})).eval()(image)
+            for width in widths:
+                image = torch.zeros(1, width, *[voxels] * dims)
+                cls = getattr(nn, name.rsplit(".", 1)[-1])
+                operator = cls(*[width] if key == "norm_op" else [], **(given or {})).eval()
+                if key == "norm_op" and weights and getattr(operator, "weight", None) is None:
+                    raise ValueError(f"it has no weights, which {network.__name__} needs: affine is false")
+                found = operator(image)
+                if found.shape != image.shape:
+                    raise ValueError(f"an image of shape {tuple(image.shape)} becomes {tuple(found.shape)}")
         except Exception as error:  # PyTorch's classes raise many kinds
             reason = " ".join(str(error).split())[:200]
             raise _unusable(f"{key}_kwargs", given, f"arguments of {name} for {dims}D images ({reason})") from None
@@ -245,9 +266,10 @@ def _try_operators(kwargs: Mapping[str, Any], dims: int) -> None:
 
 def _check_geometry(patch: list | tuple, kwargs: Mapping[str, Any]) -> None:
     """Raise unless convolutions, kernels and strides have the patch's axes, and strides divide the patch."""
-    dims = {"1": 1, "2": 2, "3": 3}.get(str(kwargs["conv_op"])[-2:-1])
-    if dims not in (None, len(patch)):
-        raise _unusable("conv_op", kwargs["conv_op"], f"one of {len(patch)} dimensions, as patch_size {list(patch)}")
+    for key in ("conv_op", "norm_op"):  # PyTorch takes an image without a batch for one of fewer dimensions
+        dims = re.search(r"([123])d$", str(kwargs.get(key)))
+        if dims and int(dims[1]) != len(patch):
+            raise _unusable(key, kwargs[key], f"one of {len(patch)} dimensions, as patch_size {list(patch)}")
     factors = [1] * len(patch)
     for key in AXES:
         for entry in kwargs[key]:

@@ -53,9 +53,7 @@ def check_plans_content(plans: Any, configuration: str, dataset_json: Any, where
     for key, kind in PLANS_KEYS.items():
         if not isinstance(plans.get(key), kind):
             raise _bad(where, f"{key} of the plans", plans.get(key), f"a {kind.__name__}")
-    for key in ("transpose_forward", "transpose_backward"):
-        if sorted(map(str, plans[key])) != ["0", "1", "2"]:
-            raise _bad(where, f"{key} of the plans", plans[key], "0, 1 and 2 in some order")
+    check_transposes(plans, where)
     check_configuration(settings.configuration, f"{where}: configuration {configuration}")
     _check_name(plans["image_reader_writer"], ("imageio",), True, where, "image_reader_writer")
     if "label_manager" in plans:
@@ -67,6 +65,24 @@ def check_plans_content(plans: Any, configuration: str, dataset_json: Any, where
     channels = _check_labels(manager, settings, dataset_json, where)
     _check_normalization(plans, settings.configuration, channels, where)
     return settings
+
+
+def check_transposes(plans: Mapping[str, Any], where: str) -> None:
+    """Raise unless transpose_forward is an order of the three axes, and transpose_backward undoes it.
+
+    Raises:
+        PlansContentError: naming the key, what was found and what was expected.
+    """
+    for key in ("transpose_forward", "transpose_backward"):
+        axes = plans.get(key)
+        if not isinstance(axes, list | tuple) or not all(type(n) is int for n in axes) or sorted(axes) != [0, 1, 2]:
+            raise _bad(where, f"{key} of the plans", axes, "0, 1 and 2 in some order")
+    forward, backward = plans["transpose_forward"], plans["transpose_backward"]
+    undoes = [forward.index(axis) for axis in range(3)]
+    if list(backward) != undoes:
+        raise _bad(
+            where, "transpose_backward of the plans", backward, f"{undoes}, which undoes transpose_forward {forward}"
+        )
 
 
 def _bad(where: str, key: str, found: Any, expected: str) -> PlansContentError:

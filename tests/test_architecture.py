@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from dynamic_network_architectures.building_blocks.helper import convert_dim_to_conv_op, get_matching_instancenorm
+from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent / "inference"))
@@ -106,6 +108,60 @@ def test_an_operator_of_another_kind_is_refused():
             check(**{key: name})
 
 
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        *(("conv_op", f"torch.nn.{name}") for name in ("LazyConv3d", "ConvTranspose3d", "LazyConvTranspose2d")),
+        *(("conv_op", f"torch.nn.modules.conv.{name}") for name in ("LazyConv3d", "ConvTranspose3d", "_ConvNd")),
+        ("norm_op", "torch.nn.LazyBatchNorm3d"),
+        ("norm_op", "torch.nn.modules.instancenorm.LazyInstanceNorm3d"),
+        ("norm_op", "torch.nn.modules.batchnorm._BatchNorm"),
+    ],
+)
+def test_a_class_that_builds_no_network_is_refused(key, name):
+    with pytest.raises(UnsupportedArchitectureError, match=f"{key} is '{name}', expected a class of torch.nn.modules"):
+        check(**{key: name})
+
+
+def test_convolutions_are_required():
+    with pytest.raises(UnsupportedArchitectureError, match="conv_op is None, expected one of Conv1d, Conv2d, Conv3d"):
+        check(conv_op=None)
+    with pytest.raises(UnsupportedArchitectureError, match="conv_op in it"):
+        check(conv_op=3, _kw_requires_import=["norm_op", "dropout_op", "nonlin"])
+
+
+def tiny(network):
+    """A configuration with this network, and its arguments."""
+    configuration = make_plans((8, 8, 8), (1.0, 1.0, 1.0))["configurations"]["only"]
+    described = configuration["architecture"]
+    described["network_class_name"] = f"{DOTTED}.{network}"
+    kwargs = described["arch_kwargs"]
+    if network == "ResidualEncoderUNet":
+        kwargs["n_blocks_per_stage"] = kwargs.pop("n_conv_per_stage")
+    return configuration, kwargs
+
+
+@pytest.mark.parametrize(
+    ("network", "null"), [("PlainConvUNet", ("norm_op", "nonlin")), ("ResidualEncoderUNet", ("nonlin",))]
+)
+def test_other_operators_may_be_null(network, null):
+    configuration, kwargs = tiny(network)
+    kwargs.update(dict.fromkeys(null))
+    check_configuration(configuration, "here")
+    names = configuration["architecture"]["_kw_requires_import"]
+    built = get_network_from_plans(f"{DOTTED}.{network}", kwargs, names, 1, 2, deep_supervision=False)
+    assert built(torch.zeros(1, 1, 8, 8, 8)).shape == (1, 2, 8, 8, 8)
+
+
+@pytest.mark.parametrize("changes", [{"norm_op": None}, {"norm_op_kwargs": {"affine": False}}, {"norm_op_kwargs": {}}])
+def test_a_residual_network_needs_a_normalisation_with_weights(changes):
+    configuration, kwargs = tiny("ResidualEncoderUNet")
+    check_configuration(configuration, "here")
+    kwargs.update(changes)
+    with pytest.raises(UnsupportedArchitectureError, match=r"^here: .*norm_op.* weights, .*ResidualEncoderUNet needs"):
+        check_configuration(configuration, "here")
+
+
 @pytest.mark.parametrize("keys", [["conv_bias"], ["norm_op_kwargs"], ["evil"]])
 def test_other_keys_are_never_imported(keys):
     kwargs = {"conv_bias": "evilmod.run", "norm_op_kwargs": "evilmod.run", "evil": "evilmod.run"}
@@ -125,6 +181,9 @@ def test_a_site_adds_names_by_a_variable(monkeypatch):
     monkeypatch.setenv(ALLOW, "mysite.nets.MyUNet, mysite.nets.Swish")
     check(nonlin="mysite.nets.Swish")
     check(network_class_name="mysite.nets.MyUNet")
+    check(network_class_name="mysite.nets.MyUNet", conv_op=None)
+    monkeypatch.setenv(ALLOW, "torch.nn.LazyConv3d, mysite.nets.Swish")
+    check(conv_op="torch.nn.LazyConv3d")
     with pytest.raises(UnsupportedArchitectureError, match=r"nonlin is 'mysite.nets.Other'"):
         check(nonlin="mysite.nets.Other")
     assert environment_overrides() == {}  # it is no setting, and is not refused as one
@@ -193,6 +252,47 @@ def test_numbers_of_a_configuration_are_named_with_their_place(key, value):
     check_configuration(configuration, "here")
     (configuration["architecture"]["arch_kwargs"] if key.endswith("kwargs") else configuration)[key] = value
     with pytest.raises(UnsupportedArchitectureError, match=rf"^here: .*({key}|spacing|conv_op)"):
+        check_configuration(configuration, "here")
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "given"),
+    [
+        ("nonlin", "MultiheadAttention", {}), ("nonlin", "MultiheadAttention", {"embed_dim": 4, "num_heads": 2}),
+        ("nonlin", "GLU", {}), ("nonlin", "Threshold", {}), ("nonlin", "PReLU", {"num_parameters": 4}),
+        ("norm_op", "LayerNorm", {}), ("norm_op", "GroupNorm", {}), ("norm_op", "GroupNorm", {"num_channels": 8}),
+        ("dropout_op", "Dropout3d", {"p": 2}),
+    ],
+)  # fmt: skip
+def test_operators_that_do_not_take_the_features_are_named(key, name, given):
+    configuration = make_plans((8, 8, 8), (1.0, 1.0, 1.0))["configurations"]["only"]
+    kwargs = configuration["architecture"]["arch_kwargs"]
+    kwargs.update({key: f"torch.nn.{name}", f"{key}_kwargs": given, "features_per_stage": [6, 8, 8]})
+    with pytest.raises(UnsupportedArchitectureError, match=rf"^here: .*{key}_kwargs is .*, expected .*{name} for"):
+        check_configuration(configuration, "here")
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "given"),
+    [
+        ("nonlin", "PReLU", {}), ("nonlin", "Hardtanh", None), ("nonlin", "ELU", {"inplace": True}),
+        ("norm_op", "BatchNorm3d", None), ("norm_op", "SyncBatchNorm", {}), ("dropout_op", "Dropout3d", {"p": 0.1}),
+    ],
+)  # fmt: skip
+def test_operators_that_take_the_features_are_allowed(key, name, given):
+    configuration = make_plans((8, 8, 8), (1.0, 1.0, 1.0))["configurations"]["only"]
+    kwargs = configuration["architecture"]["arch_kwargs"]
+    kwargs.update({key: f"torch.nn.{name}", f"{key}_kwargs": given})
+    check_configuration(configuration, "here")
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize(("patch", "dims"), [((8, 8), 3), ((8, 8, 8), 2)])
+def test_normalisation_of_other_dimensions_than_the_patch_is_named(patch, dims, affine):
+    configuration = make_plans(patch, [1.0] * len(patch))["configurations"]["only"]
+    kwargs = configuration["architecture"]["arch_kwargs"]
+    kwargs.update(norm_op=f"torch.nn.InstanceNorm{dims}d", norm_op_kwargs={"affine": affine})
+    with pytest.raises(UnsupportedArchitectureError, match=rf"norm_op is .* expected one of {len(patch)} dimensions"):
         check_configuration(configuration, "here")
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from nnunetv2_diffusion.architecture import short
 from nnunetv2_diffusion.inference.cases import (
     CaseResult,
     describe,
@@ -188,6 +189,11 @@ def _as_read(
 ) -> tuple[np.ndarray, dict[str, Any]]:
     """An array and its spacing as a reader of nnU-Net would give them, for a model of 2 or 3 dimensions."""
     axes, number = "(y, x)" if dims == 2 else "(z, y, x)", f"expected ({channels} channels, z, y, x)"
+    if isinstance(image, np.ma.MaskedArray):
+        raise InputError(
+            "the image is a masked array, expected one without a mask: give the masked voxels a value, "
+            "image.filled(value)"
+        )
     if image.dtype.kind not in "biuf":
         raise InputError(f"the image has values of type {image.dtype}, expected real numbers")
     if image.ndim > 2 and image.shape[-1] == channels > 1 and image.shape[0] != channels:
@@ -195,6 +201,7 @@ def _as_read(
             f"the image has shape {image.shape} and the model {channels} channels: move the channels to the front, "
             "np.moveaxis(image, -1, 0)"
         )
+    spacing = None if spacing is None else _numbers(spacing, axes)
     if dims == 3 and (image.ndim == 2 or (spacing is not None and len(spacing) == 2)):
         raise InputError(
             f"the image has shape {image.shape}, and the model is 3D: give a volume {axes}, {number}, and its spacing "
@@ -202,7 +209,6 @@ def _as_read(
         )
     if spacing is None:
         raise InputError(f"spacing is missing: expected mm along each spatial axis of the array, {axes}")
-    spacing = [float(s) for s in spacing]
     positive = all(np.isfinite(s) and s > 0 for s in spacing)
     if len(spacing) not in (2, 3) or not positive or image.ndim not in (len(spacing), len(spacing) + 1):
         raise InputError(
@@ -216,6 +222,17 @@ def _as_read(
         array, spacing = array[:, None], [999 * max(spacing), *spacing]
     with np.errstate(over="ignore"):  # what is too large is found as a value that is not finite
         return array.astype(np.float32), {"spacing": spacing}
+
+
+def _numbers(spacing: Sequence[float], axes: str) -> list[float]:
+    """The spacing as a list of floats; a text or complex numbers are none."""
+    try:
+        values = np.asarray(spacing)
+    except (TypeError, ValueError):  # lists within of other lengths
+        values = np.empty(0, object)
+    if values.ndim != 1 or values.dtype.kind not in "iuf":
+        raise InputError(f"spacing is {short(spacing)}, expected mm along each spatial axis of the array, {axes}")
+    return [float(s) for s in values]
 
 
 def _colours_last(image: np.ndarray) -> str:

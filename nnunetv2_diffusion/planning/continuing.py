@@ -1,8 +1,11 @@
 """What a continued training may change of its settings, and which settings a trainer reads."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy as np
+
+from nnunetv2_diffusion.architecture import short
 from nnunetv2_diffusion.planning.settings import SUBSECTIONS, DiffusionSettings
 
 # with another value of these the network is another one, or means something else
@@ -66,6 +69,13 @@ FREE = frozenset(
         "score.steps",
     }
 )
+# of plans: with another value images reach the network otherwise, or the network computes something else
+MEANING = (
+    *("spacing", "normalization_schemes", "use_mask_for_norm", "preprocessor_name", "architecture"),
+    *("resampling_fn_data", "resampling_fn_data_kwargs", "resampling_fn_seg", "resampling_fn_seg_kwargs"),
+    *("transpose_forward", "transpose_backward"),
+)
+AXES = ("transpose_forward", "transpose_backward")  # beside the configurations
 
 # groups that trainers read
 LENGTHS = frozenset({"num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "max_bad_steps"})
@@ -95,6 +105,89 @@ def changes(old: DiffusionSettings, new: DiffusionSettings, names: Iterable[str]
     """Settings that differ, of those named, each as ``name old -> new``."""
     before, after = flat(old), flat(new)
     return {n: f"{n} {before[n]} -> {after[n]}" for n in before if n in names and before[n] != after[n]}
+
+
+def plans_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs between a configuration of a checkpoint and that of the plans, beside the settings.
+
+    Args:
+        old: of the checkpoint, resolved; keys that it lacks are not compared.
+        new: of the plans, resolved.
+
+    Returns:
+        what changes the meaning of the network or its input, and all else, each as ``name old -> new``.
+    """
+    meaning, other = [], []
+    for key in sorted(set(old) - {"diffusion", "inherits_from"}):
+        before, after = _leaves(old[key], key), _leaves(new.get(key), key)
+        found = [_change(n, before.get(n), after.get(n)) for n in {**before, **after} if before.get(n) != after.get(n)]
+        (meaning if key in MEANING else other).extend(found)
+    return meaning, other
+
+
+def dataset_changes(old: Any, new: Mapping[str, Any]) -> list[str]:
+    """Labels and channels of dataset.json that differ from those of a checkpoint, each as ``name old -> new``.
+
+    The order of keys is no difference, but for regions: it is that of the network's outputs.
+
+    Args:
+        old: of the checkpoint; what it lacks is not compared.
+        new: of the data set.
+    """
+    old = old if isinstance(old, Mapping) else {}
+    found = []
+    for what, read in (("label", _labels), ("channel", _channels)):
+        before, after = read(old), read(new)
+        names = {**before, **after} if before else {}
+        found += [_change(f"{what} {n!r}", before.get(n), after.get(n)) for n in names if before.get(n) != after.get(n)]
+    before, after = _labels(old), _labels(new)
+    if found or not any(isinstance(value, list) for value in after.values()):
+        return found
+    if list(before) != list(after) and before:
+        found.append(_change("order of the regions", list(before), list(after)))
+    key = "regions_class_order"
+    if key in old and _plain(old[key]) != _plain(new.get(key)):
+        found.append(_change(key, old[key], new.get(key)))
+    return found
+
+
+def _change(name: str, old: Any, new: Any) -> str:
+    return f"{name} {short(old)} -> {short(new)}"
+
+
+def _plain(value: Any) -> Any:
+    """A value with lists for tuples, as JSON has them."""
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def _leaves(value: Any, name: str) -> dict[str, Any]:
+    """Values within mappings by dotted names."""
+    if not isinstance(value, Mapping):
+        return {name: _plain(value)}
+    found: dict[str, Any] = {}
+    for key, entry in value.items():
+        found.update(_leaves(entry, f"{name}.{key}"))
+    return found
+
+
+def _labels(dataset_json: Mapping[str, Any]) -> dict[str, int | list[int]]:
+    """Numbers of labels by name; several of a region sorted, and background and ignore, no outputs, last."""
+    labels = dataset_json.get("labels")
+    if not isinstance(labels, Mapping):
+        return {}
+    last = ("background", "ignore")
+    names = [name for name in labels if name not in last] + [name for name in last if name in labels]
+    try:
+        numbers = {name: sorted({int(n) for n in np.ravel(labels[name])}) for name in names}
+    except (TypeError, ValueError):  # nothing that nnU-Net could train with
+        return {}
+    return {name: values[0] if len(values) == 1 else values for name, values in numbers.items()}
+
+
+def _channels(dataset_json: Mapping[str, Any]) -> dict[str, str]:
+    """Names of channels by number."""
+    channels = dataset_json.get("modality", dataset_json.get("channel_names"))
+    return {str(n): name for n, name in channels.items()} if isinstance(channels, Mapping) else {}
 
 
 def unread(settings: DiffusionSettings, reads: Iterable[str]) -> list[str]:

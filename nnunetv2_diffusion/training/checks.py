@@ -14,6 +14,7 @@ from nnunetv2_diffusion.architecture import check_configuration
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.denoiser import SUPPORTED
 from nnunetv2_diffusion.planning.settings import SettingsError, read_settings
+from nnunetv2_diffusion.plans_content import check_transposes
 from nnunetv2_diffusion.training.label_scan import scan_labels
 
 
@@ -24,6 +25,7 @@ def check_plans(plans: dict, configuration: str, dataset_json: dict) -> None:
         SettingsError: unknown key or unusable value in the ``diffusion`` section, or an encoding for classes where
             dataset.json has regions.
         ValueError: classes are not numbered 0, 1, 2, ...
+        PlansContentError: transpose_backward does not undo transpose_forward.
         UnsupportedArchitectureError: not a PlainConvUNet or ResidualEncoderUNet, or numbers or names that cannot be
             used; nothing was imported.
     """
@@ -46,6 +48,7 @@ def check_plans(plans: dict, configuration: str, dataset_json: dict) -> None:
             f"{' and '.join(supported)}. Plan with a stock nnU-Net planner and pass its plans with -p."
         )
     check_configuration(manager.configuration, where)
+    check_transposes(plans, where)
 
 
 def check_label_numbers(labels: LabelManager) -> None:

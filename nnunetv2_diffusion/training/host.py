@@ -28,7 +28,7 @@ from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint, lo
 from nnunetv2_diffusion.diffusion import MaskEncoding
 from nnunetv2_diffusion.locks import locked
 from nnunetv2_diffusion.networks.heads import HeadsMixin
-from nnunetv2_diffusion.planning.continuing import FIXED, LENGTHS, changes, unread
+from nnunetv2_diffusion.planning.continuing import AXES, FIXED, LENGTHS, changes, dataset_changes, plans_changes, unread
 from nnunetv2_diffusion.planning.schema import S
 from nnunetv2_diffusion.planning.settings import (
     DiffusionSettings,
@@ -279,8 +279,8 @@ class CommonTrainer(MemoryLog, nnUNetTrainer):
         With ``--c`` the newest whole checkpoint beside a half-written one is taken.
 
         Raises:
-            CheckpointError: if the file was written by another trainer, for other classes or with settings of another
-                process, if it is damaged, or holds more than weights and plain data.
+            CheckpointError: if the file was written by another trainer, for other classes, labels or inputs or with
+                settings of another process, if it is damaged, or holds more than weights and plain data.
         """
         if not isinstance(filename_or_checkpoint, str):
             super().load_checkpoint(filename_or_checkpoint)
@@ -313,24 +313,37 @@ class CommonTrainer(MemoryLog, nnUNetTrainer):
         return str(other)
 
     def _compare_settings(self, file: str) -> None:
-        """Refuse a checkpoint of another process, tell what else differs."""
+        """Refuse a checkpoint of another process, other labels or other inputs; tell what else differs."""
+        arguments = load_checkpoint_file(file).get("init_args")
+        arguments = arguments if isinstance(arguments, dict) else {}
+        old, different = {}, {}
         try:
-            arguments = load_checkpoint_file(file)["init_args"]
             plans = PlansManager(dict(arguments["plans"]))
-            old = read_settings(plans.get_configuration(arguments["configuration"]).configuration, str(file))
+            old = plans.get_configuration(arguments["configuration"]).configuration
+            different = changes(read_settings(old, str(file)), self.settings, self.reads())
         except (KeyError, TypeError, ValueError) as error:
             self.print_to_log_file(f"{file}: its settings cannot be read, nor compared with the plans' ({error})")
-            return
-        different = changes(old, self.settings, self.reads())
-        fixed = [text for name, text in different.items() if name in FIXED]
+        axes = {key: arguments["plans"][key] for key in AXES if old and key in arguments["plans"]}
+        new = {**self.configuration_manager.configuration, **{key: self.plans_manager.plans.get(key) for key in AXES}}
+        meaning, told = plans_changes({**old, **axes}, new)
+        data = dataset_changes(arguments.get("dataset_json"), self.dataset_json)
+        if data:
+            raise _changed(file, "dataset.json has", data, f"dataset.json of {self.plans_manager.dataset_name}")
+        fixed = [text for name, text in different.items() if name in FIXED] + meaning
         if fixed:
-            raise CheckpointError(
-                f"{file}: the plans have changed since it was written: {', '.join(fixed)}. A trained network means "
-                f"something else then: set them back in {self.plans_manager.plans_name}, or train anew with plans of "
-                "another name"
-            )
-        if different:
-            self.print_to_log_file(f"settings changed since the checkpoint: {', '.join(different.values())}")
+            raise _changed(file, "the plans have", fixed, self.plans_manager.plans_name)
+        told = [text for name, text in different.items() if name not in FIXED] + told
+        if told:
+            self.print_to_log_file(f"settings changed since the checkpoint: {', '.join(told)}")
+
+
+def _changed(file: str, what: str, changed: list[str], place: str) -> CheckpointError:
+    named = ", ".join(changed[:8]) + (f" and {len(changed) - 8} more" if len(changed) > 8 else "")
+    return CheckpointError(
+        f"{file}: {what} changed since it was written: {named}. A trained network means something else "
+        f"then: set them back in {place}, or train anew with plans of another name, if you like from these weights: "
+        "nnunetv2_diffusion warm-start"
+    )
 
 
 class PlannedTrainer(CommonTrainer):

@@ -7,6 +7,7 @@ import pickle
 import re
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from torch import nn
 from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint, load_checkpoint_file
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.planning.settings import SettingsError
+from nnunetv2_diffusion.plans_content import PlansContentError
 from nnunetv2_diffusion.training.checks import (
     absent_classes,
     check_images,
@@ -40,6 +42,7 @@ REGIONS_JSON = {"labels": {"background": 0, "whole": [1, 2], "core": [2]}, "regi
 def make_plans(architecture: str = "PlainConvUNet", diffusion: dict | None = None) -> dict:
     blocks = "n_conv_per_stage" if architecture == "PlainConvUNet" else "n_blocks_per_stage"
     arguments = {"n_stages": 2, "features_per_stage": [4, 8], "conv_op": "torch.nn.modules.conv.Conv2d"}
+    arguments |= {"norm_op": "torch.nn.InstanceNorm2d", "norm_op_kwargs": {"affine": True}}
     arguments |= {"kernel_sizes": [[3, 3]] * 2, "strides": [[1, 1], [2, 2]], blocks: [1, 1]}
     configuration = {
         "patch_size": [8, 8],
@@ -48,12 +51,30 @@ def make_plans(architecture: str = "PlainConvUNet", diffusion: dict | None = Non
         "architecture": {
             "network_class_name": f"dynamic_network_architectures.architectures.unet.{architecture}",
             "arch_kwargs": {**arguments, "n_conv_per_stage_decoder": [1]},
-            "_kw_requires_import": ["conv_op"],
+            "_kw_requires_import": ["conv_op", "norm_op"],
         },
     }
     if diffusion is not None:
         configuration["diffusion"] = diffusion
-    return {"plans_name": "somePlans", "configurations": {"2d": configuration, "child": {"inherits_from": "2d"}}}
+    return {
+        "plans_name": "somePlans",
+        "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2],
+        "configurations": {"2d": configuration, "child": {"inherits_from": "2d"}},
+    }
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "fits"),
+    [
+        ([2, 0, 1], [1, 2, 0], True), ([2, 1, 0], [2, 1, 0], True), ([2, 0, 1], [2, 0, 1], False),
+        ([2, 1, 0], [0, 1, 2], False), ([0, 0, 1], [0, 1, 2], False), ([0, 1, 2], None, False),
+    ],
+)  # fmt: skip
+def test_axes_that_are_not_brought_back_are_refused(forward, backward, fits):
+    plans = {**make_plans(), "transpose_forward": forward, "transpose_backward": backward}
+    with nullcontext() if fits else pytest.raises(PlansContentError, match=r"somePlans: transpose_\w+ of the plans"):
+        check_plans(plans, "2d", CLASSES_JSON)
 
 
 @pytest.mark.parametrize("architecture", ["PlainConvUNet", "ResidualEncoderUNet"])

@@ -1,6 +1,8 @@
 """What all trainers share: settings that they read, threads, one process a fold, settings of a continued training."""
 
+import copy
 import os
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,9 +12,12 @@ import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
+from tiny_model import make_plans
+
 from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.locks import LockedError, locked
-from nnunetv2_diffusion.planning.continuing import FIXED, flat
+from nnunetv2_diffusion.planning.continuing import FIXED, dataset_changes, flat
 from nnunetv2_diffusion.planning.settings import SUBSECTIONS, DiffusionSettings
 from nnunetv2_diffusion.training.host import LOCK, CommonTrainer
 
@@ -215,6 +220,135 @@ def test_another_process_is_refused_by_name(make, tmp_path, name, before, after,
     ):
         trainer.load_checkpoint(str(file))
     assert all(torch.equal(value, weights[key]) for key, value in trainer.network.state_dict().items())
+
+
+def saved_with(make, file, dataset=None, configuration=None, plans=None, cls=None):
+    """A checkpoint with other values of dataset.json, of the configuration or of the plans than ``make`` has now."""
+    trainer = make(cls or trainer_class("RecycleXT"))
+    arguments = copy.deepcopy({k: v for k, v in trainer.my_init_kwargs.items() if k != "device"})
+    for place, values in (
+        (arguments["dataset_json"], dataset),
+        (arguments["plans"]["configurations"]["only"], configuration),
+        (arguments["plans"], plans),
+    ):
+        for key, value in (values or {}).items():
+            place.pop(key, None)
+            if value is not None:
+                place[key] = value
+    trainer.my_init_kwargs = {**trainer.my_init_kwargs, **arguments}
+    trainer.save_checkpoint(str(file))
+    return str(file)
+
+
+LABELS = [
+    ({"background": 0, "left part": 2, "right part": 1}, "label 'left part' 2 -> 1, label 'right part' 1 -> 2"),
+    ({"background": 0, "liver": 1, "right part": 2}, "label 'liver' 1 -> None, label 'left part' None -> 1"),
+    ({"background": 0, "left part": 1, "right part": 3}, "label 'right part' 3 -> 2"),
+    ({"background": 0, "left part": 1, "right part": 2, "ignore": 3}, "label 'ignore' 3 -> None"),
+    ({"background": 0, "left part": [1, 2], "right part": 2}, r"label 'left part' \[1, 2\] -> 1"),
+]
+
+
+@pytest.mark.parametrize("name", ["RecycleXT", "HiDiff", "Baseline"])
+@pytest.mark.parametrize(("labels", "told"), LABELS)
+def test_other_labels_are_refused_by_name(make, tmp_path, name, labels, told):
+    cls = trainer_class(name)
+    file = saved_with(make, tmp_path / "checkpoint_latest.pth", {"labels": labels}, cls=cls)
+    trainer = make(cls, continue_training=True)
+    weights = {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    said = rf"latest.pth: dataset.json has changed .*: {told}\. .* Dataset903_Random, or train anew .*warm-start"
+    with pytest.raises(CheckpointError, match=said):
+        trainer.load_checkpoint(file)
+    assert all(torch.equal(value, weights[key]) for key, value in trainer.network.state_dict().items())
+
+
+@pytest.mark.parametrize("key", ["channel_names", "modality"])
+def test_other_channels_are_refused_by_name(make, tmp_path, key):
+    file = saved_with(make, tmp_path / "checkpoint_latest.pth", {"channel_names": None, key: {"0": "CT"}})
+    with pytest.raises(CheckpointError, match=r"dataset.json has changed .*: channel '0' 'CT' -> 'MR'"):
+        make(trainer_class("RecycleXT"), continue_training=True).load_checkpoint(file)
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        {"labels": {"right part": 2, "background": 0, "left part": 1}},
+        {"labels": {"background": 0, "left part": "1", "right part": [2]}},
+        {"labels": None}, {"channel_names": None}, {"labels": None, "channel_names": None, "file_ending": None},
+        {"regions_class_order": [2, 1]}, {"numTraining": 99},
+    ],
+)  # fmt: skip
+def test_the_order_of_labels_and_what_is_not_there_are_no_difference(make, tmp_path, dataset):
+    file = saved_with(make, tmp_path / "checkpoint_latest.pth", dataset)
+    trainer = make(trainer_class("RecycleXT"), continue_training=True)
+    trainer.load_checkpoint(file)
+    assert "changed since" not in log_of(trainer)
+
+
+REGIONS = {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("new", "told"),
+    [
+        ({}, []),
+        ({"labels": {"whole": (2, 1), "core": [2], "background": 0}, "regions_class_order": (1, 2)}, []),
+        ({"labels": {"background": 0, "core": 2, "whole": [1, 2]}}, ["order of the regions"]),
+        ({"regions_class_order": [2, 1]}, ["regions_class_order [1, 2] -> [2, 1]"]),
+        ({"labels": {"background": 0, "whole": [1, 2, 3], "core": 2}}, ["label 'whole' [1, 2] -> [1, 2, 3]"]),
+    ],
+)
+def test_the_order_of_regions_is_that_of_the_outputs(new, told):
+    found = dataset_changes(REGIONS, {**REGIONS, **new})
+    assert len(found) == len(told)
+    assert all(text.startswith(start) for text, start in zip(found, told, strict=True))
+
+
+ARCHITECTURE = make_plans((8, 12, 8), [1.0] * 3)["configurations"]["only"]["architecture"]
+RELU = {**ARCHITECTURE, "arch_kwargs": {**ARCHITECTURE["arch_kwargs"], "nonlin": "torch.nn.ReLU"}}
+CUBIC = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("spacing", [2.0, 1.0, 1.0], r"spacing \[2.0, 1.0, 1.0\] -> \[1.0, 1.0, 1.0\]"),
+        ("normalization_schemes", ["CTNormalization"], r"schemes \['CTNormalization'\] -> \['ZScoreNormalization'\]"),
+        ("use_mask_for_norm", [True], r"use_mask_for_norm \[True\] -> \[False\]"),
+        ("preprocessor_name", "Other", "preprocessor_name 'Other' -> 'DefaultPreprocessor'"),
+        ("resampling_fn_data", "other", "resampling_fn_data 'other' -> 'resample"),
+        ("resampling_fn_seg_kwargs", CUBIC, "resampling_fn_seg_kwargs.is_seg False -> True, .*order 3 -> 1"),
+        ("architecture", RELU, "architecture.arch_kwargs.nonlin 'torch.nn.ReLU' -> 'torch.nn.LeakyReLU'"),
+    ],
+)
+def test_other_inputs_or_another_network_are_refused_by_name(make, tmp_path, key, value, told):
+    file = saved_with(make, tmp_path / "checkpoint_latest.pth", configuration={key: value})
+    with pytest.raises(CheckpointError, match=f"the plans have changed .*: .*{told}.* set them back in tiny"):
+        make(trainer_class("RecycleXT"), continue_training=True).load_checkpoint(file)
+
+
+def test_other_axes_are_refused_by_name(make, tmp_path):
+    file = saved_with(make, tmp_path / "checkpoint_latest.pth", plans={"transpose_forward": [2, 1, 0]})
+    with pytest.raises(CheckpointError, match=r"transpose_forward \[2, 1, 0\] -> \[0, 1, 2\]"):
+        make(trainer_class("RecycleXT"), continue_training=True).load_checkpoint(file)
+
+
+def test_other_sizes_are_told(make, tmp_path):
+    sizes = {"patch_size": [16, 12, 8], "batch_size": 3, "batch_dice": True}
+    file = saved_with(make, tmp_path / "checkpoint_latest.pth", configuration=sizes)
+    trainer = make(trainer_class("RecycleXT"), continue_training=True, num_epochs=7)
+    trainer.load_checkpoint(file)
+    told = next(line for line in log_of(trainer).splitlines() if "settings changed since the checkpoint" in line)
+    for text in ("num_epochs", "patch_size [16, 12, 8] -> [8, 12, 8]", "batch_size 3 -> 2", "batch_dice True -> False"):
+        assert text in told
+
+
+@pytest.mark.parametrize("key", ["normalization_schemes", "preprocessor_name", "resampling_fn_data", "patch_size"])
+def test_what_a_checkpoint_lacks_is_not_compared(make, tmp_path, key):
+    file = saved_with(make, tmp_path / "checkpoint_latest.pth", configuration={key: None})
+    trainer = make(trainer_class("RecycleXT"), continue_training=True)
+    trainer.load_checkpoint(file)
+    assert "changed since" not in log_of(trainer)
 
 
 def test_other_changes_are_told_and_kept(make, tmp_path):
