@@ -60,7 +60,7 @@ def _check_folder(folder: Path) -> None:
 def _read(file: Path) -> dict:
     """A checkpoint; the error of one that was cut off names the whole one beside it."""
     try:
-        return validated(load_checkpoint_file(file), file)
+        return load_checkpoint_file(file)
     except CheckpointError as error:
         other = whole_neighbour(file)
         if other is None:
@@ -115,7 +115,7 @@ def load_predictor(
 def _load(predictor: DiffusionPredictor, folder: Path, files: list[Path]) -> None:
     """Give a predictor the network of a model, and the weights of its folds."""
     content, dataset_json = read_model_json(folder / "plans.json"), read_model_json(folder / "dataset.json")
-    checkpoints = [_read(file) for file in files]
+    checkpoints = [validated(_read(file), file) for file in files]
     first = checkpoints[0]
     name = first["init_args"]["configuration"]
     check_plans(content, name, dataset_json, folder)
