@@ -11,7 +11,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
 from nnunetv2_diffusion.inference import predictor as predictor_module
 from nnunetv2_diffusion.inference import sliding_window
-from nnunetv2_diffusion.inference.cases import describe, draw_case, final_mask
+from nnunetv2_diffusion.inference.cases import describe, draw_case
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
 from nnunetv2_diffusion.inference.predictor import PassCount
@@ -134,9 +134,7 @@ def test_a_result_names_how_many_tiles_went_together_which_early_exit_changes(mo
         network = getattr(predictor.network, "segmentor", predictor.network)
         network.encoder.register_forward_pre_hook(lambda module, given, sizes=sizes: sizes.append(len(given[0])))
         monkeypatch.setitem(predictor.configuration_manager.configuration, "batch_size", batch)
-        result = draw_case(
-            predictor, case(), folder=tmp_path, to_mask=lambda p, used=predictor: final_mask(used, p, PROPERTIES)
-        )
+        result = draw_case(predictor, case(), folder=tmp_path, to_mask=lambda p: p.argmax(0).numpy())
         named = describe(predictor, "a", PROPERTIES, result)["settings"]["tiles_at_once"]
         assert max(sizes) == named == (1 if early else batch)
         results[name] = result.moments.mean()
