@@ -502,6 +502,7 @@ def test_a_folder_that_is_no_model_is_explained(source, tmp_path, refused):
         (archive, "nnUNetv2_install_pretrained_model_from_zip"),
         (tmp_path / "empty", "no fold in it"),
         (source.hidiff.parent, f"as {source.hidiff}"),
+        (source.hidiff.parent / "other", "no such folder, expected a trained model"),
         (source.hidiff / "fold_0", "a single fold"),
         (source.packed, "a file, expected the folder"),
     ):

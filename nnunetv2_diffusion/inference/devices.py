@@ -4,6 +4,8 @@ import torch
 
 from nnunetv2_diffusion.inference.options import OptionError
 
+INSTEAD = "Type -device cpu to go on without (slower), in Python device='cpu'"
+
 
 def check_device(name: str) -> None:
     """Refuse a device that PyTorch cannot use.
@@ -16,6 +18,6 @@ def check_device(name: str) -> None:
     """
     if name == "cuda" and not torch.cuda.is_available():
         built = "this PyTorch is built without CUDA" if torch.version.cuda is None else "no GPU or no driver was found"
-        raise OptionError(f"-device cuda: {built}\nType -device cpu to go on without (slower)")
+        raise OptionError(f"-device cuda: {built}\n{INSTEAD}")
     if name == "mps" and not torch.backends.mps.is_available():
-        raise OptionError("-device mps: PyTorch finds no GPU of Apple\nType -device cpu to go on without (slower)")
+        raise OptionError(f"-device mps: PyTorch finds no GPU of Apple\n{INSTEAD}")

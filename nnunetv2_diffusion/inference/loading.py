@@ -22,6 +22,9 @@ from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.networks.heads import HeadsMixin
 
 
+MOST_NAMED = 5  # in a message
+
+
 def find_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint: str) -> list[Path]:
     """Checkpoints of the folds, all that have one if folds is None.
 
@@ -32,7 +35,9 @@ def find_folds(folder: Path, folds: Sequence[int | str] | None, checkpoint: str)
         install = f"; type: nnUNetv2_install_pretrained_model_from_zip {folder}" if folder.suffix == ".zip" else ""
         raise CheckpointError(f"{folder}: a file, expected the folder of a trained model of nnU-Net{install}")
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder, expected a trained model of nnU-Net")
+        beside = sorted(f.name for f in folder.parent.glob("*__*__*") if f.is_dir())
+        there = f"; there are {', '.join(beside[:MOST_NAMED])}" if beside else ""
+        raise CheckpointError(f"{folder}: no such folder, expected a trained model of nnU-Net{there}")
     if Path(checkpoint).name != checkpoint:
         raise CheckpointError(f"-chk {checkpoint}: expected the name of a file in the folders of the folds")
     _check_folder(folder)
