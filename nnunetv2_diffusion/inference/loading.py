@@ -21,7 +21,6 @@ from nnunetv2_diffusion.inference.options import PredictionOptions
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.networks.heads import HeadsMixin
 
-
 MOST_NAMED = 5  # in a message
 
 
