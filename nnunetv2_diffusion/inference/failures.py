@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from nnunetv2_diffusion.inference.inputs import CaseError
+from nnunetv2_diffusion.out_of_memory import is_out_of_memory
 
-NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")  # of the CPU, and of devices
 OF_ONE_CASE = (CaseError, ValueError, ArithmeticError, MemoryError, OSError, torch.cuda.OutOfMemoryError)
 
 
@@ -24,7 +24,7 @@ def reason_of(error: BaseException, work: Path | None = None) -> str:
 
 def _reason(error: BaseException) -> str:
     text = " ".join(str(error).split())
-    if lacks_memory(error):
+    if is_out_of_memory(error):
         on_gpu = isinstance(error, torch.cuda.OutOfMemoryError) or "cuda" in text.lower()
         return (
             "the GPU has not enough memory; -device cpu is slower and has more"
@@ -38,12 +38,6 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"
 
 
-def lacks_memory(error: BaseException) -> bool:
-    """Whether memory of the machine or of the device was not enough."""
-    kinds = MemoryError, torch.cuda.OutOfMemoryError
-    return isinstance(error, kinds) or any(sign in str(error).lower() for sign in NO_MEMORY)
-
-
 def concerns_one_case(error: Exception) -> bool:
     """Whether the next case may do better; anything unknown is taken for a fault of the model or the machine."""
-    return isinstance(error, OF_ONE_CASE) or lacks_memory(error)
+    return isinstance(error, OF_ONE_CASE) or is_out_of_memory(error)

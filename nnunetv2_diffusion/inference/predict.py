@@ -19,7 +19,7 @@ from nnunetv2_diffusion.inference.arguments import EXAMPLES, add_arguments, mode
 from nnunetv2_diffusion.inference.cases import CasePredictor, CaseResult, model_files
 from nnunetv2_diffusion.inference.export import work_folder
 from nnunetv2_diffusion.inference.exporter import Exporter
-from nnunetv2_diffusion.inference.failures import concerns_one_case, lacks_memory, reason_of
+from nnunetv2_diffusion.inference.failures import concerns_one_case, reason_of
 from nnunetv2_diffusion.inference.inputs import InputError, list_cases, prepare_output
 from nnunetv2_diffusion.inference.loading import find_folds, load_predictor
 from nnunetv2_diffusion.inference.maps import MapWriterError, check_map_writer
@@ -40,6 +40,7 @@ from nnunetv2_diffusion.inference.runs import (
 )
 from nnunetv2_diffusion.locks import LockedError
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
+from nnunetv2_diffusion.out_of_memory import is_out_of_memory
 from nnunetv2_diffusion.planning.schema import SettingsError
 
 MOST_PROCESSES = 1024
@@ -73,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         print("nnunetv2_diffusion predict: interrupted; --continue_prediction goes on from here", file=sys.stderr)
         return 130
     except Exception as error:
-        if not isinstance(error, EXPECTED) and not lacks_memory(error):
+        if not isinstance(error, EXPECTED) and not is_out_of_memory(error):
             raise
         said = str(error) if isinstance(error, EXPECTED) else reason_of(error)
         print(f"nnunetv2_diffusion predict: {said}", file=sys.stderr)
