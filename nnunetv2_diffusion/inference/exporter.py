@@ -3,13 +3,17 @@
 import multiprocessing
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+
+import numpy as np
 
 from nnunetv2_diffusion.inference.export import CaseExport, ModelFiles, export_case
 from nnunetv2_diffusion.inference.failures import reason_of
 from nnunetv2_diffusion.inference.prepared import FailedCase
-from nnunetv2_diffusion.workers import end_with_parent
+from nnunetv2_diffusion.workers import end_with_parent, receive_array, send_array
 
+NONE = np.empty(0, np.float32)  # in place of logits that follow by themselves
 PATIENCE = 5.0  # seconds that a worker has to end
 
 
@@ -105,7 +109,8 @@ class _Worker:
     def give(self, case: CaseExport) -> None:
         self.case = _Place(case)
         with suppress(BrokenPipeError, ConnectionResetError):  # it is dead, as its end of the pipe will tell
-            self.pipe.send(case)
+            self.pipe.send(replace(case, logits=NONE))
+            send_array(self.pipe, case.logits)
 
     def result(self) -> tuple[bool, str | None]:
         """Whether the worker lives, and why its case could not be written."""
@@ -132,6 +137,7 @@ def _serve(pipe: Connection, model: ModelFiles) -> None:
     while True:
         try:
             case = pipe.recv()
+            case.logits = receive_array(pipe)
         except EOFError:
             return
         pipe.send(attempt(case, model))

@@ -21,7 +21,7 @@ from nnunetv2_diffusion.inference.export import ModelFiles
 from nnunetv2_diffusion.inference.inputs import CaseError, FailedCase
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.reading import channel_names, check_file, one_line, read_case
-from nnunetv2_diffusion.workers import end_with_parent
+from nnunetv2_diffusion.workers import end_with_parent, receive_array, send_array
 
 __all__ = [
     "FailedCase",
@@ -33,7 +33,6 @@ __all__ = [
     "preprocess",
 ]
 
-PIECE = 2**26  # bytes of an array that go through a pipe at once, so that it is not there twice
 WRITABLE_AXES = (2, 3)  # of images whose masks nnU-Net's ITK writers can write
 
 FLAT = 1e-3  # normalised intensities have a standard deviation of about 1
@@ -298,8 +297,8 @@ class _Worker:
             case = self._results.recv()
             if isinstance(case, FailedCase):
                 return case
-            name, shape, properties, notes = case
-            return PreparedCase(name, _receive(self._results, shape), properties, notes)
+            name, properties, notes = case
+            return PreparedCase(name, torch.from_numpy(receive_array(self._results)), properties, notes)
         except (EOFError, OSError):
             return None
 
@@ -333,17 +332,5 @@ def _send(results: Connection, case: PreparedCase | FailedCase) -> None:
     if isinstance(case, FailedCase):
         results.send(case)
         return
-    data = np.ascontiguousarray(case.data.numpy())
-    results.send((case.name, data.shape, case.properties, case.notes))
-    view = memoryview(data).cast("B")
-    for start in range(0, len(view), PIECE):
-        results.send_bytes(view[start : start + PIECE])
-
-
-def _receive(results: Connection, shape: tuple[int, ...]) -> torch.Tensor:
-    data = np.empty(shape, np.float32)
-    view = memoryview(data).cast("B")
-    start = 0
-    while start < len(view):
-        start += results.recv_bytes_into(view[start:])
-    return torch.from_numpy(data)
+    results.send((case.name, case.properties, case.notes))
+    send_array(results, case.data.numpy())
