@@ -1,6 +1,6 @@
 """What it takes to predict a case: ``nnUNetv2_predict`` and ``nnunetv2_diffusion predict``, as whole processes.
 
-Both commands predict the same made-up case with the same model of random weights, in one process (-npp 0 -nps 0), so
+Both commands predict the same made-up case with the same model of random weights, in one process, or as many as nnUNet_npp and nnUNet_nps say, so
 that the largest resident set is that of all the work: sliding window, resampling, export.
 """
 
@@ -85,7 +85,8 @@ def _costs(used: list[Usage], stock: list[Measurement]) -> dict[str, Any]:
 
 def _run(command: str, model: list[str], images: Path, out: Path, device: str) -> Usage:
     words = [*COMMANDS[command], "-i", images, "-o", out, *model, "-f", "0", "-device", device]
-    words += ["-npp", "0", "-nps", "0", "-step_size", "1", "--disable_tta"]
+    processes = [word for name in ("npp", "nps") for word in (f"-{name}", os.environ.get(f"nnUNet_{name}", "0"))]
+    words += [*processes, "-step_size", "1", "--disable_tta"]
     root = checkout()
     paths = [*([str(root)] if root else []), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
