@@ -1,7 +1,8 @@
 """What it takes to predict a case: ``nnUNetv2_predict`` and ``nnunetv2_diffusion predict``, as whole processes.
 
-Both commands predict the same made-up case with the same model of random weights, in one process, or as many as nnUNet_npp and nnUNet_nps say, so
-that the largest resident set is that of all the work: sliding window, resampling, export.
+Both commands predict the same made-up case with the same model of random weights: in one process, so that the largest
+resident set is that of all the work (sliding window, resampling, export), or with as many more as nnUNet_npp and
+nnUNet_nps say, where it is that of the largest process.
 """
 
 import json
