@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nnunetv2_diffusion.checkpoints import CheckpointError, load_checkpoint_file
+from nnunetv2_diffusion.pages import to_disk
 from nnunetv2_diffusion.tensor_files import nnunet_types
 
 NAMES = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")  # nnU-Net's
@@ -28,10 +29,10 @@ def write_whole(file: str | Path, write: Callable[[str], None]) -> None:
     before = "the one from before is unchanged" if file.exists() else "no part of it was kept"
     try:
         write(str(part))
-        _to_disk(part)
+        to_disk(part)
         os.replace(part, file)
         if os.name == "posix":  # elsewhere folders cannot be opened
-            _to_disk(file.parent)
+            to_disk(file.parent)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter when a disk is full
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
@@ -39,14 +40,6 @@ def write_whole(file: str | Path, write: Callable[[str], None]) -> None:
         ) from error
     finally:
         part.unlink(missing_ok=True)
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def is_whole(file: str | Path) -> bool:

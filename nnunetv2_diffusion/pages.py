@@ -11,6 +11,15 @@ def write_whole(file: Path, content: str | bytes) -> None:
     os.replace(part, file)
 
 
+def to_disk(path: Path) -> None:
+    """Have a file's content, or a folder's names, on the disk: a power cut may else leave an empty file."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def check_page(file: Path, mark: str, command: str) -> None:
     """Refuse to replace what a command did not make.
 

@@ -36,6 +36,7 @@ from nnunetv2_diffusion.inference.sample_statistics import (
     json_ready,
     rounded,
 )
+from nnunetv2_diffusion.networks.heads import is_finite
 
 
 @dataclass
@@ -227,7 +228,7 @@ def check_finite(p: torch.Tensor, predictor: DiffusionPredictor, what: str) -> N
     Raises:
         CaseError: naming what they are of, the classes or regions, and how many of their voxels are not finite.
     """
-    if torch.isfinite(p.sum()):
+    if is_finite(p):
         return
     names = list(foreground_labels(predictor.dataset_json))
     names = names if predictor.label_manager.has_regions else ["background", *names]

@@ -234,7 +234,6 @@ class BernoulliChain(Chain):
 
     def answer(self, estimate: torch.Tensor) -> torch.Tensor:
         """See ``Chain``: an estimate is a probability for each class by itself, which do not sum to 1."""
-        estimate = super().answer(estimate)
         if self.sigmoid:
             return estimate
         estimate = estimate.clamp(min=LEAST)

@@ -30,6 +30,7 @@ from nnunetv2_diffusion.inference.sample_statistics import (
     foreground_labels,
     mask_volumes,
 )
+from nnunetv2_diffusion.pages import to_disk
 
 MIN_PROBABILITY = 1e-6
 UNCERTAINTY, SAMPLES, STEPS = SIDE_FOLDERS
@@ -224,12 +225,6 @@ def publish(work: Path, out: Path, last: str) -> None:
     for file in files:
         target = out / file.relative_to(work)
         target.parent.mkdir(parents=True, exist_ok=True)
-        _to_disk(file)
+        to_disk(file)
         os.replace(file, target)
     shutil.rmtree(work)
-
-
-def _to_disk(file: Path) -> None:
-    """Else a power cut may leave an empty file under the final name."""
-    with file.open("r+b") as stream:
-        os.fsync(stream.fileno())
