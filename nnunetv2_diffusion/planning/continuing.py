@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_diffusion.architecture import short
-from nnunetv2_diffusion.planning.settings import SUBSECTIONS, DiffusionSettings
+from nnunetv2_diffusion.planning.settings import DiffusionSettings, flatten
 
 # with another value of these the network is another one, or means something else
 FIXED = frozenset(
@@ -90,10 +90,7 @@ GAUSSIAN = frozenset(
 
 def flat(settings: DiffusionSettings) -> dict[str, Any]:
     """All settings by name, those of a section within as ``hidiff.steps``."""
-    values: dict[str, Any] = {}
-    for name, value in settings.to_dict().items():
-        values.update({f"{name}.{key}": v for key, v in value.items()} if name in SUBSECTIONS else {name: value})
-    return values
+    return flatten(settings.to_dict())
 
 
 def section_names(section: str) -> frozenset[str]:

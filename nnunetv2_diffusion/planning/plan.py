@@ -23,6 +23,7 @@ from nnunetv2_diffusion.planning.settings import (
     ENVIRONMENT_PREFIX,
     SECTION,
     environment_overrides,
+    flatten,
     merge_settings,
     parse_settings,
     read_assignments,
@@ -216,14 +217,6 @@ def data_lines(plans: Mapping[str, Any], folder: Path, dataset: str, names: list
         else:
             lines.append(f"{name}: there are no preprocessed data in {identifier}; type: {command}")
     return lines
-
-
-def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings with dotted names."""
-    flat = {}
-    for key, value in section.items():
-        flat.update(flatten(value, f"{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
 
 
 def show(plans: Mapping[str, Any], names: list[str] | None) -> str:

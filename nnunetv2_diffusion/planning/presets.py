@@ -8,7 +8,7 @@ from typing import Any
 
 from nnunetv2_diffusion.planning.derive import OVERRIDES
 from nnunetv2_diffusion.planning.schema import SettingsError
-from nnunetv2_diffusion.planning.settings import merge_settings, parse_settings
+from nnunetv2_diffusion.planning.settings import flatten, merge_settings, parse_settings
 
 KEYS = ("summary", "source", "trainers", "network", "diffusion")
 KINDS = ("2d", "3d")
@@ -93,26 +93,16 @@ def presets_table() -> str:
     """All presets, then a row for each setting, as Markdown; the docs hold a copy that a test compares."""
     presets = [load_preset(name) for name in preset_names()]
     lines = [f"- `{p.name}`: {p.summary}. Source: {p.source}." for p in presets]
-    columns = [[_flat({**p.overrides(axes), **p.settings(axes)}) for axes in (2, 3)] for p in presets]
+    columns = [[flatten({**p.overrides(axes), **p.settings(axes)}) for axes in (2, 3)] for p in presets]
     keys = dict.fromkeys(key for column in columns for values in column for key in values)
     lines += ["", f"| setting | {' | '.join(p.name for p in presets)} |", "|---" * (len(presets) + 1) + "|"]
     lines += [f"| `{key}` | {' | '.join(_cell(key, *column) for column in columns)} |" for key in keys]
     return "\n".join(lines)
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Names of settings, ``hidiff.`` in front of HiDiff's -> JSON."""
-    found: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[prefix + key] = json.dumps(value)
-    return found
-
-
-def _cell(key: str, planar: Mapping[str, str], volume: Mapping[str, str]) -> str:
+def _cell(key: str, planar: Mapping[str, Any], volume: Mapping[str, Any]) -> str:
     """What a preset sets in 2D and in 3D; empty where it leaves the plans' value."""
-    if planar.get(key) == volume.get(key):
-        return planar.get(key, "")
-    return ", ".join(f"{values[key]} ({kind})" for kind, values in (("2D", planar), ("3D", volume)) if key in values)
+    by_kind = {kind: json.dumps(values[key]) for kind, values in (("2D", planar), ("3D", volume)) if key in values}
+    if len(by_kind) == 2 and len(set(by_kind.values())) == 1:
+        return by_kind["2D"]
+    return ", ".join(f"{value} ({kind})" for kind, value in by_kind.items())

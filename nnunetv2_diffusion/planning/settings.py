@@ -258,6 +258,14 @@ def settings_table(cls: type[Settings] = DiffusionSettings) -> str:
     return "\n".join(rows)
 
 
+def flatten(section: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings with dotted names: those of a section within as ``hidiff.steps``."""
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
 def merge_settings(present: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
     """A section with the changes in it; sections within it are merged and not replaced."""
     merged = {**present, **changes}

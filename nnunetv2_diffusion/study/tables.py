@@ -9,7 +9,7 @@ import numpy as np
 from nnunetv2_diffusion.evaluation.comparison import direction
 from nnunetv2_diffusion.evaluation.statistics import PairedComparison, compare_pairs
 from nnunetv2_diffusion.evaluation.tables import Cell, Table
-from nnunetv2_diffusion.planning.plan import flatten
+from nnunetv2_diffusion.planning.settings import flatten
 from nnunetv2_diffusion.study.mode_tables import mask_use_table, mode_table
 from nnunetv2_diffusion.study.results import MEAN, CellResults, StudyResults, matching, nanmean
 from nnunetv2_diffusion.study.tables_common import LEVEL, NONE, as_float, mean_sd, number, p_value, rows_of

@@ -18,6 +18,7 @@ from nnunetv2_diffusion.planning.settings import (
     SettingsError,
     apply_environment,
     environment_overrides,
+    flatten,
     merge_settings,
     parse_settings,
     read_assignments,
@@ -579,3 +580,7 @@ def test_every_schedule_of_hidiff_can_be_built():
 
 def test_a_variable_of_names_is_no_setting():
     assert environment_overrides({"nnUNet_diffusion_allow": "a.b", "nnUNet_diffusion_steps": "3"}) == {"steps": 3}
+
+
+def test_names_of_nested_sections_are_whole():
+    assert flatten({"a": {"b": {"c": 1}}, "d": 2, "e": {}}) == {"a.b.c": 1, "d": 2}
