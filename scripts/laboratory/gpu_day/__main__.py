@@ -1,0 +1,184 @@
+"""Command line of a day with a GPU; see scripts/gpu_day."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nnunetv2_diffusion.pages import write_whole
+
+SCRIPTS = Path(__file__).resolve().parents[2]
+ABOUT = """\
+Everything that needs a GPU, in the order of its worth, for a machine that is lent for half an hour: masks of the CPU
+against the GPU's, cost of a training step and of a prediction as ratios to stock nnU-Net's, memory against the
+planner's estimate, and with --raw trainings of nnU-Net and RecycleXT for the minutes that are left.
+
+Each part writes OUT/PART.json; the same command leaves out the parts that are there. A part that fails is told at the
+end (exit status 1) and does not stop the others.
+"""
+TRAINERS = (
+    "nnUNetTrainer", "nnUNetTrainerNoDiff", "nnUNetTrainerDiffSeg", "nnUNetTrainerSelfCondXt",
+    "nnUNetTrainerSelfCondXtPlus1", "nnUNetTrainerRecycleXtPlus1", "nnUNetTrainerRecycleXT",
+    "nnUNetTrainerRecycleScore", "nnUNetTrainerHiDiff",
+)  # fmt: skip
+PAIR = ("nnUNetTrainer", "nnUNetTrainerRecycleXT")
+LARGE = ("--patch", "128", "--batch", "2", "--stages", "6")  # nnU-Net's usual patch for 3D data
+TINY = ("--patch", "16", "--batch", "2", "--stages", "3", "--base-features", "4")
+
+
+@dataclass
+class Day:
+    """What is measured where.
+
+    Attributes:
+        out: folder of the results.
+        raw: data set to train on, or None.
+        device: cuda, or cpu for a rehearsal.
+        tiny: small networks and few repetitions.
+        end: ``time.monotonic()`` at which the machine is given back.
+        epochs: of each training, None to fill the time.
+    """
+
+    out: Path
+    raw: Path | None
+    device: str
+    tiny: bool
+    end: float
+    epochs: int | None
+
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - time.monotonic()
+
+    def command(self, arguments: Sequence[str], compiled: bool = False) -> None:
+        """Run one of this checkout's scripts.
+
+        Raises:
+            subprocess.CalledProcessError: if it fails.
+        """
+        environment = {**os.environ, "nnUNet_compile": "t" if compiled else "f"}
+        subprocess.run(arguments, check=True, env=environment, timeout=max(self.left(), 1))
+
+    def benchmark(self, name: str, *options: str, compiled: bool = False) -> None:
+        """``scripts/benchmark``, its JSON in the folder of results."""
+        what, *rest = options
+        size = [*TINY, "--warmup", "1"] if self.tiny else []
+        rounds = ["--rounds", "2" if self.tiny else "15", "--device", self.device]
+        command = [sys.executable, str(SCRIPTS / "benchmark"), what, *rest, *size, *rounds]
+        self.command([*command, "--json", str(self.out / f"{name}.json")], compiled)
+
+
+def masks(day: Day) -> None:
+    """Masks of the CPU against those of the GPU, for every trainer."""
+    import torch
+
+    from laboratory.gpu_day.masks import compare_all
+    from laboratory.gpu_day.page import page
+    from nnunetv2_diffusion.benchmarking.problem import synthetic_problem
+    from nnunetv2_diffusion.benchmarking.report import describe_hardware, describe_versions
+
+    os.environ.update({"nnUNet_compile": "f"})
+    device = torch.device(day.device)
+    problem = (
+        synthetic_problem(patch=(16,) * 3, batch=2, base_features=4, stages=2) if day.tiny else synthetic_problem()
+    )
+    results = compare_all(TRAINERS, problem, 12 if day.tiny else 200, device, () if day.tiny else PAIR[1:])
+    content = {
+        "hardware": describe_hardware(device), "versions": describe_versions(), "results": results,
+    }  # fmt: skip
+    file = day.out / "masks.json"
+    write_whole(file, json.dumps(content, indent=1, allow_nan=False))
+    print(page(file))
+
+
+def train_step(day: Day) -> None:
+    """Seconds and memory of a training step of every trainer, not compiled."""
+    day.benchmark("train_step", "train-step", "--trainers", *TRAINERS)
+
+
+def train_step_compiled(day: Day) -> None:
+    """Of nnU-Net and RecycleXT as nnU-Net trains on a GPU, compiled."""
+    day.benchmark("train_step_compiled", "train-step", "--trainers", *PAIR, compiled=not day.tiny)
+
+
+def train_step_large(day: Day) -> None:
+    """Of the larger network that 128 voxels in each direction need."""
+    size = () if day.tiny else LARGE
+    day.benchmark("train_step_large", "train-step", "--trainers", *PAIR, "nnUNetTrainerHiDiff", *size)
+
+
+def predict(day: Day) -> None:
+    """Seconds of a tile against the number of steps."""
+    day.benchmark("predict", "predict", "--steps", "1", "2", "5", *(() if day.tiny else LARGE[:2] + LARGE[4:]))
+
+
+def memory(day: Day) -> None:
+    """The planner's estimate against what the allocator took at most."""
+    command = [sys.executable, str(SCRIPTS / "memory_table"), "--device", day.device, "--dims", "3"]
+    command += ["--networks", "plain", "--classes", "3", "16"]
+    command += ["--patch-3d", "16", "--stages", "3", "--base-features", "4"] if day.tiny else []
+    day.command([*command, "--json", str(day.out / "memory.json")])
+
+
+def trainings(day: Day) -> None:
+    """Trainings that end, by ``scripts/study``: nnU-Net and RecycleXT, each by both recipes."""
+    from laboratory.gpu_day.trainings import write_study
+
+    file = write_study(day.out, day.device, day.epochs, day.left(), day.tiny)
+    command = [str(SCRIPTS / "study"), "run", str(file), "--raw", str(day.raw), "--out", str(day.out / "work")]
+    day.command([*command, "--results", str(day.out / "results"), "--jobs", "4"], compiled=not day.tiny)
+    write_whole(day.out / "trainings.json", json.dumps({"study": file.name, "results": "results"}))
+
+
+PARTS: tuple[Callable[[Day], None], ...] = (
+    masks, train_step, train_step_compiled, train_step_large, predict, memory, trainings,
+)  # fmt: skip
+
+
+def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options of ``scripts/gpu_day``."""
+    names = [part.__name__ for part in PARTS]
+    parser = argparse.ArgumentParser(
+        prog="scripts/gpu_day", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="for results, to go on in")
+    parser.add_argument(
+        "--raw", type=Path, metavar="DIR", help="Dataset501_Hippocampus to train on; default: no training"
+    )
+    parser.add_argument("--minutes", type=float, default=30, help="that the machine is there (default: 30)")
+    parser.add_argument("--parts", nargs="+", choices=names, default=names, metavar="PART", help=" ".join(names))
+    parser.add_argument("--epochs", type=int, help="of each training; default: as many as the minutes allow")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default: cuda")
+    parser.add_argument("--tiny", action="store_true", help="rehearsal with small networks")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the parts that are not done; returns 1 if one failed."""
+    arguments = arguments_of(argv)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + 60 * arguments.minutes
+    day = Day(arguments.out.resolve(), arguments.raw, arguments.device, arguments.tiny, end, arguments.epochs)
+    failed = []
+    for part in PARTS:
+        name = part.__name__
+        if name not in arguments.parts or (day.out / f"{name}.json").exists() or (part is trainings and not day.raw):
+            continue
+        start = time.monotonic()
+        try:
+            part(day)
+        except Exception as error:  # the machine is lent: the other parts are worth having
+            failed.append(f"{name}: {error}")
+        print(f"gpu_day: {name} took {time.monotonic() - start:.0f} s, {day.left():.0f} s left", flush=True)
+    for line in failed:
+        print(f"gpu_day: failed: {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
