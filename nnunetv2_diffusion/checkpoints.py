@@ -17,6 +17,7 @@ from nnunetv2_diffusion.architecture import check_configuration
 from nnunetv2_diffusion.networks.heads import describe_mismatch
 from nnunetv2_diffusion.out_of_memory import is_out_of_memory
 from nnunetv2_diffusion.plans_content import PlansContentError, check_channels_and_labels, check_plans_content
+from nnunetv2_diffusion.removed import removed_trainer
 from nnunetv2_diffusion.tensor_files import TensorFileError, check_tensor, read_tensor_file
 
 
@@ -129,6 +130,9 @@ def check_checkpoint(path: str | Path, trainer_name: str, num_heads: int) -> Non
     """
     checkpoint = load_checkpoint_file(path)
     found = checkpoint.get("trainer_name")
+    gone = removed_trainer(found)
+    if gone:
+        raise CheckpointError(f"{path}: {gone}")
     if found != trainer_name:
         raise CheckpointError(
             f"{path}: written by trainer {found}, expected {trainer_name}. Continue with -tr {found}, or move the file."
@@ -145,8 +149,11 @@ def find_trainer(name: str) -> type[nnUNetTrainer]:
     """The class that ``nnUNetv2_train -tr name`` would use.
 
     Raises:
-        CheckpointError: if nnU-Net does not find it.
+        CheckpointError: if nnU-Net does not find it, or it was removed.
     """
+    gone = removed_trainer(name)
+    if gone:
+        raise CheckpointError(gone)
     if not re.fullmatch(r"\w+", name):
         raise CheckpointError(f"trainer {name!r}: expected the name of a class")
     try:

@@ -8,6 +8,7 @@ from importlib import import_module
 
 from nnunetv2_diffusion import __version__
 from nnunetv2_diffusion.out_of_memory import is_memory_short, is_out_of_memory
+from nnunetv2_diffusion.removed import removed_argument
 
 # verb: (module, what it does). A module has add_arguments(parser) and run(arguments) -> exit status. It is imported
 # only when its verb is called, so that --help and doctor work where torch or nnU-Net cannot be imported.
@@ -73,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the command line by default.
 
     Returns:
-        Exit status: 0, or 1 if the verb failed or cannot be imported.
+        Exit status: 0, 1 if the verb failed or cannot be imported, 2 for an option that was removed.
     """
     hush_libraries()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -86,6 +87,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"nnunetv2_diffusion {verb} cannot start: {type(error).__name__}: {error}", file=sys.stderr)
         print("Type: nnunetv2_diffusion doctor", file=sys.stderr)
         return 1
+    gone = removed_argument(arguments) if verb in ("predict", "analyse") else None
+    if gone:
+        print(f"nnunetv2_diffusion {verb}: {gone}", file=sys.stderr)
+        return 2
     parsed = parser.parse_args(arguments)
     try:
         return parsed.run(parsed)

@@ -64,12 +64,7 @@ def _add_study_options(group: argparse._ArgumentGroup) -> None:
         default=[],
         choices=[*MODES, "all"],
         metavar="MODE",
-        help=f"Ways of mirroring and blending to compare: all, or of {', '.join(MODES)}.",
-    )
-    add(
-        "--mask_use",
-        action="store_true",
-        help="Also give the network true and wrong masks: does it copy them, ignore them, or use them?",
+        help=f"Ways of mirroring to compare: all, or of {', '.join(MODES)}.",
     )
     add("--tta", choices=TTA, default="none", help="Mirroring in the studies of steps, samples and counts.")
     add("--sampler", choices=SAMPLERS, help="How a step is taken. Default: the model's.")
@@ -113,12 +108,10 @@ def analyse(arguments: argparse.Namespace) -> tuple[Findings, DiffusionPredictor
     set_patch_size(predictor, arguments.patch_size)
     modes = list(MODES) if "all" in arguments.modes else arguments.modes
     samples = arguments.samples or (3 if predictor.chain().stochastic else 1)
-    laboratory = Laboratory(
-        predictor, options, arguments.steps, samples, arguments.counts, modes, arguments.mask_use
-    )  # fmt: skip
+    laboratory = Laboratory(predictor, options, arguments.steps, samples, arguments.counts, modes)
     laboratory.plan()
     files = find_cases(predictor, arguments.i, arguments.l, arguments.cases)
-    cases = read_cases(predictor, files, with_truth=arguments.mask_use)
+    cases = read_cases(predictor, files)
     bar = tqdm(cases, total=len(files), unit="case", disable=arguments.disable_progress_bar)
     for case in bar:
         bar.set_description(case.name)
@@ -175,7 +168,7 @@ def write_results(arguments: argparse.Namespace, findings: Findings, predictor: 
     settings, tables = describe(arguments, predictor, findings), all_tables(findings)
     figures = {name: (caption, to_png(figure)) for name, (caption, figure) in all_figures(findings).items()}
     arguments.o.mkdir(parents=True)
-    for name in ("steps", "samples", "counts", "modes", "mask_use"):
+    for name in ("steps", "samples", "counts", "modes"):
         rows = getattr(findings, name)
         if rows:
             (arguments.o / f"{name}.csv").write_text(rows_to_csv(rows))

@@ -33,7 +33,6 @@ class LabelledCase:
         properties: of nnU-Net's preprocessing.
         image: first channel as it is in the file, (z, y, x).
         reference: labels, (z, y, x).
-        truth: the reference as preprocessed for the network, (1, *spatial), if it was asked for.
     """
 
     name: str
@@ -41,7 +40,6 @@ class LabelledCase:
     properties: dict[str, Any]
     image: np.ndarray
     reference: np.ndarray
-    truth: torch.Tensor | None = None
 
 
 def label_set(predictor: DiffusionPredictor) -> LabelSet:
@@ -74,7 +72,7 @@ def find_cases(
             faults.append(f"{reference}: missing, expected the reference of a case in {images}")
             continue
         try:
-            _read(predictor, name, files, reference, with_truth=False)
+            _read(predictor, name, files, reference)
         except (InputError, EvaluationError) as error:
             faults.append(str(error))
     if faults:
@@ -82,22 +80,18 @@ def find_cases(
     return found
 
 
-def read_cases(
-    predictor: DiffusionPredictor, files: dict[str, tuple[list[Path], Path]], with_truth: bool = False
-) -> Iterator[LabelledCase]:
-    """Read and preprocess one case after the other; with_truth, the reference as well.
+def read_cases(predictor: DiffusionPredictor, files: dict[str, tuple[list[Path], Path]]) -> Iterator[LabelledCase]:
+    """Read and preprocess one case after the other.
 
     Raises:
         EvaluationError: a reference cannot be read or has an unknown label.
         CaseError: an image cannot be used, or it and its reference differ in shape.
     """
     for name, (channels, reference) in files.items():
-        yield _read(predictor, name, channels, reference, with_truth)
+        yield _read(predictor, name, channels, reference)
 
 
-def _read(
-    predictor: DiffusionPredictor, name: str, files: list[Path], reference: Path, with_truth: bool
-) -> LabelledCase:
+def _read(predictor: DiffusionPredictor, name: str, files: list[Path], reference: Path) -> LabelledCase:
     model, reader = model_files(predictor), predictor.plans_manager.image_reader_writer_class()
     image, properties, _ = read_case(reader, files, channel_names(predictor.dataset_json))
     check_file(reference)
@@ -105,16 +99,8 @@ def _read(
     if values.shape not in (image.shape[1:], image.shape[2:]) or values.size != image[0].size:
         raise CaseError(f"{reference}: shape {values.shape}, expected {image.shape[1:]} as of {files[0]}")
     values = values.reshape(image.shape[1:])
-    truth = None
-    if with_truth:  # apart from the image, which must not depend on it
-        preprocessor = predictor.configuration_manager.preprocessor_class(verbose=False)
-        given = values[None].astype(np.int16)  # it marks what lies outside of the image by -1
-        labelled = preprocessor.run_case_npy(
-            image.copy(), given, dict(properties), model.plans_manager, model.configuration_manager, model.dataset_json
-        )[1]
-        truth = torch.from_numpy(labelled).long()
     data, properties = preprocess(model, image, properties, str(files[0]))
-    return LabelledCase(name, data, properties, image[0], values, truth)
+    return LabelledCase(name, data, properties, image[0], values)
 
 
 def dice_scores(labels: LabelSet, reference: np.ndarray, mask: np.ndarray) -> dict[str, float]:

@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_diffusion.analysis.cases import LabelledCase, agreement, dice_scores, label_names, label_set
-from nnunetv2_diffusion.analysis.mask_use import check_mask_use, mask_use
 from nnunetv2_diffusion.analysis.quality import (
     can_measure_distances,
     distance_scores,
@@ -19,20 +18,13 @@ from nnunetv2_diffusion.inference.cases import CaseResult, draw_case, final_mask
 from nnunetv2_diffusion.inference.maps import to_original_geometry
 from nnunetv2_diffusion.inference.options import PredictionOptions
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
-from nnunetv2_diffusion.inference.sliding_window import OverlapMeter
 
 Row = dict[str, Any]
 MODES: dict[str, dict[str, Any]] = {
     "one-step": {"tta": "full", "steps": 1},
     "full": {"tta": "full"},
     "interleaved": {"tta": "interleaved"},
-    "interleaved-early-exit": {"tta": "interleaved", "early_exit": True},
     "none": {"tta": "none"},
-    "none-early-exit": {"tta": "none", "early_exit": True},
-    "none-volume": {"tta": "none", "aggregate": "volume"},
-    "interleaved-volume": {"tta": "interleaved", "aggregate": "volume"},
-    "interleaved-last": {"tta": "interleaved", "combine": "last"},
-    "interleaved-mean": {"tta": "interleaved", "combine": "mean"},
 }
 
 
@@ -43,10 +35,9 @@ class Findings:
     Attributes:
         steps: case, sample, step, label, Dice, HD95: of every step of every sample.
         counts: case, K, label, Dice, HD95, ECE, soft_dice, passes_per_tile, seconds: predictions with K steps.
-        modes: case, mode, and as counts, and disagreement: kinds of mirroring and blending.
+        modes: case, mode, and as counts: kinds of mirroring.
         samples: case, Dice (of the mean), pairwise_dice (agreement of the samples), sample_dice (mean of the samples'),
             error_correlation (of their variance with the errors of the mean).
-        mask_use: case, given, level, label, Dice: what is made of a given mask, see ``mask_use``.
         pictures: case -> slices (rows, columns): image, reference, mask, entropy, variance; number of the slice and of
             all slices.
         names: value of a label -> the classes or regions that it belongs to.
@@ -57,7 +48,6 @@ class Findings:
     counts: list[Row] = field(default_factory=list)
     modes: list[Row] = field(default_factory=list)
     samples: list[Row] = field(default_factory=list)
-    mask_use: list[Row] = field(default_factory=list)
     pictures: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     unit: str = "mm"
@@ -73,7 +63,6 @@ class Laboratory:
         samples: N.
         counts: the K that are compared.
         modes: names of ``MODES`` that are compared.
-        mask_use: give the network true and wrong masks; needs cases with ``truth``.
     """
 
     def __init__(
@@ -84,11 +73,9 @@ class Laboratory:
         samples: int,
         counts: Sequence[int],
         modes: Sequence[str],
-        mask_use: bool = False,
     ):
         self.predictor, self.options = predictor, options
         self.chain_steps, self.samples, self.counts, self.modes = chain_steps, samples, counts, modes
-        self.mask_use = mask_use
         self.distances = can_measure_distances()
         self.labels = label_set(predictor)
         self.findings = Findings(names=label_names(self.labels))
@@ -96,8 +83,6 @@ class Laboratory:
     def plan(self) -> list[PredictionOptions]:
         """Options of every prediction of a case; raises OptionError if the model cannot follow one."""
         one = replace(self.options, steps=self.chain_steps, samples=1)
-        if self.mask_use:
-            check_mask_use(self.predictor)
         planned = [self._samples_plan(one)]
         planned += [replace(one, steps=k) for k in self.counts]
         planned += [replace(one, **MODES[mode]) for mode in self.modes]
@@ -116,17 +101,10 @@ class Laboratory:
         first, *others = self.plan()
         self.findings.unit = length_unit(case)
         self._study_samples(case, first)
-        if self.mask_use:
-            self.findings.mask_use += mask_use(self.predictor, case)
         for k, options in zip(self.counts, others, strict=False):
             self._add(self.findings.counts, case, self._draw(case, options), K=k)
-        self.predictor.meter = OverlapMeter(self.predictor.label_manager.has_regions)
-        try:
-            for mode, options in zip(self.modes, others[len(self.counts) :], strict=True):
-                result = self._draw(case, options)
-                self._add(self.findings.modes, case, result, mode=mode, disagreement=self.predictor.meter.disagreement)
-        finally:
-            self.predictor.meter = None
+        for mode, options in zip(self.modes, others[len(self.counts) :], strict=True):
+            self._add(self.findings.modes, case, self._draw(case, options), mode=mode)
 
     def _draw(self, case: LabelledCase, options: PredictionOptions, **kwargs: Any) -> CaseResult:
         self.predictor.set_options(options)

@@ -126,7 +126,6 @@ def cost_table(rows: Sequence[Row], key: str, title: str, unit: str = "mm") -> T
     metrics = [metric for metric in ("HD95", "ECE") if any(metric in r for r in rows)]
     columns = [key, *(f"Dice, {label}" for label in labels), *(with_unit(m, unit) for m in metrics)]
     columns += ["AURC", "passes a tile", "seconds a case"]
-    overlaps = any(r.get("disagreement") is not None for r in rows)
     lines = []
     for (value,), of_setting in grouped(rows, key).items():
         cells = [mean_sd([r["Dice"] for r in of_setting if r["label"] == label]) for label in labels]
@@ -136,16 +135,11 @@ def cost_table(rows: Sequence[Row], key: str, title: str, unit: str = "mm") -> T
         cells += [number(failure["AURC"])]
         cells += [number(mean_of(r["passes_per_tile"] for r in of_cases), 2)]
         cells += [number(mean_of(r["seconds"] for r in of_cases), 1)]
-        if overlaps:
-            cells.append(mean_sd([r["disagreement"] for r in of_cases]))
         lines.append([str(value), *cells])
     notes = [
         SPREAD_NOTE,
         "AURC: risk 1 - Dice, cases ranked by the soft Dice of the probabilities with their mask; lower is better.",
     ]
-    if overlaps:
-        columns.append("disagreement")
-        notes.append("Disagreement: share of foreground voxels in overlaps of tiles that have another label there.")
     return Table(title, columns, lines, notes)
 
 
@@ -171,20 +165,6 @@ def sample_table(findings: Findings) -> Table:
     return Table("Samples", columns, [cells], notes)
 
 
-def mask_use_table(findings: Findings) -> Table:
-    """Dice with the reference when a true or a wrong mask is given."""
-    groups = grouped(of_mean(findings.mask_use), "given", "level")
-    levels = list(dict.fromkeys(level for _, level in groups))
-    rows = [
-        [given, *(mean_sd([r["Dice"] for r in groups[given, level]]) for level in levels)]
-        for given in dict.fromkeys(given for given, _ in groups)
-    ]
-    return Table(
-        "Use of the mask, Dice", ["given mask", *(f"t = {level:g} T" for level in levels)], rows,
-        ["One pass that is given this mask, noised. Equal rows: it is ignored. High for the true mask alone: copied."],
-    )  # fmt: skip
-
-
 def all_tables(findings: Findings) -> list[Table]:
     """Every table for which there are rows."""
     tables = []
@@ -196,9 +176,7 @@ def all_tables(findings: Findings) -> list[Table]:
     if findings.counts:
         tables.append(cost_table(findings.counts, "K", "Number of steps", findings.unit))
     if findings.modes:
-        tables.append(cost_table(findings.modes, "mode", "Mirroring and blending", findings.unit))
-    if findings.mask_use:
-        tables.append(mask_use_table(findings))
+        tables.append(cost_table(findings.modes, "mode", "Mirroring", findings.unit))
     return tables
 
 

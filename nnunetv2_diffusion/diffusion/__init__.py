@@ -6,7 +6,7 @@ from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion
 from nnunetv2_diffusion.diffusion.mask_encoding import ENCODINGS, AnalogBits, MaskEncoding, make_encoding
 from nnunetv2_diffusion.diffusion.noise import ContentNoise
 from nnunetv2_diffusion.diffusion.position_noise import PositionNoise
-from nnunetv2_diffusion.diffusion.process import SPACINGS, DiffusionProcess, most_steps
+from nnunetv2_diffusion.diffusion.process import SPACINGS, DiffusionProcess
 from nnunetv2_diffusion.diffusion.sampling import (
     SAMPLERS,
     SamplingConfig,
@@ -46,7 +46,6 @@ __all__ = [
     "linear_beta_schedule",
     "make_encoding",
     "make_time_sampler",
-    "most_steps",
     "noise_loss",
     "reverse_process",
     "variational_bound",

@@ -183,18 +183,3 @@ class BernoulliDiffusion(DiffusionProcess):
         """
         y_t, y_start = to_common_float(y_t=y_t, y_start=self.predict_y_start(y_t, eps))
         return y_start + self._at(self.ddim_keep, t, y_t) * (y_t - y_start)
-
-    def renoise_mean(self, eps: torch.Tensor, y_t: torch.Tensor, prior: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        """P(y_{t-1} = 1 | y_start, prior) of the soft estimate of y_start, eq. 6: y_t has no further part in it.
-
-        Args:
-            eps: the network's estimate of P(y_t != y_start), (B, K, *spatial) in [0, 1].
-            y_t: current state, same shape, values 0 or 1.
-            prior: same shape, probabilities.
-            t: LongTensor (B,).
-
-        Returns:
-            probabilities, shape of y_t; at t = 0 the soft estimate of y_start itself.
-        """
-        y_start, prior = to_common_float(y_start=self.predict_y_start(y_t, eps), prior=prior)
-        return prior + self._at(self.alphas_cumprod_prev, t, prior) * (y_start - prior)

@@ -29,13 +29,7 @@ class GaussianDiffusion(DiffusionProcess):
         Returns:
             x_t, shape of x_start; not clipped.
         """
-        return self._noised(self.alphas_cumprod, x_start, t, noise)
-
-    def _noised(
-        self, alphas_cumprod: torch.Tensor, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor
-    ) -> torch.Tensor:
-        """Eq. 2 with the product of alphas of another step."""
-        signal, spread = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+        signal, spread = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
         return self._at(signal, t, x_start) * x_start + self._at(spread, t, x_start) * noise
 
     def q_posterior(
@@ -66,22 +60,6 @@ class GaussianDiffusion(DiffusionProcess):
         """
         mean, variance = self.q_posterior(x_start, x_t, t)
         return mean + variance.sqrt() * noise
-
-    def renoise_step(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Draw x_{t-1} ~ q(x_{t-1} | x_start): the state that recycling trains on (Fu et al. 2024, eq. 5c).
-
-        The state before has no part in it, so nothing but the latest estimate is carried on (the multistep sampling
-        of consistency models, Song et al. 2023, algorithm 1).
-
-        Args:
-            x_start: the network's estimate, (B, K, *spatial) in [-1, 1].
-            t: LongTensor (B,).
-            noise: standard normal, same shape; without effect at t = 0.
-
-        Returns:
-            x_{t-1}; x_start itself at t = 0.
-        """
-        return self._noised(self.alphas_cumprod_prev, x_start, t, noise)
 
     def ddim_step(
         self,

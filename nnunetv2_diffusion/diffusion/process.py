@@ -8,18 +8,7 @@ from typing import TypeVar
 
 import torch
 
-SPACINGS = ("linspace", "trailing", "low")
-
-
-def _trailing(end: float, number: int) -> torch.Tensor:
-    """round(end k / number) - 1 for k = 1 .. number."""
-    share = torch.arange(1, number + 1, dtype=torch.float64) / number
-    return (share * end).round().long() - 1
-
-
-def most_steps(num_timesteps: int, spacing: str) -> int:
-    """The largest K of a chain of T steps."""
-    return num_timesteps // 2 + 1 if spacing == "low" else num_timesteps
+SPACINGS = ("linspace", "trailing")
 
 
 Process = TypeVar("Process", bound="DiffusionProcess")
@@ -63,9 +52,8 @@ class DiffusionProcess:
             return last
         if spacing == "linspace":
             return torch.linspace(0, int(last), num_timesteps, dtype=torch.float64).round().long()
-        if spacing == "low":
-            return torch.cat([_trailing(self.num_timesteps / 2, num_timesteps - 1), last])
-        return _trailing(self.num_timesteps, num_timesteps)
+        share = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        return (share * self.num_timesteps).round().long() - 1
 
     def _at(self, coefficients: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Coefficients at t (B,), shaped to broadcast over x (B, K, *spatial), in x's dtype and device."""
@@ -76,11 +64,9 @@ class DiffusionProcess:
         """Shorter chain over some indices, with the same alphas_cumprod at them.
 
         Args:
-            num_timesteps: K in 1 .. T; for "low" in 1 .. T / 2 + 1.
+            num_timesteps: K in 1 .. T.
             spacing: "linspace" keeps the first and the last index, K = 1 the last, as in the papers. "trailing" keeps
                 round(T k / K) - 1 for k = 1 .. K (Lin et al. 2024, table 2): the chain ends at T / K and not at 0.
-                "low" keeps the last index and round(T / 2 k / (K - 1)) - 1 for k = 1 .. K - 1: after the first step a
-                state is never so noisy that the mask cannot be seen in it.
 
         Returns:
             process of the same class with K steps; its ``timestep_map`` holds the training indices.
@@ -90,9 +76,8 @@ class DiffusionProcess:
         """
         if spacing not in SPACINGS:
             raise ValueError(f"spacing is {spacing!r}, expected one of {', '.join(SPACINGS)}")
-        most = most_steps(self.num_timesteps, spacing)
-        if not 1 <= num_timesteps <= most:
-            raise ValueError(f"number of steps must be in 1 .. {most}, got {num_timesteps}")
+        if not 1 <= num_timesteps <= self.num_timesteps:
+            raise ValueError(f"number of steps must be in 1 .. {self.num_timesteps}, got {num_timesteps}")
         kept = self._kept(num_timesteps, spacing)
         alphas_cumprod = self.alphas_cumprod[kept]
         previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])

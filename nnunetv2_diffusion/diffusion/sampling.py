@@ -9,7 +9,7 @@ from nnunetv2_diffusion.diffusion.bernoulli import BernoulliDiffusion
 from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion
 from nnunetv2_diffusion.diffusion.process import SPACINGS
 
-SAMPLERS = ("ddpm", "ddim", "renoise")
+SAMPLERS = ("ddpm", "ddim")
 
 
 def _check_sampler(sampler: str) -> None:
@@ -23,8 +23,8 @@ class SamplingConfig:
 
     Attributes:
         steps: K, network evaluations of one sample.
-        sampler: "ddpm" (ancestral, fixed small variance), "ddim", or "renoise" (the estimate noised as in training).
-        eta: DDIM's noise level in [0, 1]; without effect for the others.
+        sampler: "ddpm" (ancestral, fixed small variance) or "ddim".
+        eta: DDIM's noise level in [0, 1]; without effect for DDPM.
         samples: masks drawn; their probabilities are averaged.
         seed: any integer; the same seed and image give the same result.
         step_spacing: of the K steps over the schedule, see ``DiffusionProcess.respace``.
@@ -61,8 +61,6 @@ def gaussian_reverse_step(
     """x_{t-1} from x_t and the estimate of x_start; noise is called only if it is needed."""
     if sampler == "ddpm":
         return process.ddpm_step(x_start, x_t, t, noise())
-    if sampler == "renoise":
-        return process.renoise_step(x_start, t, noise())
     return process.ddim_step(x_start, x_t, t, noise() if eta > 0 else None, eta)
 
 
@@ -76,8 +74,8 @@ def bernoulli_reverse_step(
     sampler: str = "ddpm",
 ) -> torch.Tensor:
     """Draw y_{t-1} from y_t and the estimate eps of P(y_t != y_start)."""
-    means = {"ddpm": process.p_mean, "ddim": process.ddim_mean, "renoise": process.renoise_mean}
-    return (uniform() < means[sampler](eps, y_t, prior, t)).to(y_t.dtype)
+    mean = process.p_mean if sampler == "ddpm" else process.ddim_mean
+    return (uniform() < mean(eps, y_t, prior, t)).to(y_t.dtype)
 
 
 def reverse_process(
@@ -99,7 +97,7 @@ def reverse_process(
         eta: see ``GaussianDiffusion.ddim_step``.
 
     Yields:
-        x_start estimates, first to last. The last one is the result: all reverse steps return it at index 0.
+        x_start estimates, first to last. The last one is the result: both reverse steps return it at index 0.
     """
     _check_sampler(sampler)
     for index in reversed(range(process.num_timesteps)):
@@ -122,7 +120,7 @@ def bernoulli_reverse_process(
 ) -> Iterator[torch.Tensor]:
     """Run the chain from a draw of the prior and yield the soft estimate of y_start of every step.
 
-    All samplers are stochastic.
+    Both samplers are stochastic.
 
     Args:
         process: the chain, usually ``process.respace(K)``.
@@ -131,10 +129,10 @@ def bernoulli_reverse_process(
         y_t: start, (B, K, *spatial), values 0 or 1, drawn from B(prior).
         prior: same shape, probabilities.
         uniform: returns fresh uniform draws in [0, 1) of y_t's shape; called in every step but the last.
-        sampler: "ddpm" (``BernoulliDiffusion.p_mean``), "ddim" (``ddim_mean``) or "renoise" (``renoise_mean``).
+        sampler: "ddpm" (``BernoulliDiffusion.p_mean``) or "ddim" (``ddim_mean``).
 
     Yields:
-        |y_t - eps|, first to last. The last one is the result: all reverse steps return it at index 0.
+        |y_t - eps|, first to last. The last one is the result: both reverse steps return it at index 0.
     """
     _check_sampler(sampler)
     for index in reversed(range(process.num_timesteps)):

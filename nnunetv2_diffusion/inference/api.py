@@ -27,6 +27,7 @@ from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
 from nnunetv2_diffusion.inference.prepared import notes_on_intensities, notes_on_shape, preprocess
 from nnunetv2_diffusion.inference.reading import channel_names, check_image, read_case
 from nnunetv2_diffusion.inference.sample_statistics import add_mask_volumes, foreground_labels, mask_volumes
+from nnunetv2_diffusion.removed import removed_option
 
 Image = np.ndarray | str | Path | Sequence[str | Path]
 
@@ -107,8 +108,7 @@ def predict_image(
         image: a file, one file a channel, or an array (z, y, x), (C, z, y, x) or for 2D models (y, x) or (C, y, x).
         spacing: of an array, mm along its spatial axes.
         keep_samples: return the mask of every sample.
-        **options: of ``PredictionOptions``: steps, sampler, step_spacing, samples, seed, tta, early_exit,
-            aggregate, combine.
+        **options: of ``PredictionOptions``: steps, sampler, step_spacing, samples, seed, tta.
 
     Raises:
         InputError: the image does not fit the model.
@@ -153,7 +153,8 @@ def _set_options(model: DiffusionPredictor, options: dict[str, Any]) -> None:
     known = [n for n in PredictionOptions.__dataclass_fields__ if not n.startswith("save_")]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise TypeError(f"predict_image has no option {unknown[0]}; known are {', '.join(known)}")
+        gone = removed_option(f"--{unknown[0]}")
+        raise TypeError(gone or f"predict_image has no option {unknown[0]}; known are {', '.join(known)}")
     model.set_options(PredictionOptions(**options))
 
 

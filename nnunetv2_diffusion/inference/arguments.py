@@ -9,9 +9,8 @@ from nnunetv2.utilities.file_path_utilities import get_output_folder
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.inference.export import SAMPLES, STEPS, UNCERTAINTY
 from nnunetv2_diffusion.inference.inputs import InputError
-from nnunetv2_diffusion.inference.options import AGGREGATION, OptionError, PredictionOptions
+from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
 from nnunetv2_diffusion.inference.runs import FAILED
-from nnunetv2_diffusion.inference.sliding_window import COMBINATIONS
 from nnunetv2_diffusion.inference.views import TTA
 
 EXAMPLES = """
@@ -27,7 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_file_options(parser.add_argument_group("files"))
     _add_sampling_options(parser.add_argument_group("diffusion; defaults are the settings of the model's plans"))
     _add_machine_options(parser.add_argument_group("machine, as in nnUNetv2_predict"))
-    _add_expert_options(parser.add_argument_group("for experiments"))
 
 
 def add_model_options(parser: argparse._ActionsContainer) -> None:
@@ -98,8 +96,7 @@ def _add_sampling_options(group: argparse._ArgumentGroup) -> None:
     add(
         "--step_spacing",
         choices=SPACINGS,
-        help="Where the steps lie. trailing: from T to T / K; linspace: from T to 0, as in the recycling paper; low: "
-        "one at T, the others from T / 2 on.",
+        help="Where the steps lie. trailing: from T to T / K; linspace: from T to 0, as in the recycling paper.",
     )
 
 
@@ -126,25 +123,6 @@ def _add_machine_options(group: argparse._ArgumentGroup) -> None:
     add("--not_on_device", action="store_true", help="Keep results of a GPU in main memory: slower, for large images.")
     add("--disable_progress_bar", action="store_true", help="Show no progress bar.")
     add("--verbose", action="store_true", help="Print what nnU-Net prints, and the traceback of a failure.")
-
-
-def _add_expert_options(group: argparse._ArgumentGroup) -> None:
-    defaults = PredictionOptions()
-    add = group.add_argument
-    add("--early_exit", action="store_true", help="End a tile's chain when a step leaves its labels unchanged.")
-    add(
-        "--aggregate",
-        choices=AGGREGATION,
-        default=defaults.aggregate,
-        help="window: a chain for each tile, and results are blended; volume: tiles are blended after every step.",
-    )
-    add(
-        "--combine",
-        choices=COMBINATIONS,
-        default=defaults.combine,
-        help="What a chain goes on from and returns. views: the mean of the latest estimate of each mirrored view; "
-        "last: its last step; mean: the mean of its steps.",
-    )
 
 
 def _processes(variable: str) -> int:

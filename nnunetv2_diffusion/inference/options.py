@@ -6,16 +6,11 @@ from typing import Any
 from torch import nn
 
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS, SamplingConfig
-from nnunetv2_diffusion.inference.sliding_window import COMBINATIONS
 from nnunetv2_diffusion.inference.views import TTA
 from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, LatentSegmentor
 from nnunetv2_diffusion.planning.settings import LARGEST_SEED, MOST_SAMPLES, environment_overrides
 
-AGGREGATION = ("window", "volume")
-
-CHOICES = {
-    "sampler": SAMPLERS, "step_spacing": SPACINGS, "tta": TTA, "aggregate": AGGREGATION, "combine": COMBINATIONS
-}  # fmt: skip
+CHOICES = {"sampler": SAMPLERS, "step_spacing": SPACINGS, "tta": TTA}
 BOUNDS = {"steps": (0, 100_000), "samples": (1, MOST_SAMPLES), "seed": (0, LARGEST_SEED)}
 
 
@@ -38,19 +33,12 @@ class PredictionOptions:
 
     Attributes:
         steps: K, reverse steps; 0 for the segmentor's own mask of a HiDiff model.
-        sampler: "ddpm", "ddim" or "renoise", see ``SamplingConfig``.
+        sampler: "ddpm" or "ddim", see ``SamplingConfig``.
         samples: N, masks drawn; the result is their mean.
         seed: of the noise.
-        step_spacing: "linspace": the steps end at t = 0. "trailing": at T / K, one of equal length from there. "low":
-            the first is at T, the others are from T / 2 on, where a state shows the mask.
+        step_spacing: "linspace": the steps end at t = 0. "trailing": at T / K, one of equal length from there.
         tta: "full": a chain for each of nnU-Net's mirrored views. "interleaved": one chain whose steps see different
             views. "none".
-        early_exit: end a tile's chain when a step leaves its label map unchanged.
-        aggregate: "window": a chain for each tile, results are blended. "volume": estimates of all tiles are blended
-            after every step.
-        combine: "views": a step's estimate is the mean of the latest of every mirrored view, and the last one is the
-            result. "last": a step's estimate is its own alone. "mean": the same, and the result is the mean of all
-            steps'; after each step (save_steps), of those so far.
         save_uncertainty: maps and a JSON of statistics for each case.
         save_samples: the mask of every sample.
         save_steps: the mask after every step.
@@ -66,9 +54,6 @@ class PredictionOptions:
     seed: int | None = None
     step_spacing: str | None = None
     tta: str = "interleaved"
-    early_exit: bool = False
-    aggregate: str = "window"
-    combine: str = "views"
     save_uncertainty: bool = False
     save_samples: bool = False
     save_steps: bool = False
@@ -81,8 +66,6 @@ class PredictionOptions:
             value = getattr(self, name)
             if value is not None and value not in known:
                 raise OptionError(f"--{name} is {value!r}, expected one of {', '.join(known)}")
-        if self.early_exit and self.aggregate == "volume":
-            raise OptionError("--early_exit ends the chain of a tile, --aggregate volume has one chain for all of them")
 
 
 def resolve_sampling(network: nn.Module, options: PredictionOptions) -> SamplingConfig | None:

@@ -1,5 +1,6 @@
 """nnU-Net's predictor, with samples, steps and mirrors under control."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass, field
@@ -18,15 +19,11 @@ from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, JoinedNoise, No
 from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
 from nnunetv2_diffusion.inference.sliding_window import (
     Blend,
-    Estimator,
-    OverlapMeter,
     Tile,
     TileEstimator,
-    VolumeEstimator,
     at_once,
     make_tiles,
     run_chain,
-    same_labels,
     tiles_at_once,
 )
 from nnunetv2_diffusion.inference.views import Schedule, count_passes, mirror_views, schedules
@@ -48,7 +45,7 @@ class PassCount:
         tiles: positions of the sliding window.
         members: folds times samples.
         passes: that were made.
-        planned: without early exit.
+        planned: that will have been made.
     """
 
     tiles: int = 0
@@ -93,7 +90,6 @@ class DiffusionPredictor(nnUNetPredictor):
             super().__init__(*args, **kwargs)
         self.options = options
         self.sampling: SamplingConfig | None = None
-        self.meter: OverlapMeter | None = None  # set to measure how tiles disagree where they overlap
         self.results_device = self.device if self.perform_everything_on_device else torch.device("cpu")
 
     def set_options(self, options: PredictionOptions) -> None:
@@ -116,8 +112,8 @@ class DiffusionPredictor(nnUNetPredictor):
 
     @property
     def tiles_at_once(self) -> int:
-        """How many tiles go through the network together; one where tiles end their chains at different steps."""
-        return 1 if self.options.early_exit else tiles_at_once(self.configuration_manager.batch_size)
+        """How many tiles go through the network together."""
+        return tiles_at_once(self.configuration_manager.batch_size)
 
     @property
     def samples(self) -> int:
@@ -143,7 +139,7 @@ class DiffusionPredictor(nnUNetPredictor):
         weight = compute_gaussian(tuple(patch), sigma_scale=1.0 / 8, value_scaling_factor=10, device=device)
         weight = weight if self.use_gaussian else torch.ones_like(weight)
         heads = self.label_manager.num_segmentation_heads
-        blend = partial(Blend, heads, data.shape[1:], weight, device, self.meter)
+        blend = partial(Blend, heads, data.shape[1:], weight, device)
         return Canvas(data, tiles, padding, revert, blend)
 
     def members(self, image: torch.Tensor, name: str = "", count: PassCount | None = None) -> Iterator[Member]:
@@ -166,8 +162,6 @@ class DiffusionPredictor(nnUNetPredictor):
                 for sample in range(self.samples):
                     bar.set_postfix_str(f"sample {fold * self.samples + sample + 1}/{count.members}")
                     yield Member(fold, sample, self._draw(chain, plan, canvas, sample, count))
-            bar.total = count.passes  # fewer than planned if chains ended early
-            bar.refresh()
 
     def _autocast(self) -> torch.autocast | nullcontext:
         return torch.autocast("cuda") if self.device.type == "cuda" else nullcontext()
@@ -177,11 +171,10 @@ class DiffusionPredictor(nnUNetPredictor):
         self, chain: Chain, plan: list[Schedule], canvas: Canvas, sample: int, count: PassCount
     ) -> list[torch.Tensor]:
         """One sample; if the device has no room for the results, they are kept on the CPU from here on."""
-        draw = self._draw_volume if self.options.aggregate == "volume" else self._draw_tiles
         passes, blended = count.passes, None
         try:
             with self._autocast():
-                blended = draw(chain, plan, canvas, sample, count)
+                blended = self._draw_tiles(chain, plan, canvas, sample, count)
         except torch.cuda.OutOfMemoryError:
             if self.results_device.type == "cpu":
                 raise
@@ -223,35 +216,11 @@ class DiffusionPredictor(nnUNetPredictor):
         return [blend.mean() for blend in blends]
 
     def _tile_masks(
-        self, chain: Chain, plan: list[Schedule], estimator: Estimator, noise: Noise, kept: int
+        self, chain: Chain, plan: list[Schedule], estimator: TileEstimator, noise: Noise, kept: int
     ) -> list[torch.Tensor]:
-        """Mean over a tile's chains of the last ``kept`` steps; a chain that ends early stays as it is."""
-        exit_if = partial(same_labels, sigmoid=self.label_manager.has_regions) if self.options.early_exit else None
+        """Mean over a tile's chains of the last ``kept`` steps."""
         totals: list[torch.Tensor] = []
         for schedule in plan:
-            steps = run_chain(chain, estimator, schedule, noise, exit_if, self.options.combine)
-            found = list(_last(steps, kept, chain.steps))
+            found = list(deque(run_chain(chain, estimator, schedule, noise), maxlen=kept))
             totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
         return [total / len(plan) for total in totals]
-
-    def _draw_volume(
-        self, chain: Chain, plan: list[Schedule], canvas: Canvas, sample: int, count: PassCount
-    ) -> list[torch.Tensor]:
-        """One chain of the whole volume; masks of the kept steps."""
-        kept = chain.steps if self.options.save_steps else 1
-        estimator = VolumeEstimator(
-            chain, canvas.data, canvas.tiles, canvas.blend, self.device, count.tick, self.tiles_at_once
-        )
-        start = [-p for p in canvas.padding]
-        noise = self._noise(chain, sample, start, canvas.data.shape[1:], self.results_device)
-        return self._tile_masks(chain, plan, estimator, noise, kept)
-
-
-def _last(estimates: Iterator[torch.Tensor], kept: int, steps: int) -> list[torch.Tensor]:
-    """The last ``kept`` of ``steps`` estimates; if the chain ended early, its last one stands for the missing ones."""
-    found: list[torch.Tensor] = []
-    missing = steps
-    for estimate in estimates:
-        found = [*found, estimate][-kept:]
-        missing -= 1
-    return [*found, *found[-1:] * missing][-kept:]

@@ -1,15 +1,13 @@
-"""Chains over the tiles of a case: one chain a tile, or one chain of the whole volume."""
+"""Chains over the tiles of a case, and how tiles are blended."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from nnunetv2_diffusion.inference.chains import Chain, Noise, Window
 from nnunetv2_diffusion.inference.views import Schedule, View, mirror
 
-COMBINATIONS = ("views", "last", "mean")
 MOST_AT_ONCE = 32  # tiles; a case has hundreds of slices, and more at once are no faster
 
 
@@ -66,37 +64,6 @@ def at_once(tiles: Sequence[Tile], number: int) -> list[Sequence[Tile]]:
     return [tiles[i : i + number] for i in range(0, len(tiles), number)]
 
 
-class OverlapMeter:
-    """How often tiles disagree on a label where they overlap; counts start again with every blend.
-
-    Args:
-        sigmoid: heads are regions.
-    """
-
-    def __init__(self, sigmoid: bool):
-        self.sigmoid = sigmoid
-        self.compared = self.differing = 0
-
-    def start(self, spatial: Sequence[int]) -> None:
-        """Forget what was counted."""
-        self.labels = torch.full(tuple(spatial), -1, dtype=torch.int16)
-        self.compared = self.differing = 0
-
-    def add(self, tile: Tile, values: torch.Tensor) -> None:
-        """Compare a tile (K, *tile) with those before it, where either sees foreground."""
-        labels = hard_labels(values[None], self.sigmoid)[0].cpu()
-        before = self.labels[tile.index[1:]]
-        counts = (before >= 0) & ((before > 0) | (labels > 0))
-        self.compared += int(counts.sum())
-        self.differing += int((counts & (before != labels)).sum())
-        self.labels[tile.index[1:]] = labels
-
-    @property
-    def disagreement(self) -> float | None:
-        """Share of the compared voxels that differ; None if nothing overlaps."""
-        return self.differing / self.compared if self.compared else None
-
-
 class Blend:
     """Weighted mean of what tiles say, in float32.
 
@@ -105,7 +72,6 @@ class Blend:
         spatial: shape of the padded case.
         weight: of each voxel of a tile.
         device: of the sums.
-        meter: is shown every tile.
     """
 
     def __init__(
@@ -114,11 +80,7 @@ class Blend:
         spatial: Sequence[int],
         weight: torch.Tensor,
         device: torch.device,
-        meter: OverlapMeter | None = None,
     ):
-        self.meter = meter
-        if meter is not None:
-            meter.start(spatial)
         self.total = torch.zeros((channels, *spatial), device=device)
         self.norm = torch.zeros(tuple(spatial), device=device)
         self.weight = weight.to(device).float()
@@ -127,8 +89,6 @@ class Blend:
         """Add what a tile says, (1, K, *tile)."""
         self.total[tile.index] += values[0].to(self.total.device).float() * self.weight
         self.norm[tile.index[1:]] += self.weight
-        if self.meter is not None:
-            self.meter.add(tile, values[0])
 
     def add_all(self, tiles: Sequence[Tile], values: torch.Tensor) -> None:
         """Add what several tiles say, (B, K, *tile), in their order."""
@@ -138,23 +98,6 @@ class Blend:
     def mean(self) -> torch.Tensor:
         """(1, K, *spatial). The blend is used up."""
         return self.total.div_(self.norm)[None]
-
-
-class Estimator(Protocol):
-    """What a chain asks of the network, for one tile or for a volume."""
-
-    def prior(self, views: Sequence[View]) -> torch.Tensor | None:
-        """Mean prior over views, None if the chain has none."""
-
-    def __call__(
-        self,
-        view: View,
-        state: torch.Tensor | None,
-        prior: torch.Tensor | None,
-        previous: torch.Tensor | None,
-        step: int,
-    ) -> torch.Tensor:
-        """The estimate of a view, turned back."""
 
 
 def _seen(x: torch.Tensor | None, view: View) -> torch.Tensor | None:
@@ -180,7 +123,7 @@ class TileEstimator:
         return self.windows[view]
 
     def prior(self, views: Sequence[View]) -> torch.Tensor | None:
-        """See ``Estimator``."""
+        """Mean prior over views, None if the chain has none."""
         if not self.chain.has_prior:
             return None
         return sum(mirror(self._window(view).prior, view) for view in views) / len(views)
@@ -193,122 +136,41 @@ class TileEstimator:
         previous: torch.Tensor | None,
         step: int,
     ) -> torch.Tensor:
-        """See ``Estimator``."""
+        """The estimate of a view, turned back."""
         given = (_seen(x, view) for x in (state, prior, previous))
         p = mirror(self.chain.estimate(self._window(view), *given, step), view)
         self.tick(len(self.image))
         return p
 
 
-class VolumeEstimator:
-    """Network passes on all tiles, blended: a state of the whole volume is the same for all of them.
-
-    Args:
-        chain: of the network.
-        data: padded case, (C, *spatial).
-        tiles: see ``make_tiles``.
-        blend: makes an empty ``Blend``.
-        device: of the network.
-        tick: called after every pass with the number of tiles.
-        number: of tiles that go through the network together.
-    """
-
-    def __init__(
-        self,
-        chain: Chain,
-        data: torch.Tensor,
-        tiles: Sequence[Tile],
-        blend: Callable[[], Blend],
-        device: torch.device,
-        tick: Callable[[int], None],
-        number: int = 1,
-    ):
-        self.chain, self.data, self.tiles = chain, data, tiles
-        self.blend, self.device, self.tick, self.number = blend, device, tick, number
-
-    def _tiles(self, x: torch.Tensor | None, tiles: Sequence[Tile]) -> torch.Tensor | None:
-        return None if x is None else torch.stack([x[0][tile.index] for tile in tiles]).to(self.device)
-
-    def prior(self, views: Sequence[View]) -> torch.Tensor | None:
-        """See ``Estimator``."""
-        if not self.chain.has_prior:
-            return None
-        blend = self.blend()
-        for tiles in at_once(self.tiles, self.number):
-            estimator = TileEstimator(self.chain, self._tiles(self.data[None], tiles), lambda passes: None)
-            blend.add_all(tiles, estimator.prior(views))
-        return blend.mean()
-
-    def __call__(
-        self,
-        view: View,
-        state: torch.Tensor | None,
-        prior: torch.Tensor | None,
-        previous: torch.Tensor | None,
-        step: int,
-    ) -> torch.Tensor:
-        """See ``Estimator``."""
-        blend = self.blend()
-        for tiles in at_once(self.tiles, self.number):
-            estimator = TileEstimator(self.chain, self._tiles(self.data[None], tiles), self.tick)
-            blend.add_all(tiles, estimator(view, *(self._tiles(x, tiles) for x in (state, prior, previous)), step))
-        return blend.mean()
-
-
-def hard_labels(p: torch.Tensor, sigmoid: bool) -> torch.Tensor:
-    """Label map (1, *spatial), int16, of probabilities (1, K, *spatial); for regions a number for each combination."""
-    if not sigmoid:
-        return p.argmax(1).to(torch.int16)
-    bits = 2 ** (torch.arange(p.shape[1], device=p.device) % 15)
-    return ((p > 0.5) * bits.reshape(1, -1, *[1] * (p.ndim - 2))).sum(1).to(torch.int16)
-
-
-def same_labels(a: torch.Tensor, b: torch.Tensor, sigmoid: bool) -> bool:
-    """Whether two masks (1, K, *spatial) of probabilities have the same label map."""
-    if sigmoid:
-        return torch.equal(a > 0.5, b > 0.5)
-    return torch.equal(a.argmax(1), b.argmax(1))
-
-
-def run_chain(
-    chain: Chain,
-    estimator: Estimator,
-    schedule: Schedule,
-    noise: Noise,
-    exit_if: Callable | None = None,
-    combine: str = "views",
-) -> Iterator[torch.Tensor]:
+def run_chain(chain: Chain, estimator: TileEstimator, schedule: Schedule, noise: Noise) -> Iterator[torch.Tensor]:
     """Run one chain and yield the answer after every step, (B, K, *spatial).
 
+    The estimate of a step, from which the chain goes on, is the mean of each view's latest estimate, so every view
+    counts once; it is the answer. Where steps are draws that know nothing of each other (``Chain.independent``), the
+    answer is the mean of all passes so far.
+
     Args:
         chain: of the network.
-        estimator: of a tile or of the volume.
+        estimator: of the tiles.
         schedule: views of every step.
-        noise: of the tile or the volume.
-        exit_if: called with the last two estimates; the chain ends if it returns True.
-        combine: "views": the estimate of a step, from which the chain goes on, is the mean of each view's latest
-            estimate, so every view counts once; it is the answer. "last": it is the mean of the step's own views
-            alone. "mean": so it is, but the answer is the mean over all passes so far; of independent draws
-            "views" is that as well.
+        noise: of the tiles.
     """
-    if chain.independent and combine == "views":
-        combine = "mean"
-    views = list(dict.fromkeys(view for step in schedule for view in step))
-    prior = estimator.prior(views)
+    prior = estimator.prior(list(dict.fromkeys(view for step in schedule for view in step)))
     state = chain.start(prior, noise)
     latest: dict[View, torch.Tensor] = {}
     total, passes, previous = 0.0, 0, None
     for step, seen in enumerate(schedule):
-        if combine != "views":
+        if chain.independent:
             latest.clear()
         for view in seen:
             latest[view] = estimator(view, state, prior, previous, step)
         answer = estimate = sum(latest.values()) / len(latest)
-        if combine == "mean":
+        if chain.independent:
             total, passes = total + estimate * len(seen), passes + len(seen)
             answer = total / passes
         yield chain.answer(answer)
-        if step + 1 == len(schedule) or (exit_if and previous is not None and exit_if(previous, estimate)):
+        if step + 1 == len(schedule):
             return
         state = chain.advance(state, estimate, prior, step, noise)
         previous = estimate

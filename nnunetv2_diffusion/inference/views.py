@@ -53,5 +53,5 @@ def schedules(tta: str, views: list[View], steps: int) -> list[Schedule]:
 
 
 def count_passes(chains: list[Schedule]) -> int:
-    """Network passes of one tile without early exit."""
+    """Network passes of one tile."""
     return sum(len(views) for chain in chains for views in chain)

@@ -63,8 +63,6 @@ FREE = frozenset(
         "hidiff.pretraining_epochs",
         "hidiff.pretraining_learning_rate",
         "hidiff.merit_weights",
-        "mixture.recycle_share",
-        "mixture.truth_corruption",
         "score.weight",
         "score.steps",
     }

@@ -5,16 +5,19 @@ one prediction by environment variables, because ``nnUNetv2_predict`` passes no 
 """
 
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate, pairwise
 from operator import mul
 from typing import Any
 
 from nnunetv2_diffusion.planning.schema import S, Settings, SettingsError, parse, setting
+from nnunetv2_diffusion.removed import without_removed
 
+LOG = logging.getLogger("nnunetv2_diffusion")  # without a handler: warnings go to the standard error stream
 SECTION = "diffusion"
 HIDIFF = "hidiff"
 ENVIRONMENT_PREFIX = "nnUNet_diffusion_"
@@ -24,8 +27,8 @@ MOST_SAMPLES = 10_000
 MOST_EPOCHS = 100_000
 LARGEST_SEED = 2**63 - 1
 # as ``diffusion`` knows them, which is not imported here: torch takes seconds
-SAMPLERS = ("ddpm", "ddim", "renoise")
-SPACINGS = ("linspace", "trailing", "low")
+SAMPLERS = ("ddpm", "ddim")
+SPACINGS = ("linspace", "trailing")
 
 
 @dataclass(frozen=True)
@@ -89,20 +92,6 @@ class HiDiffSettings(Settings):
 
 
 @dataclass(frozen=True)
-class MixtureSettings(Settings):
-    """Settings of nnUNetTrainerRecycleMixed: section ``mixture`` within ``diffusion``."""
-
-    recycle_share: float = setting(
-        0.5, "share of samples whose mask is recycled; the others see the noised ground truth", low=0.0, high=1.0
-    )
-    truth_corruption: str = setting(
-        "drop",
-        "change of a random class in ground truth that is given: grown or shrunk, partly dropped, or exchanged",
-        choices=("none", "dilate", "drop", "swap"),
-    )
-
-
-@dataclass(frozen=True)
 class ScoreSettings(Settings):
     """Settings of nnUNetTrainerRecycleScore: section ``score`` within ``diffusion``."""
 
@@ -137,11 +126,10 @@ class DiffusionSettings(Settings):
         choices=("uniform", "importance", "importance-published"),
     )
     steps: int = setting(2, "K, network passes of one predicted sample; 5 in the paper", low=1, high=100_000)
-    sampler: str = setting("ddpm", "reverse step; renoise noises the estimate as training does", choices=SAMPLERS)
+    sampler: str = setting("ddpm", "reverse step", choices=SAMPLERS)
     step_spacing: str = setting(
         "trailing",
-        "the K steps: linspace from T - 1 to 0, as in the paper; trailing from T - 1 to T / K, which is better; low: "
-        "one at T - 1, the others from T / 2 on",
+        "the K steps: linspace from T - 1 to 0, as in the paper; trailing from T - 1 to T / K, which is better",
         choices=SPACINGS,
     )
     eta: float = setting(0.0, "DDIM's noise, 0 deterministic to 1 as DDPM", low=0.0, high=1.0)
@@ -176,9 +164,6 @@ class DiffusionSettings(Settings):
     )
 
     hidiff: HiDiffSettings = field(default_factory=HiDiffSettings, metadata={"doc": "settings of the HiDiff trainers"})
-    mixture: MixtureSettings = field(
-        default_factory=MixtureSettings, metadata={"doc": "settings of nnUNetTrainerRecycleMixed"}
-    )
     score: ScoreSettings = field(
         default_factory=ScoreSettings, metadata={"doc": "settings of nnUNetTrainerRecycleScore"}
     )
@@ -191,10 +176,9 @@ class DiffusionSettings(Settings):
             raise SettingsError(
                 f"training_steps is {self.training_steps}, expected at most timesteps = {self.timesteps}"
             )
-        if self.steps > self.most_steps:
+        if self.steps > self.chain_length:
             raise SettingsError(
-                f"steps is {self.steps}, expected 1 .. {self.most_steps} on a trained schedule of {self.chain_length} "
-                f"steps with step_spacing {self.step_spacing}"
+                f"steps is {self.steps}, expected 1 .. {self.chain_length}, the length of the trained schedule"
             )
         if not _has_signal(
             self.timesteps, self.beta_start, self.beta_end, self.training_steps, self.steps, self.step_spacing
@@ -209,11 +193,6 @@ class DiffusionSettings(Settings):
         """Number of time steps that training uses."""
         return self.training_steps or self.timesteps
 
-    @property
-    def most_steps(self) -> int:
-        """The largest K."""
-        return self.chain_length // 2 + 1 if self.step_spacing == "low" else self.chain_length
-
 
 def _kept(length: int, number: int, spacing: str) -> list[int]:
     """Indices of a respaced chain, as ``DiffusionProcess.respace`` keeps them."""
@@ -221,8 +200,6 @@ def _kept(length: int, number: int, spacing: str) -> list[int]:
         return [length - 1]
     if spacing == "linspace":
         return [round(k * (length - 1) / (number - 1)) for k in range(number)]
-    if spacing == "low":
-        return [*(round(k / (number - 1) * (length / 2)) - 1 for k in range(1, number)), length - 1]
     return [round(k / number * length) - 1 for k in range(1, number + 1)]
 
 
@@ -243,7 +220,7 @@ def _has_signal(length: int, first: float, last: float, trained: int | None, ste
 
 
 # sections within the section: name -> its settings
-SUBSECTIONS: dict[str, type[Settings]] = {HIDIFF: HiDiffSettings, "mixture": MixtureSettings, "score": ScoreSettings}
+SUBSECTIONS: dict[str, type[Settings]] = {HIDIFF: HiDiffSettings, "score": ScoreSettings}
 
 
 def settings_table(cls: type[Settings] = DiffusionSettings) -> str:
@@ -285,7 +262,7 @@ def read_assignments(texts: Iterable[str]) -> dict[str, Any]:
         a section as for ``parse_settings``, which is not validated.
 
     Raises:
-        SettingsError: for a text without key or sign.
+        SettingsError: for a text without key or sign, and for what an earlier version had.
     """
     section: dict[str, Any] = {}
     for text in texts:
@@ -301,11 +278,13 @@ def read_assignments(texts: Iterable[str]) -> dict[str, Any]:
         for name in outer:
             place = place.setdefault(name, {})
         place[inner] = parsed
+    for note in without_removed(section)[1]:
+        raise SettingsError(note)
     return section
 
 
 def parse_settings(section: Mapping[str, Any] | None, where: str = SECTION) -> DiffusionSettings:
-    """Validate a settings section.
+    """Validate a settings section; what an earlier version had is told in the log, once, and left out.
 
     Args:
         section: the mapping found in the plans; None for all defaults.
@@ -315,10 +294,18 @@ def parse_settings(section: Mapping[str, Any] | None, where: str = SECTION) -> D
         SettingsError: for an unknown key (naming the nearest known one) or a value that cannot be used.
     """
     if isinstance(section, Mapping):
+        section, notes = without_removed(section)
+        for note in notes:
+            _tell(f"{where}: setting {note}")
         inner = {name: cls for name, cls in SUBSECTIONS.items() if name in section}
         parsed = {name: parse(cls, section[name], where, f"{SECTION}.{name}") for name, cls in inner.items()}
         section = {**section, **parsed}
     return parse(DiffusionSettings, section, where, SECTION)
+
+
+@cache  # settings are read several times in a command
+def _tell(note: str) -> None:
+    LOG.warning(note)
 
 
 def read_settings(configuration: Mapping[str, Any], name: str = "plans") -> DiffusionSettings:

@@ -59,12 +59,11 @@ class Analysis(Settings):
     samples: int = setting(3, "chains with other noise for each case", low=1, high=MOST_SAMPLES)
     cases: int | None = setting(None, "only the first so many test cases; null: all", low=1, high=1_000_000)
     modes: str = setting("", "kinds of mirroring and blending that are compared, with spaces between")
-    mask_use: bool = setting(False, "give the network true and wrong masks: does it copy or ignore them")
     step_spacing: str | None = setting(None, "of the steps; null: the model's", choices=(*SPACINGS, None))
 
     def asked(self) -> dict[str, Any]:
         """As in a request: what was added to this class later is left out unless it is used."""
-        return {k: v for k, v in asdict(self).items() if v or k not in ("modes", "mask_use", "step_spacing")}
+        return {k: v for k, v in asdict(self).items() if v or k not in ("modes", "step_spacing")}
 
 
 @dataclass(frozen=True)

@@ -132,7 +132,7 @@ def open_units(place: Workplace, cells: Sequence[Cell], results: Path) -> list[U
                 f"cell {cell.name}: it has a warm_start, expected a diffusion trainer and not {cell.trainer}"
             )
         if cell.analysis_of(kind) is not None:
-            _check_analysis(cell, kind)
+            _check_analysis(cell)
         predictions = predictions_of(cell, kind)
         for number in range(cell.runs):
             request = request_of(place.study, cell, number, predictions, kind)
@@ -147,15 +147,13 @@ def open_units(place: Workplace, cells: Sequence[Cell], results: Path) -> list[U
     return units
 
 
-def _check_analysis(cell: Cell, kind: str | None) -> None:
+def _check_analysis(cell: Cell) -> None:
     """Raises StudyError for what the verb ``analyse`` would refuse, after the training."""
     from nnunetv2_diffusion.analysis.studies import MODES
 
     unknown = [mode for mode in cell.analyse.modes.split() if mode not in MODES]
     if unknown:
         raise StudyError(f"cell {cell.name}: analyse has the mode {unknown[0]!r}, expected some of {', '.join(MODES)}")
-    if cell.analyse.mask_use and kind != "gaussian":
-        raise StudyError(f"cell {cell.name}: analyse has mask_use, but {cell.trainer} is given no noisy mask")
 
 
 def chain_of(trainer: str) -> str | None:

@@ -171,8 +171,6 @@ class Training:
             command += ["--cases", str(own.cases)]
         if own.modes:
             command += ["--modes", *own.modes.split()]
-        if own.mask_use:
-            command.append("--mask_use")
         self._folder_stage("analyse", command, self.folder / "analysis")
 
     def usage(self, stage: str) -> dict[str, Any]:

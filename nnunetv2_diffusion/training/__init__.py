@@ -4,12 +4,10 @@ from nnunetv2_diffusion.compat import check_versions
 
 check_versions()
 
-from nnunetv2_diffusion.training.mask_trainers import (  # noqa: E402  versions first: a clear error beats a traceback
-    MixedTrainer,
+from nnunetv2_diffusion.training.score_trainer import (  # noqa: E402  versions first: a clear error beats a traceback
+    ScoreTrainer,
 )
-from nnunetv2_diffusion.training.score_trainer import ScoreTrainer  # noqa: E402
 from nnunetv2_diffusion.training.strategies import (  # noqa: E402
-    RecycleMixed,
     RecycleXT,
     RecycleXtPlus1,
     SelfConditionXt,
@@ -25,8 +23,6 @@ from nnunetv2_diffusion.training.trainer import (  # noqa: E402
 __all__ = [
     "BaselineTrainer",
     "DiffusionTrainer",
-    "MixedTrainer",
-    "RecycleMixed",
     "RecycleXT",
     "RecycleXtPlus1",
     "ScoreTrainer",

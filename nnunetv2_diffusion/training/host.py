@@ -31,11 +31,13 @@ from nnunetv2_diffusion.networks.heads import HeadsMixin
 from nnunetv2_diffusion.planning.continuing import AXES, FIXED, LENGTHS, changes, dataset_changes, plans_changes, unread
 from nnunetv2_diffusion.planning.schema import S
 from nnunetv2_diffusion.planning.settings import (
+    SECTION,
     DiffusionSettings,
     apply_environment,
     environment_overrides,
     read_settings,
 )
+from nnunetv2_diffusion.removed import without_removed
 from nnunetv2_diffusion.training import checks
 from nnunetv2_diffusion.training.divergence import DivergedError, StepGuard, backward_seed, describe_not_finite
 from nnunetv2_diffusion.training.label_scan import FILE
@@ -197,6 +199,8 @@ class CommonTrainer(MemoryLog, nnUNetTrainer):
         """As nnU-Net's; settings of the plans that have no effect go to the log."""
         super().initialize()
         look_at_pretrained_weights(self.look_at_weights)
+        for note in without_removed(self.configuration_manager.configuration.get(SECTION) or {})[1]:
+            self.print_to_log_file(f"Setting {note}")
         ignored = unread(self.settings, self.reads())
         if ignored:
             self.print_to_log_file(

@@ -28,7 +28,6 @@ from nnunetv2_diffusion.planning.continuing import LENGTHS, section_names
 from nnunetv2_diffusion.planning.settings import (
     DiffusionSettings,
     HiDiffSettings,
-    SettingsError,
     environment_overrides,
     read_settings,
 )
@@ -57,30 +56,20 @@ class Draw(NamedTuple):
     valid: torch.Tensor
 
 
-def hidiff_sampling(
-    settings: DiffusionSettings, process: BernoulliDiffusion, steps: int | None = None
-) -> SamplingConfig | None:
+def hidiff_sampling(settings: DiffusionSettings, steps: int | None = None) -> SamplingConfig | None:
     """How HiDiff samples by the plans: its own section, and the spacing of all methods.
 
     Args:
         settings: of the plans.
-        process: trained.
         steps: K instead of the settings'.
 
     Returns:
         None for K = 0.
-
-    Raises:
-        SettingsError: if the spacing has not so many steps.
     """
     own, spacing = settings.hidiff, settings.step_spacing
     steps = own.steps if steps is None else steps
     if not steps:
         return None
-    try:
-        process.respace(steps, spacing)
-    except ValueError as error:
-        raise SettingsError(f"hidiff.steps is {steps} and step_spacing is {spacing!r}: {error}") from error
     return SamplingConfig(steps, own.sampler, samples=own.samples, seed=own.seed, step_spacing=spacing)
 
 
@@ -203,7 +192,7 @@ class HybridTrainer(PlannedTrainer):
             kernel_sizes,
             strides,
             process,
-            hidiff_sampling(settings, process),
+            hidiff_sampling(settings),
             own.refiner_width,
             own.refiner_norm,
             own.binarized,
@@ -423,7 +412,7 @@ class HybridTrainer(PlannedTrainer):
     def _validation_sampling(self) -> SamplingConfig:
         """One sample of as many steps as a prediction has, within limits."""
         steps = min(max(self.settings.hidiff.steps, 1), VALIDATION_STEPS)
-        return replace(hidiff_sampling(self.settings, self.process, steps), samples=1)
+        return replace(hidiff_sampling(self.settings, steps), samples=1)
 
     def _validated(self, batch: dict, image: torch.Tensor, answer: torch.Tensor | list[torch.Tensor]) -> dict:
         """nnU-Net's validation of an answer that is there already."""

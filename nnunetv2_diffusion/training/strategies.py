@@ -1,7 +1,6 @@
 """Training strategies: what the network is given in the pass that is trained.
 
-Those of Fu et al. 2024 (eq. 4 to 8), and one of our own that makes the mask of a later step tell more:
-``RecycleMixed``.
+They are those of Fu et al. 2024 (eq. 4 to 8).
 
 Every strategy turns (predict, process, x_start, t) into the input of that last pass. ``predict(x, t, samples)`` is
 one pass without gradient (the paper's StopGradient) on the image that returns probabilities, encoded, in [0, 1];
@@ -19,7 +18,6 @@ import torch
 
 from nnunetv2_diffusion.diffusion import GaussianDiffusion
 from nnunetv2_diffusion.networks import to_x_start
-from nnunetv2_diffusion.training.corruption import Corruption
 
 Predict = Callable[..., torch.Tensor]
 
@@ -149,39 +147,3 @@ class SelfConditionXtPlus1:
         estimate = _gated_estimate(predict, x_next, t + 1, self.probability)
         x_t = process.ddpm_step(x_start, x_next, t + 1, torch.randn_like(x_start))
         return LastPass(x_t, estimate)
-
-
-@dataclass(frozen=True)
-class RecycleMixed:
-    """Recycling for some samples, the noised ground truth for the others.
-
-    Attributes:
-        share: chance of a sample to be recycled; with 1 this is ``RecycleXT``, with 0 ``Standard``, bit for bit.
-        corruption: of the ground truth that is given; None for none.
-    """
-
-    share: float = 0.5
-    corruption: Corruption | None = None
-    self_conditioning = False
-
-    @property
-    def uses_next_step(self) -> bool:
-        """As ``RecycleXT`` if any sample is recycled, else as ``Standard``."""
-        return self.share > 0
-
-    def __call__(
-        self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
-    ) -> LastPass:
-        """x_t ~ q(x_t | x0^) with x0^ of the first pass (eq. 5), or the ground truth, corrupted."""
-        if self.share >= 1:
-            return RecycleXT()(predict, process, x_start, t)
-        recycled = torch.rand(len(t)) < self.share if self.share else torch.zeros(len(t), dtype=torch.bool)
-        kept, others = (torch.nonzero(chosen).flatten().to(x_start.device) for chosen in (recycled, ~recycled))
-        given = x_start.clone()
-        if self.corruption is not None and len(others):
-            given[others] = self.corruption(x_start[others])
-        if len(kept):
-            last = torch.full((len(kept),), process.num_timesteps - 1)
-            p = predict(_noised(process, x_start[kept], last), last, kept)
-            given[kept] = to_x_start(p).to(given.dtype)
-        return LastPass(_noised(process, given, t))

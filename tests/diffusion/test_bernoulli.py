@@ -167,7 +167,6 @@ def true_eps(y_start, y_t):
 REVERSE_MEANS = {
     "ddpm": BernoulliDiffusion.p_mean,
     "ddim": BernoulliDiffusion.ddim_mean,
-    "renoise": BernoulliDiffusion.renoise_mean,
 }
 reverse_means = pytest.mark.parametrize("reverse_mean", REVERSE_MEANS.values(), ids=REVERSE_MEANS)
 
@@ -220,17 +219,6 @@ def test_ddim_mean_is_the_member_of_the_family_without_prior(chain):
     assert torch.equal(process.ddim_mean(eps, y_t, prior, t), process.ddim_mean(eps, y_t, 1 - prior, t))
 
 
-@chains
-def test_renoise_mean_is_q_one_step_earlier_of_the_soft_estimate(chain):
-    process = build(chain)
-    _, y_t, prior, t = cases(process)
-    eps = torch.rand_like(prior)
-    y_start = torch.where(y_t == 1, 1 - eps, eps)
-    actual = process.renoise_mean(eps, y_t, prior, t)
-    close(actual[1:], process.q_mean(y_start[1:], prior[1:], t[:-1]))
-    assert torch.equal(process.renoise_mean(1 - eps, 1 - y_t, prior, t), actual), "the state has no further part in it"
-
-
 def test_p_mean_is_the_posterior_of_the_soft_estimate_and_not_a_mixture(paper):
     t = torch.tensor([5])
     eps, y_t, prior = (torch.full((1, 1, 1), value, dtype=torch.float64) for value in (0.5, 1.0, 0.05))
@@ -252,7 +240,7 @@ def corners(process, dtype=torch.float32):
 
 
 @chains
-@pytest.mark.parametrize("name", ["q_posterior_mean", "p_mean", "ddim_mean", "renoise_mean"])
+@pytest.mark.parametrize("name", ["q_posterior_mean", "p_mean", "ddim_mean"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
 def test_means_are_probabilities_at_zeros_and_ones(chain, name, dtype):
     process = build(chain)
@@ -308,7 +296,6 @@ METHODS = {
     "predict_y_start": lambda p, y_start, y_t, prior, eps, t: p.predict_y_start(y_t, eps),
     "p_mean": lambda p, y_start, y_t, prior, eps, t: p.p_mean(eps, y_t, prior, t),
     "ddim_mean": lambda p, y_start, y_t, prior, eps, t: p.ddim_mean(eps, y_t, prior, t),
-    "renoise_mean": lambda p, y_start, y_t, prior, eps, t: p.renoise_mean(eps, y_t, prior, t),
 }
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 

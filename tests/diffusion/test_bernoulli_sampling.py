@@ -151,7 +151,7 @@ def test_states_are_draws_of_single_steps_of_the_respaced_chain(paper, sampler):
     answers = [torch.rand(2, 3, 40) for _ in range(5)]
     network = Network(lambda y_t, t: answers[len(network.calls) - 1])
     results = run(process, network, prior, sampler, uniform)
-    means = {"ddpm": process.p_mean, "ddim": process.ddim_mean, "renoise": process.renoise_mean}
+    means = {"ddpm": process.p_mean, "ddim": process.ddim_mean}
     for i, (y_t, _, _) in enumerate(network.calls):
         assert torch.equal(results[i], torch.where(y_t == 1, 1 - answers[i], answers[i]))
         assert bool(((y_t == 0) | (y_t == 1)).all())
@@ -191,7 +191,7 @@ def test_a_network_under_autocast_may_answer_in_half_precision(paper, sampler):
 
 
 def test_an_unknown_sampler_is_an_error_that_names_the_known_ones(paper):
-    with pytest.raises(ValueError, match=r"sampler is 'euler', expected one of ddpm, ddim, renoise"):
+    with pytest.raises(ValueError, match=r"sampler is 'euler', expected one of ddpm, ddim"):
         run(paper, oracle(random_mask(1, 1, 4)), torch.rand(1, 1, 4), "euler")
 
 

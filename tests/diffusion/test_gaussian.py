@@ -304,25 +304,15 @@ def test_ddim_with_eta_0_ignores_noise(trained):
 
 
 def one_step(process: GaussianDiffusion, name: str):
-    """step(x_start, x_t, t, noise) of a sampler: ddpm, renoise, or ddim with its eta behind it."""
+    """step(x_start, x_t, t, noise) of a sampler: ddpm, or ddim with its eta behind it."""
     if name == "ddpm":
         return process.ddpm_step
-    if name == "renoise":
-        return lambda x_start, x_t, t, noise: process.renoise_step(x_start, t, noise)
     return ddim(process, float(name.removeprefix("ddim")))
 
 
 @chains
-def test_renoising_is_drawing_the_state_before_anew(chain):
-    process = build(chain)
-    t = torch.arange(1, process.num_timesteps)
-    x_start, noise = torch.randn(2, len(t), 2, 9, dtype=torch.float64)
-    close(process.renoise_step(x_start, t, noise), process.q_sample(x_start, t - 1, noise))
-
-
-@chains
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("name", ["ddpm", "ddim0.0", "ddim0.5", "ddim1.0", "renoise"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim0.0", "ddim0.5", "ddim1.0"])
 def test_all_steps_return_x_start_exactly_at_index_0(chain, dtype, name):
     process = build(chain)
     x_start = 2 * torch.rand(2, 3, 50).to(dtype) - 1
@@ -332,7 +322,7 @@ def test_all_steps_return_x_start_exactly_at_index_0(chain, dtype, name):
 
 
 @chains
-@pytest.mark.parametrize("name", ["ddpm", "ddim0.0", "ddim0.4", "ddim1.0", "renoise"])
+@pytest.mark.parametrize("name", ["ddpm", "ddim0.0", "ddim0.4", "ddim1.0"])
 def test_steps_with_the_true_x_start_keep_the_marginals_of_q(chain, name):
     process = build(chain)
     products = expected_alphas_cumprod(chain)
@@ -366,7 +356,6 @@ STEPS = {
     "q_posterior": lambda p, x_start, x_t, t, noise: p.q_posterior(x_start, x_t, t)[0],
     "ddpm_step": lambda p, x_start, x_t, t, noise: p.ddpm_step(x_start, x_t, t, noise),
     "ddim_step": lambda p, x_start, x_t, t, noise: p.ddim_step(x_start, x_t, t, noise, 0.5),
-    "renoise_step": lambda p, x_start, x_t, t, noise: p.renoise_step(x_start, t, noise),
 }
 steps = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
 
@@ -467,27 +456,6 @@ def test_trailing_steps_are_of_equal_length_and_end_one_of_them_before_zero(trai
 )
 def test_trailing_indices(trained, steps_kept, expected):
     assert trained.respace(steps_kept, "trailing").timestep_map.tolist() == expected
-
-
-@pytest.mark.parametrize(
-    ("steps_kept", "expected"),
-    [(1, [1000]), (2, [499, 1000]), (3, [249, 499, 1000]), (6, [99, 199, 299, 399, 499, 1000])],
-)
-def test_low_steps_are_one_of_noise_and_trailing_ones_of_the_lower_half(trained, steps_kept, expected):
-    assert trained.respace(steps_kept, "low").timestep_map.tolist() == expected
-
-
-def test_every_low_respacing_has_distinct_steps_and_a_longer_one_is_refused(trained):
-    for steps_kept in range(2, 502):
-        respaced = trained.respace(steps_kept, "low")
-        kept = respaced.timestep_map
-        assert kept[0] >= 0
-        assert kept[-1] == 1000
-        assert kept[-2] <= 500
-        assert kept.diff().min() >= 1
-        assert torch.equal(respaced.alphas_cumprod, trained.alphas_cumprod[kept])
-    with pytest.raises(ValueError, match=r"must be in 1 \.\. 501, got 502"):
-        trained.respace(502, "low")
 
 
 def test_an_unknown_spacing_is_refused(trained):

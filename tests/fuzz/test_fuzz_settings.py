@@ -17,7 +17,7 @@ VALUES = [
     0.999, 1.0, 1.5, -0.5, 1e-12, 1e12, 1e300, float("nan"), float("inf"), float("-inf"), "", "x", "ddim", "paper", "5",
     "nan", "../..", "\x00", "ä" * 300, [], [1], {}, {"steps": 1}, {"x": {"y": 1}},
 ]  # fmt: skip
-TRAINERS = ("nnUNetTrainerRecycleXT", "nnUNetTrainerRecycleScore", "nnUNetTrainerRecycleMixed", "nnUNetTrainerHiDiff")
+TRAINERS = ("nnUNetTrainerRecycleXT", "nnUNetTrainerRecycleScore", "nnUNetTrainerHiDiff")
 MODEST = {"refiner_width": 64, "transformer_layers": 8}  # above, a network is legal, and large
 
 

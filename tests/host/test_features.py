@@ -19,14 +19,6 @@ def test_2d_trains_and_predicts(project):
     assert len(masks) == 2
 
 
-def test_our_own_strategy_trains_and_predicts(project):
-    trainer = "nnUNetTrainerRecycleMixed"
-    project.train(trainer)
-    masks = project.predict(trainer, trainer, *SEQUENTIAL)
-    assert len(masks) == 2
-    assert all(set(np.unique(mask)) <= {0, 1, 2} for mask in masks.values())
-
-
 def test_a_model_of_draws_is_trained_and_predicted_by_both_commands(project):
     trainer = "nnUNetTrainerRecycleScore"
     project.train(trainer)

@@ -327,7 +327,7 @@ def test_validation_runs_the_segmentor_once_and_samples_as_planned(make_hidiff, 
     assert (seen[0].steps, seen[0].samples, seen[0].sampler, seen[0].step_spacing) == (3, 1, "ddpm", "linspace")
 
 
-@pytest.mark.parametrize(("spacing", "kept"), [("linspace", [9, 4, 0]), ("trailing", [9, 6, 2]), ("low", [9, 4, 1])])
+@pytest.mark.parametrize(("spacing", "kept"), [("linspace", [9, 4, 0]), ("trailing", [9, 6, 2])])
 def test_the_plans_spacing_reaches_both_ways_to_predict(make_hidiff, spacing, kept):
     from nnunetv2_diffusion.inference.chains import make_chain
     from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
@@ -348,11 +348,6 @@ def test_the_plans_spacing_reaches_both_ways_to_predict(make_hidiff, spacing, ke
 
 def network_patch(network):
     return [8 * max(s) for s in zip(*network.strides, strict=True)]
-
-
-def test_a_spacing_without_so_many_steps_is_named(make_hidiff):
-    with pytest.raises(SettingsError, match=r"hidiff\.steps is 10 and step_spacing is 'low': .* 1 \.\. 6, got 10"):
-        make_hidiff(hidiff={"steps": 10}, step_spacing="low")
 
 
 def test_continued_training_is_identical(make_hidiff, tmp_path):

@@ -10,9 +10,7 @@ from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, SinglePass, Win
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.sliding_window import (
     Blend,
-    Tile,
     TileEstimator,
-    VolumeEstimator,
     at_once,
     make_tiles,
     run_chain,
@@ -55,10 +53,8 @@ def classes(image):
     return torch.cat([p, 1 - p], 1)
 
 
-def run(chain, image, schedule, **kwargs):
-    return list(
-        run_chain(chain, TileEstimator(chain, image, lambda passes: None), schedule, box(image.shape[2:]), **kwargs)
-    )
+def run(chain, image, schedule):
+    return list(run_chain(chain, TileEstimator(chain, image, lambda passes: None), schedule, box(image.shape[2:])))
 
 
 @pytest.mark.parametrize("tta", ["none", "full", "interleaved"])
@@ -77,13 +73,6 @@ def test_the_state_is_mirrored_with_the_image():
         torch.testing.assert_close(first, expected)
 
 
-def test_every_view_counts_once_with_its_latest_estimate():
-    image, order = torch.zeros(1, 1, 2, 2, 2), iter(range(100))
-    chain = Counting(lambda x, state, step: torch.full((1, 2, 2, 2, 2), float(next(order))))
-    found = run(chain, image, [[()], [(0,)], [()], [(0,)]])
-    assert [float(e.mean()) for e in found] == [0.0, 0.5, 1.5, 2.5]
-
-
 def test_the_chain_goes_on_from_the_mean_estimate_and_passes_it_on():
     image = torch.zeros(1, 1, 2, 2, 2)
     chain = Counting(lambda x, state, step: torch.full((1, 2, 2, 2, 2), float(step)))
@@ -96,13 +85,6 @@ def test_the_chain_goes_on_from_the_mean_estimate_and_passes_it_on():
         torch.testing.assert_close(state, sum(noise.normal(i) for i in range(index + 1)))
 
 
-def test_a_chain_ends_early_when_told_so():
-    image = torch.zeros(1, 1, 2, 2, 2)
-    chain = Counting(lambda x, state, step: torch.full((1, 2, 2, 2, 2), float(min(step, 1))))
-    found = run(chain, image, [[()]] * 4, exit_if=torch.equal)
-    assert [float(e.mean()) for e in found] == [0.0, 1.0, 1.0]
-
-
 def cover(shape, patch, order=1):
     """Overlapping tiles of a volume, as nnU-Net would place them, in either order."""
     starts = [sorted({0, n - p}) for n, p in zip(shape, patch, strict=True)]
@@ -113,11 +95,6 @@ def cover(shape, patch, order=1):
         for c in starts[2]
     ]
     return make_tiles(slicers[::order], (0, 0, 0))
-
-
-def volume(chain, data, tiles, patch):
-    weight = torch.rand(patch, generator=torch.Generator().manual_seed(1)) + 0.1
-    return VolumeEstimator(chain, data, tiles, lambda: Blend(2, data.shape[1:], weight, CPU), CPU, lambda passes: None)
 
 
 def test_tiles_come_in_one_order():
@@ -136,79 +113,27 @@ def test_a_blend_of_equal_opinions_is_that_opinion():
     torch.testing.assert_close(blend.mean()[0], values)
 
 
-@pytest.mark.parametrize("tta", ["none", "interleaved"])
-def test_a_volume_of_one_tile_gives_what_the_tile_gives(tta):
-    data, size = torch.randn(1, 4, 5, 6), (4, 5, 6)
-    tiles = [Tile((slice(None), *(slice(0, n) for n in size)), (0, 0, 0), size)]
-    (schedule,) = schedules(tta, VIEWS, 4)
-
-    def chain():
-        return Counting(lambda x, state, step: (state + classes(x)).softmax(1))
-
-    one = run(chain(), data[None], schedule)
-    many = list(run_chain(chain(), volume(chain(), data, tiles, size), schedule, box(size)))
-    for a, b in zip(one, many, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_a_state_of_the_volume_is_the_same_for_all_tiles():
-    data, shape, patch = torch.randn(1, 6, 7, 8), (6, 7, 8), (4, 5, 8)
-    chain = Counting(lambda x, state, step: state.softmax(1))
-    found = list(run_chain(chain, volume(chain, data, cover(shape, patch), patch), [[()]] * 2, box(shape)))
-    noise = box(shape)
-    torch.testing.assert_close(found[0], noise.normal(0).softmax(1))
-    torch.testing.assert_close(found[1], (noise.normal(0) + noise.normal(1)).softmax(1))
-
-
-# --- tiles that move --------------------------------------------------------------------------------------------------
-
-
-def dense(shape, patch):
-    """Tiles without overlap but at the end."""
-    starts = [sorted({*range(0, n - p, p), n - p}) for n, p in zip(shape, patch, strict=True)]
-    slicers = [
-        (slice(None), *(slice(s, s + p) for s, p in zip((a, b, c), patch, strict=True)))
-        for a in starts[0]
-        for b in starts[1]
-        for c in starts[2]
-    ]
-    return make_tiles(slicers, (0, 0, 0))
-
-
-@pytest.mark.parametrize("combine", ["views", "last", "mean"])
-def test_an_oracle_is_right_in_every_step_wherever_tiles_lie(combine):
-    data, shape, patch = torch.randn(1, 9, 10, 8), (9, 10, 8), (4, 5, 8)
-    chain = Counting(lambda x, state, step: classes(x))
-    tiles = dense(shape, patch)
-    (schedule,) = schedules("interleaved", VIEWS, 4)
-    found = list(run_chain(chain, volume(chain, data, tiles, patch), schedule, box(shape), combine=combine))
-    for estimate in found:
-        torch.testing.assert_close(estimate[0], classes(data[None])[0])
-
-
 # --- what a chain returns ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("combine", "answers", "given"),
-    [
-        ("views", [0.0, 0.5, 1.5, 2.5], [0.0, 0.5, 1.5]),
-        ("last", [0.0, 1.0, 2.0, 3.0], [0.0, 1.0, 2.0]),
-        ("mean", [0.0, 0.5, 1.0, 1.5], [0.0, 1.0, 2.0]),
-    ],
+    ("independent", "answers", "given"),
+    [(False, [0.0, 0.5, 1.5, 2.5], [0.0, 0.5, 1.5]), (True, [0.0, 0.5, 1.0, 1.5], [0.0, 1.0, 2.0])],
 )
-def test_what_a_chain_returns_and_what_it_goes_on_from(combine, answers, given):
+def test_what_a_chain_returns_and_what_it_goes_on_from(independent, answers, given):
     image, order = torch.zeros(1, 1, 2, 2, 2), iter(range(100))
     chain = Counting(lambda x, state, step: torch.full((1, 2, 2, 2, 2), float(next(order))))
-    found = run(chain, image, [[()], [(0,)], [()], [(0,)]], combine=combine)
+    chain.independent = independent
+    found = run(chain, image, [[()], [(0,)], [()], [(0,)]])
     assert [float(e.mean()) for e in found] == answers
     assert [float(previous.mean()) for _, _, previous in chain.given[1:]] == given
 
 
-def test_the_mean_counts_every_pass_once():
+def test_the_mean_of_draws_counts_every_pass_once():
     image, order = torch.zeros(1, 1, 2, 2, 2), iter([0.0, 3.0, 6.0])
     chain = Counting(lambda x, state, step: torch.full((1, 2, 2, 2, 2), next(order)))
-    found = run(chain, image, [[()], [(0,), (1,)]], combine="mean")
+    chain.independent = True
+    found = run(chain, image, [[()], [(0,), (1,)]])
     assert [float(e.mean()) for e in found] == [0.0, 3.0]
 
 

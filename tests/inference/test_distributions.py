@@ -34,7 +34,7 @@ def network_of(models, name, regions=False):
     return network, None if name.endswith("only") else network.sampling
 
 
-def answers(network, config, regions, combine="views", image=None):
+def answers(network, config, regions, image=None):
     """What a chain yields for one tile, and the chain."""
     torch.manual_seed(0)
     image = torch.randn(1, 1, 8, 12, 8) if image is None else image
@@ -43,14 +43,13 @@ def answers(network, config, regions, combine="views", image=None):
     schedule = [[(), (0,)]] * chain.steps
     with torch.inference_mode():
         estimator = TileEstimator(chain, image, lambda passes: None)
-        return chain, list(run_chain(chain, estimator, schedule, noise, combine=combine))
+        return chain, list(run_chain(chain, estimator, schedule, noise))
 
 
-@pytest.mark.parametrize("combine", ["views", "mean"])
 @pytest.mark.parametrize("name", CHAINS)
-def test_classes_of_every_chain_are_a_distribution_after_every_step(models, name, combine):
+def test_classes_of_every_chain_are_a_distribution_after_every_step(models, name):
     network, config = network_of(models, name)
-    chain, found = answers(network, config, False, combine)
+    chain, found = answers(network, config, False)
     assert type(chain).__name__ == CHAINS[name]
     assert len(found) == chain.steps
     for p in found:
@@ -162,10 +161,9 @@ def test_the_programming_interface_gives_a_distribution(models):
     assert found.maps["entropy"].max() <= math.log(3) + 1e-5
 
 
-@pytest.mark.parametrize("aggregate", ["window", "volume"])
 @pytest.mark.parametrize("tta", ["none", "full"])
-def test_steps_and_moments_of_a_case_are_distributions(models, aggregate, tta):
-    options = PredictionOptions(steps=2, samples=2, save_steps=True, aggregate=aggregate, tta=tta)
+def test_steps_and_moments_of_a_case_are_distributions(models, tta):
+    options = PredictionOptions(steps=2, samples=2, save_steps=True, tta=tta)
     predictor = load_predictor(models("nnUNetTrainerHiDiff"), options=options, progress=False)
     members = []
     result = draw_case(predictor, torch.randn(1, 9, 14, 9), keep=lambda member, number: members.append(member))
@@ -179,7 +177,7 @@ def test_steps_and_moments_of_a_case_are_distributions(models, aggregate, tta):
 
 
 @pytest.mark.parametrize("trainer", ["HiDiff", "RecycleScore", "RecycleXT"])
-@pytest.mark.parametrize("spacing", ["linspace", "low"])
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 def test_the_spacing_of_the_plans_is_that_of_the_network(models, trainer, spacing):
     predictor = load_predictor(models(f"nnUNetTrainer{trainer}", step_spacing=spacing), progress=False)
     assert predictor.network.sampling.step_spacing == predictor.sampling.step_spacing == spacing

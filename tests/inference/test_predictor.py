@@ -41,22 +41,6 @@ def predict(folder, data=None, edit=None, **options):
     return [m.steps[-1] for m in members], count
 
 
-def on_chain(change):
-    """An ``edit`` of a predictor that changes every chain it makes."""
-
-    def edit(predictor):
-        chain_of = predictor.chain
-
-        def chain():
-            made = chain_of()
-            change(made)
-            return made
-
-        predictor.chain = chain
-
-    return edit
-
-
 def test_probabilities_are_finite_and_sum_to_one(models):
     for tta in ("none", "full", "interleaved"):
         (p,), _ = predict(models(), tta=tta)
@@ -65,9 +49,8 @@ def test_probabilities_are_finite_and_sum_to_one(models):
 
 
 @pytest.mark.parametrize("trainer", FAMILIES)
-@pytest.mark.parametrize("aggregate", ["window", "volume"])
 @pytest.mark.parametrize("seed", [0, 1])
-def test_the_order_of_tiles_does_not_change_a_bit(models, trainer, aggregate, seed):
+def test_the_order_of_tiles_does_not_change_a_bit(models, trainer, seed):
     """Neither of nnU-Net's positions nor of the tiles that are made of them."""
 
     def shuffled(things):
@@ -81,9 +64,8 @@ def test_the_order_of_tiles_does_not_change_a_bit(models, trainer, aggregate, se
         else:
             predictor.canvas = lambda image: replace(found := canvas(image), tiles=shuffled(found.tiles))
 
-    options = {"tta": "none", "aggregate": aggregate}
-    (p,), count = predict(models(trainer), **options)
-    (q,), _ = predict(models(trainer), edit=shuffle, **options)
+    (p,), count = predict(models(trainer), tta="none")
+    (q,), _ = predict(models(trainer), edit=shuffle, tta="none")
     assert count.tiles > 1
     assert torch.equal(p, q)
 
@@ -111,7 +93,7 @@ def test_a_sample_does_not_depend_on_how_many_are_drawn(models):
 
 
 @pytest.mark.parametrize("trainer", FAMILIES)
-@pytest.mark.parametrize("options", [{"tta": "interleaved"}, {"tta": "none", "aggregate": "volume"}])
+@pytest.mark.parametrize("options", [{"tta": "interleaved"}, {"tta": "none"}])
 def test_tiles_that_are_computed_together_are_those_computed_alone(models, monkeypatch, trainer, options):
     (together,), count = predict(models(trainer), **options)
     for module in (predictor_module, sliding_window):
@@ -124,21 +106,19 @@ def test_tiles_that_are_computed_together_are_those_computed_alone(models, monke
 
 
 @pytest.mark.parametrize("trainer", ["nnUNetTrainerRecycleXT", "nnUNetTrainerHiDiff"])
-def test_a_result_names_how_many_tiles_went_together_which_early_exit_changes(models, monkeypatch, trainer, tmp_path):
+def test_a_result_names_how_many_tiles_went_together(models, monkeypatch, trainer, tmp_path):
     """The number may change roundings, so equal bytes are claimed for equal numbers alone."""
-    monkeypatch.setattr(predictor_module, "same_labels", lambda a, b, sigmoid: False)  # no chain ends early
     results = {}
-    for name, batch, early in (("pair", 2, False), ("single", 1, False), ("early", 2, True)):
-        predictor = load(models(trainer), tta="none", early_exit=early)
+    for name, batch in (("pair", 2), ("single", 1)):
+        predictor = load(models(trainer), tta="none")
         sizes = []
         network = getattr(predictor.network, "segmentor", predictor.network)
         network.encoder.register_forward_pre_hook(lambda module, given, sizes=sizes: sizes.append(len(given[0])))
         monkeypatch.setitem(predictor.configuration_manager.configuration, "batch_size", batch)
         result = draw_case(predictor, case(), folder=tmp_path, to_mask=lambda p: p.argmax(0).numpy())
         named = describe(predictor, "a", PROPERTIES, result)["settings"]["tiles_at_once"]
-        assert max(sizes) == named == (1 if early else batch)
+        assert max(sizes) == named == batch
         results[name] = result.moments.mean()
-    assert torch.equal(results["single"], results["early"])
     near = (results["pair"] - results["single"]).abs() < 1e-4
     assert near.float().mean() > (0.99 if trainer == "nnUNetTrainerHiDiff" else 0.999999)
 
@@ -175,8 +155,7 @@ def test_results_without_room_on_the_device_are_made_again_on_the_cpu(models, ca
         predictor._draw(chain, predictor.schedules(chain.steps), canvas, 0, count)
 
 
-@pytest.mark.parametrize("aggregate", ["window", "volume"])
-def test_no_more_tiles_go_together_than_a_training_step_holds(models, aggregate):
+def test_no_more_tiles_go_together_than_a_training_step_holds(models):
     folder, masks = models(patch=(12, 8), spacing=(1.0, 1.0)), []
     for batch_size, expected in ((1, 1), (5, 5), (100, 32)):
         sizes = []
@@ -185,7 +164,7 @@ def test_no_more_tiles_go_together_than_a_training_step_holds(models, aggregate)
             predictor.configuration_manager.configuration["batch_size"] = batch_size
             predictor.network.register_forward_pre_hook(lambda module, given: sizes.append(len(given[0])))
 
-        (p,), count = predict(folder, edit=watch, tta="none", aggregate=aggregate)
+        (p,), count = predict(folder, edit=watch, tta="none")
         assert max(sizes) == expected
         assert sum(sizes) == count.passes
         masks.append(p)
@@ -212,39 +191,13 @@ def test_a_network_without_a_chain_is_predicted_as_by_nnunet(models, trainer):
         ({"tta": "full", "steps": 2}, 16),
         ({"tta": "interleaved", "steps": 5}, 8),
         ({"tta": "interleaved", "steps": 9}, 9),
-        ({"tta": "interleaved", "steps": 2, "aggregate": "volume"}, 8),
-        ({"tta": "interleaved", "steps": 8, "combine": "mean"}, 8),
+        ({"tta": "interleaved", "steps": 8}, 8),
     ],
 )
 def test_passes_of_a_tile_are_those_announced(models, options, passes):
     _, count = predict(models(), **options)
     assert count.per_tile == passes
     assert count.passes == count.planned == passes * count.tiles
-
-
-@pytest.mark.parametrize("tta", ["none", "interleaved"])
-def test_the_mean_of_a_chain_is_that_of_its_steps(models, tta):
-    data = case((8, 12, 8))  # one tile
-    own = load(models(), steps=8, tta=tta, save_steps=True, combine="last")
-    (last,) = own.members(data)
-    own.set_options(PredictionOptions(steps=8, tta=tta, save_steps=True, combine="mean"))
-    (mean,) = own.members(data)
-    for number in range(8):
-        torch.testing.assert_close(mean.steps[number], sum(last.steps[: number + 1]) / (number + 1))
-
-
-def test_early_exit_saves_passes_and_changes_no_label_if_labels_have_settled(models):
-    @on_chain
-    def settled(made):
-        made.estimate = lambda window, *rest: (
-            torch.cat([window.image.sigmoid()] + [1 - window.image.sigmoid()] * 2, 1) / 2
-        )
-
-    (p,), count = predict(models(), edit=settled, steps=5, tta="none", early_exit=True)
-    (q,), _ = predict(models(), edit=settled, steps=5, tta="none")
-    assert count.per_tile == 2
-    assert count.planned == 5 * count.tiles
-    torch.testing.assert_close(p, q)
 
 
 def test_every_step_can_be_kept_and_the_last_is_the_result(models):
@@ -284,7 +237,7 @@ def test_regions_are_independent_heads(models, trainer):
 
 def test_a_2d_network_goes_through_the_slices_of_a_volume(models):
     folder = models(patch=(12, 8), spacing=(1.0, 1.0))
-    for options in ({"tta": "full"}, {"tta": "interleaved", "aggregate": "volume"}):
+    for options in ({"tta": "full"}, {"tta": "interleaved"}):
         (p,), count = predict(folder, **options)
         assert p.shape == (3, 10, 15, 9)
         assert count.tiles % 10 == 0
@@ -335,9 +288,6 @@ def test_options_that_a_model_cannot_follow_are_refused(models, trainer, options
         ({"tta": "half"}, "--tta is 'half', expected one of"),
         ({"sampler": "euler"}, "--sampler is 'euler'"),
         ({"step_spacing": "leading"}, "--step_spacing is 'leading', expected one of linspace, trailing"),
-        ({"combine": "all"}, "--combine is 'all', expected one of views, last, mean"),
-        ({"combine": "first"}, "--combine is 'first', expected one of views, last, mean"),
-        ({"early_exit": True, "aggregate": "volume"}, "--early_exit"),
     ],
 )
 def test_values_out_of_range_are_refused(options, words):

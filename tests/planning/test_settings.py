@@ -110,15 +110,14 @@ def test_chain_length_is_that_of_training():
     assert DiffusionSettings(training_steps=5).chain_length == 5
 
 
-def test_names_of_samplers_and_spacings_and_the_most_steps_are_those_of_the_processes():
+def test_names_of_samplers_and_spacings_are_those_of_the_processes():
     assert (settings_module.SAMPLERS, settings_module.SPACINGS) == (diffusion.SAMPLERS, diffusion.SPACINGS)
-    for spacing in diffusion.SPACINGS:
-        for length in (4, 5, 1001):
-            settings = DiffusionSettings(training_steps=length, step_spacing=spacing)
-            assert settings.most_steps == diffusion.most_steps(length, spacing)
-            assert DiffusionSettings(training_steps=length, step_spacing=spacing, steps=settings.most_steps)
-    with pytest.raises(SettingsError, match=r"steps is 4, expected 1 \.\. 3 on a .* 5 steps with step_spacing low"):
-        DiffusionSettings(training_steps=5, step_spacing="low", steps=4)
+
+
+def test_a_chain_has_at_most_the_steps_of_the_trained_schedule():
+    assert DiffusionSettings(training_steps=5, steps=5).steps == 5
+    with pytest.raises(SettingsError, match=r"steps is 6, expected 1 \.\. 5, the length of the trained schedule"):
+        DiffusionSettings(training_steps=5, steps=6)
 
 
 # --- unknown keys and types ------------------------------------------------------------------------------------------
@@ -342,7 +341,7 @@ def test_a_variable_that_is_no_integer_is_named(key, text):
         ("steps", "1002", "steps is 1002, expected 1"),
         ("samples", "-1", "samples is -1"),
         ("seed", "-1", "seed is -1"),
-        ("sampler", "euler", "sampler is 'euler', expected one of ddpm, ddim, renoise"),
+        ("sampler", "euler", "sampler is 'euler', expected one of ddpm, ddim"),
         ("sampler", "", "sampler is ''"),
     ],
 )
@@ -442,10 +441,9 @@ def test_the_table_of_hidiff_lists_every_setting():
     assert all(f"| `{name}` | {json.dumps(f.default)} |" in table for name, f in HIDIFF_FIELDS.items())
 
 
-# --- section mixture -------------------------------------------------------------------------------------------------
+# --- other sections --------------------------------------------------------------------------------------------------
 
 INNER_OTHER = {
-    "mixture": {"recycle_share": 0.25, "truth_corruption": "swap"},
     "score": {"weight": 2.0, "latent_channels": 3, "steps": 5},
 }
 INNER = [(section, name) for section in INNER_OTHER for name in INNER_OTHER[section]]
@@ -469,11 +467,9 @@ def test_every_setting_of_a_section_can_be_set_alone_and_survives_json(section, 
 @pytest.mark.parametrize(
     ("section", "found", "message"),
     [
-        ("mixture", {"recycle": 0.5}, r"unknown setting 'recycle' in diffusion\.mixture; did you mean 'recycle_share'"),
+        ("score", {"wait": 0.5}, r"unknown setting 'wait' in diffusion\.score; did you mean 'weight'"),
         ("score", {"weight": -1.0}, r"in diffusion\.score, weight is -1\.0, expected a value in \[0"),
-        ("mixture", {"recycle_share": 1.5}, r"in diffusion\.mixture, recycle_share is 1\.5, expected a value in \[0"),
-        ("mixture", {"truth_corruption": "blur"}, r"'blur', expected one of none, dilate, drop, swap"),
-        ("mixture", 3, r"diffusion\.mixture is 3, expected a mapping"),
+        ("score", 3, r"diffusion\.score is 3, expected a mapping"),
     ],
 )
 def test_what_a_section_cannot_hold_is_named(section, found, message):
@@ -548,7 +544,7 @@ def test_a_beta_of_1_is_refused_with_the_settings_name():
     assert parse_settings({"beta_end": 0.2, "timesteps": 100}).beta_end == 0.2
 
 
-@pytest.mark.parametrize("spacing", ["linspace", "trailing", "low"])
+@pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 @pytest.mark.parametrize("beta_end", [0.02, 0.06, 0.08, 0.1, 0.15, 0.2, 0.5, 0.999])
 @pytest.mark.parametrize("timesteps", [10, 100, 1001])
 def test_settings_accept_a_schedule_if_the_process_can_be_built(spacing, beta_end, timesteps):

@@ -405,7 +405,7 @@ def test_trainers_of_nnunets_own_network_take_the_checkpoint_itself(site, capsys
     assert "take the checkpoint itself as -pretrained_weights" in refused(site, capsys, trainer)
 
 
-EVERY = (*RECYCLING, "RecycleMixed", "HiDiff")
+EVERY = (*RECYCLING, "HiDiff")
 
 
 def trained(site, trainer, dataset=None):

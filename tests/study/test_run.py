@@ -211,23 +211,21 @@ def test_without_a_chain_nothing_is_analysed_and_nothing_asked_for(fake, start, 
     assert len(fake.named("analyse")) == 1
 
 
-def test_modes_and_masks_are_asked_for_and_named_in_the_request_only_if_used(fake, start, results):
-    more = {"steps": 2, "modes": "full interleaved-mean", "mask_use": True, "step_spacing": "low"}
+def test_modes_and_spacing_are_asked_for_and_named_in_the_request_only_if_used(fake, start, results):
+    more = {"steps": 2, "modes": "full interleaved", "step_spacing": "linspace"}
     assert start({**STUDY, "cells": [STUDY["cells"][1], {**STUDY["cells"][1], "name": "D", "analyse": more}]}) == 0
     plain, asked = (next(c[1] for c in fake.named("analyse", f"fake-{name}-0")) for name in "BD")
     assert "--modes" not in plain
-    assert "--mask_use" not in plain
     place = asked.index("--modes")
-    assert asked[place + 1 : place + 3] == ["full", "interleaved-mean"]
-    assert "--mask_use" in asked
+    assert asked[place + 1 : place + 3] == ["full", "interleaved"]
     assert "--step_spacing" not in plain
-    assert asked[asked.index("--step_spacing") + 1] == "low"
-    assert not {"modes", "mask_use", "step_spacing"} & set(results()["B_run0"]["request"]["analyse"])
+    assert asked[asked.index("--step_spacing") + 1] == "linspace"
+    assert not {"modes", "step_spacing"} & set(results()["B_run0"]["request"]["analyse"])
     assert results()["D_run0"]["request"]["analyse"]["modes"] == more["modes"]
 
 
 def test_a_cell_without_a_chain_is_analysed_if_it_asks_itself(fake, start, results):
-    own = {"steps": 2, "samples": 2, "modes": "none interleaved-mean"}
+    own = {"steps": 2, "samples": 2, "modes": "none interleaved"}
     assert start({**STUDY, "cells": [{**STUDY["cells"][0], "runs": 1, "analyse": own}]}) == 0
     (command,) = fake.named("analyse")
     assert "--steps" not in command[1]
@@ -259,13 +257,6 @@ def test_an_ensemble_waits_for_all_of_its_members(fake, start, capsys):
     study = {**STUDY, "cells": [{**STUDY["cells"][1], "runs": 2}, ensemble]}
     assert start(study, cells=["E"]) == 1
     assert "its member B run 0 is not trained" in capsys.readouterr().err
-
-
-def test_masks_can_only_be_given_to_a_network_that_takes_one(fake, start, capsys):
-    cell = {**STUDY["cells"][0], "analyse": {"mask_use": True}}
-    assert start({**STUDY, "cells": [cell]}) == 1
-    assert "cell A: analyse has mask_use, but Stock is given no noisy mask" in capsys.readouterr().err
-    assert not fake.commands
 
 
 def test_steps_that_are_draws_are_a_chain_of_their_own_kind():

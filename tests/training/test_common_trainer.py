@@ -22,7 +22,7 @@ from nnunetv2_diffusion.planning.settings import SUBSECTIONS, DiffusionSettings
 from nnunetv2_diffusion.training.host import LOCK, CommonTrainer
 
 TRAINERS = [
-    *("DiffSeg", "SelfCondXt", "SelfCondXtPlus1", "RecycleXT", "RecycleXtPlus1", "RecycleMixed"),
+    *("DiffSeg", "SelfCondXt", "SelfCondXtPlus1", "RecycleXT", "RecycleXtPlus1"),
     *("RecycleScore", "NoDiff", "HiDiff", "Baseline"),
 ]
 SMALL = {"refiner_width": 4, "steps": 3, "pretraining_epochs": 0}
@@ -112,18 +112,18 @@ def test_settings_that_a_trainer_does_not_read_change_nothing(make, name, recipe
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_settings_without_effect_are_named_in_the_log(make, name):
-    trainer = make(trainer_class(name), hidiff=SMALL, steps=5, mixture={"recycle_share": 0.25})
+    trainer = make(trainer_class(name), hidiff=SMALL, steps=5, score={"weight": 0.25})
     said = f"{type(trainer).__name__} does not read these settings of the plans, they have no effect: "
     told = next((line.split(said)[1] for line in log_of(trainer).splitlines() if said in line), "")
     expected = [
         "steps=5" if "steps" not in trainer.reads() else None,
-        "mixture.recycle_share=0.25" if name != "RecycleMixed" else None,
+        "score.weight=0.25" if name != "RecycleScore" else None,
         "hidiff.refiner_width=4" if name != "HiDiff" else None,
     ]
     for text in filter(None, expected):
         assert text in told
     assert ("steps=5 (it reads hidiff.steps)" in told) == (name == "HiDiff")
-    assert ("mixture.recycle_share" in told) == (name != "RecycleMixed")
+    assert ("score.weight" in told) == (name != "RecycleScore")
     assert ("refiner_width" in told) == (name != "HiDiff")
 
 

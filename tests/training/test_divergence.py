@@ -14,7 +14,7 @@ from torch import nn
 
 from nnunetv2_diffusion.training.divergence import DivergedError, StepGuard, backward_seed, describe_not_finite
 
-TRAINERS = ["RecycleXT", "SelfCondXtPlus1", "NoDiff", "RecycleScore", "RecycleMixed", "HiDiff", "Baseline"]
+TRAINERS = ["RecycleXT", "SelfCondXtPlus1", "NoDiff", "RecycleScore", "HiDiff", "Baseline"]
 NOT_FINITE = [math.nan, math.inf, -math.inf]
 
 

@@ -73,7 +73,7 @@ class SpyStrategy:
 
 
 @pytest.mark.parametrize("recipe", CLIPS)
-@pytest.mark.parametrize("name", ["RecycleXT", "SelfCondXt", "NoDiff", "RecycleScore", "RecycleMixed"])
+@pytest.mark.parametrize("name", ["RecycleXT", "SelfCondXt", "NoDiff", "RecycleScore"])
 def test_gradients_are_clipped_as_the_recipe_says(build, clips, name, recipe):
     trainer = build(name, recipe=recipe)
     trainer.on_train_epoch_start()
@@ -128,7 +128,7 @@ def test_the_hosts_rate_changes_with_every_epoch(build):
     assert seen == pytest.approx([1e-2, 1e-2, *[1e-2 * (1 - 1 / 5) ** 0.9] * 2])
 
 
-@pytest.mark.parametrize("name", ["RecycleXT", "DiffSeg", "SelfCondXtPlus1", "RecycleMixed"])
+@pytest.mark.parametrize("name", ["RecycleXT", "DiffSeg", "SelfCondXtPlus1"])
 def test_the_strategy_is_asked_and_its_answer_is_what_the_network_is_shown(build, name):
     trainer = build(name, training_steps=50)
     trainer.strategy = spy = SpyStrategy(trainer.strategy)
@@ -172,14 +172,6 @@ def trainer_labels(batch):
 @pytest.mark.parametrize("name", ["SelfCondXt", "SelfCondXtPlus1"])
 def test_the_share_of_self_conditioning_is_that_of_the_plans(build, name, probability):
     assert build(name, self_conditioning_probability=probability).strategy.probability == probability
-
-
-@pytest.mark.parametrize("share", [0.0, 0.25])
-@pytest.mark.parametrize("corruption", ["none", "drop"])
-def test_the_mixture_is_that_of_the_plans(build, share, corruption):
-    strategy = build("RecycleMixed", mixture={"recycle_share": share, "truth_corruption": corruption}).strategy
-    assert strategy.share == share
-    assert (strategy.corruption is None) == (corruption == "none")
 
 
 def test_the_time_sampler_is_told_losses_without_their_weights(build):
