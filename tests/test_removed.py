@@ -10,10 +10,10 @@ import torch
 from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 
 sys.path.insert(0, str(Path(__file__).parent / "inference"))
-from tiny_model import CLASSES, make_model, make_plans
+from tiny_model import make_model
 
 from nnunetv2_diffusion import cli, predict_image
-from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint, find_trainer
+from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.planning import settings as settings_module
 from nnunetv2_diffusion.planning.settings import DiffusionSettings, SettingsError, parse_settings, read_assignments
@@ -79,18 +79,6 @@ def test_a_model_with_old_settings_predicts_as_with_those_that_are_left(tmp_path
         found.append(next(predictor.members(torch.ones(1, 8, 12, 8))).steps[-1])
     assert torch.equal(*found)
     assert any("setting step_spacing = 'low'" in message for message in caplog.messages)
-
-
-def test_a_training_names_old_settings_in_its_log(tmp_path, monkeypatch):
-    monkeypatch.setattr("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNet_results", str(tmp_path / "results"))
-    monkeypatch.setattr("nnunetv2.training.nnUNetTrainer.nnUNetTrainer.nnUNet_preprocessed", str(tmp_path))
-    plans = make_plans((8, 12, 8), (1.0, 1.0, 1.0), **OLD)
-    dataset = {"channel_names": {"0": "MR"}, "labels": CLASSES, "file_ending": ".nii.gz"}
-    trainer = find_trainer("nnUNetTrainerRecycleXT")(plans, "only", 0, dataset, device=torch.device("cpu"))
-    trainer.initialize()
-    log = Path(trainer.log_file).read_text()
-    for name, found, _ in SAID:
-        assert f"Setting {name} = {found}" in log
 
 
 @pytest.fixture(scope="module")

@@ -58,7 +58,7 @@ class Analysis(Settings):
     sampler: str = setting("ddpm", "reverse step", choices=SAMPLERS)
     samples: int = setting(3, "chains with other noise for each case", low=1, high=MOST_SAMPLES)
     cases: int | None = setting(None, "only the first so many test cases; null: all", low=1, high=1_000_000)
-    modes: str = setting("", "kinds of mirroring and blending that are compared, with spaces between")
+    modes: str = setting("", "kinds of mirroring that are compared, with spaces between")
     step_spacing: str | None = setting(None, "of the steps; null: the model's", choices=(*SPACINGS, None))
 
     def asked(self) -> dict[str, Any]:

@@ -127,6 +127,14 @@ def test_settings_without_effect_are_named_in_the_log(make, name):
     assert ("refiner_width" in told) == (name != "HiDiff")
 
 
+def test_settings_of_an_earlier_version_are_named_in_the_log(make):
+    trainer = make(trainer_class("RecycleXT"), step_spacing="low", mixture={"recycle_share": 0.25})
+    log = log_of(trainer)
+    assert "Setting step_spacing = 'low' does nothing since version 0.2" in log
+    assert "Setting mixture = {'recycle_share': 0.25} does nothing since version 0.2" in log
+    assert trainer.settings.step_spacing == "trailing"
+
+
 def test_default_plans_say_nothing_of_settings(make):
     trainer = make(trainer_class("RecycleXT"), transformer_heads=2, hidiff={})
     assert "does not read" not in log_of(trainer)
