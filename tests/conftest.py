@@ -12,7 +12,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from nnunetv2_diffusion.diffusion import GaussianDiffusion, SamplingConfig, linear_beta_schedule
-from nnunetv2_diffusion.networks import DiffusionSegmentor
+from nnunetv2_diffusion.networks import DiffusionUNet
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -124,7 +124,7 @@ def wake() -> Callable[[nn.Module], nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def make_segmentor(make_unet: Callable[..., nn.Module]) -> Callable[..., DiffusionSegmentor]:
+def make_segmentor(make_unet: Callable[..., nn.Module]) -> Callable[..., DiffusionUNet]:
     """Build a segmentor around a tiny 2D network; deep supervision off, as nnU-Net has it to predict."""
 
     def make(
@@ -136,10 +136,10 @@ def make_segmentor(make_unet: Callable[..., nn.Module]) -> Callable[..., Diffusi
         seed: int = 0,
         eta: float = 0.0,
         step_spacing: str = "linspace",
-        cls: type[DiffusionSegmentor] = DiffusionSegmentor,
+        cls: type[DiffusionUNet] = DiffusionUNet,
         unet: dict | None = None,
         **kwargs: Any,
-    ) -> DiffusionSegmentor:
+    ) -> DiffusionUNet:
         return cls(
             make_unet(classes=classes, **{"deep_supervision": False, **(unet or {})}),
             GaussianDiffusion(linear_beta_schedule(timesteps)),

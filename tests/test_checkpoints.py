@@ -24,7 +24,7 @@ from nnunetv2_diffusion.out_of_memory import is_out_of_memory
 from nnunetv2_diffusion.packing import pack_checkpoint, unpack_checkpoint
 from nnunetv2_diffusion.planning.settings import ALLOW
 from nnunetv2_diffusion.training.checks import check_plans
-from nnunetv2_diffusion.training.hybrid_trainer import HybridTrainer
+from nnunetv2_diffusion.training.hidiff_trainer import HiDiffTrainer
 from nnunetv2_diffusion.training.pretrained import load_segmentor
 
 FORBIDDEN = ("weights_only", "arbitrary code", "add_safe_globals", "Traceback", "\x1b")
@@ -298,7 +298,7 @@ def test_trainers_refuse_as_well(source, model, tmp_path):
     """--c and --val, and a segmentor to start from."""
     file, ran = model / "fold_0" / FILE, tmp_path / "code_ran"
     change_checkpoint(file, lambda c: c.update(x=Evil(ran)))
-    trainer = object.__new__(HybridTrainer)
+    trainer = object.__new__(HiDiffTrainer)
     trainer.label_manager = SimpleNamespace(num_segmentation_heads=3)
     for read in (lambda: trainer.load_checkpoint(str(file)), lambda: load_segmentor(torch.nn.Identity(), file)):
         with pytest.raises(CheckpointError) as error:

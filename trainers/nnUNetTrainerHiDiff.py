@@ -1,9 +1,9 @@
 """Trainer: HiDiff (Chen et al. 2024): nnU-Net's own network and a binarised diffusion refiner of its mask."""
 
 try:
-    from nnunetv2_diffusion.training.hybrid_trainer import HybridTrainer
+    from nnunetv2_diffusion.training.hidiff_trainer import HiDiffTrainer
 
-    class nnUNetTrainerHiDiff(HybridTrainer):
+    class nnUNetTrainerHiDiff(HiDiffTrainer):
         """HiDiff (Chen et al. 2024): nnU-Net's own network and a binarised diffusion refiner of its mask."""
 
 except Exception as error:  # nnU-Net imports every file here while it searches: none may stop it

@@ -1,9 +1,9 @@
 """Trainer: control without diffusion, same network and recipe (Fu et al. 2024, section 5.3)."""
 
 try:
-    from nnunetv2_diffusion.training import UnconditionalTrainer
+    from nnunetv2_diffusion.training import NoDiffTrainer
 
-    class nnUNetTrainerNoDiff(UnconditionalTrainer):
+    class nnUNetTrainerNoDiff(NoDiffTrainer):
         """control without diffusion, same network and recipe (Fu et al. 2024, section 5.3)."""
 
 except Exception as error:  # nnU-Net imports every file here while it searches: none may stop it

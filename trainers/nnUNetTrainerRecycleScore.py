@@ -1,10 +1,10 @@
-"""Trainer: masks that are draws; another draw is recycled into the loss."""
+"""Trainer: several plausible masks of an image, each from other random numbers (experimental)."""
 
 try:
-    from nnunetv2_diffusion.training import ScoreTrainer
+    from nnunetv2_diffusion.training import RecycleScoreTrainer
 
-    class nnUNetTrainerRecycleScore(ScoreTrainer):
-        """masks that are draws; another draw is recycled into the loss."""
+    class nnUNetTrainerRecycleScore(RecycleScoreTrainer):
+        """several plausible masks of an image, each from other random numbers (experimental)."""
 
 except Exception as error:  # nnU-Net imports every file here while it searches: none may stop it
     reason = error

@@ -22,7 +22,7 @@ from nnunetv2_diffusion.benchmarking.timing import (
     summary,
 )
 from nnunetv2_diffusion.diffusion import SamplingConfig
-from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
+from nnunetv2_diffusion.networks import DiffusionUNet, HiDiffNetwork
 
 DIFFERENT_INPUTS = 4
 
@@ -145,14 +145,14 @@ def _ways_to_predict(
     stopwatch: Stopwatch,
 ) -> list[Prediction]:
     """One subject for each sampling, or a single one for a network without a loop."""
-    if not isinstance(network, (DiffusionSegmentor, HybridSegmentor)) or network.process is None:
+    if not isinstance(network, (DiffusionUNet, HiDiffNetwork)) or network.process is None:
         return [Prediction(trainer, network, images)]
     longest = network.process.num_timesteps
     for config in configs:
         if config.steps > longest:
             raise BenchmarkError(f"--steps is {config.steps}, expected 1 .. {longest}, the schedule of {trainer}")
     # of HiDiff's, the segmentor is no pass of the loop; ``scripts/benchmark refiner`` times the parts
-    passes = PassTimer(network, stopwatch) if isinstance(network, DiffusionSegmentor) else None
+    passes = PassTimer(network, stopwatch) if isinstance(network, DiffusionUNet) else None
     return [Prediction(f"{trainer}, K = {c.steps}", network, images, c, passes) for c in configs]
 
 

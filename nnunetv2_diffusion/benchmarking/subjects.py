@@ -50,7 +50,7 @@ class PassTimer:
     """Times every denoising pass of a network from within, by wrapping the function that the loop calls for it.
 
     Args:
-        network: a ``DiffusionSegmentor``; it is changed.
+        network: a ``DiffusionUNet``; it is changed.
         stopwatch: for the network's device.
     """
 

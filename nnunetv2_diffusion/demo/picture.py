@@ -13,7 +13,7 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2_diffusion.diffusion import ContentNoise
 from nnunetv2_diffusion.diffusion.noise import content_hash
 from nnunetv2_diffusion.drawing import overlay
-from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
+from nnunetv2_diffusion.networks import DiffusionUNet, HiDiffNetwork
 
 
 def reverse_steps(
@@ -52,11 +52,11 @@ def _chain(
     network: torch.nn.Module, patch: torch.Tensor, steps: int
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Training time, noisy mask of the last class in [-1, 1] and probabilities of every step; none without a chain."""
-    if not isinstance(network, HybridSegmentor | DiffusionSegmentor) or None in (network.sampling, network.process):
+    if not isinstance(network, HiDiffNetwork | DiffusionUNet) or None in (network.sampling, network.process):
         return
     noise = ContentNoise(content_hash(patch), 0, 0, patch.device)
     config = replace(network.sampling, steps=steps)  # sampler and spacing as the model predicts
-    if isinstance(network, HybridSegmentor):
+    if isinstance(network, HiDiffNetwork):
         for step in network.chain(patch, network.segmentor(patch), noise, config):
             yield step.t, 2 * step.y_t[0, -1] - 1, step.y_start
     else:

@@ -14,7 +14,7 @@ from nnunetv2_diffusion.diffusion import (
     bernoulli_reverse_step,
     gaussian_reverse_step,
 )
-from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, LatentSegmentor, to_x_start
+from nnunetv2_diffusion.networks import DiffusionUNet, HiDiffNetwork, RecycleScoreUNet, to_x_start
 
 LEAST = 1e-6  # probability of a class before a distribution is made of them, as in export: all may be 0
 
@@ -146,7 +146,7 @@ class Chain(ABC):
 class GaussianChain(Chain):
     """The recycling family: a Gaussian process, its network told about state and time."""
 
-    def __init__(self, network: DiffusionSegmentor, config: SamplingConfig):
+    def __init__(self, network: DiffusionUNet, config: SamplingConfig):
         self.network, self.config = network, config
         self.steps, self.channels = config.steps, network.encoding.channels
         self.process = network.process.respace(config.steps, config.step_spacing)
@@ -193,7 +193,7 @@ class BernoulliChain(Chain):
 
     has_prior = True
 
-    def __init__(self, network: HybridSegmentor, config: SamplingConfig, sigmoid: bool):
+    def __init__(self, network: HiDiffNetwork, config: SamplingConfig, sigmoid: bool):
         self.network, self.config, self.sigmoid = network, config, sigmoid
         self.steps, self.channels = config.steps, network.num_heads
         self.process = network.process.respace(config.steps, config.step_spacing)
@@ -240,12 +240,12 @@ class BernoulliChain(Chain):
         return estimate / estimate.sum(1, keepdim=True)
 
 
-class LatentChain(Chain):
-    """Draws of a network that takes a code; every step is one, with a code of its own for the whole case."""
+class RecycleScoreChain(Chain):
+    """RecycleScore: every step makes a mask of its own from a code of its own, the same for the whole case."""
 
     independent = True
 
-    def __init__(self, network: LatentSegmentor, config: SamplingConfig):
+    def __init__(self, network: RecycleScoreUNet, config: SamplingConfig):
         self.network, self.steps, self.channels = network, config.steps, network.latent_channels
 
     def look(self, image: torch.Tensor) -> Window:
@@ -310,7 +310,7 @@ class SinglePass(Chain):
 class _PriorOnly(nn.Module):
     """HiDiff's segmentor as a network with one output."""
 
-    def __init__(self, network: HybridSegmentor):
+    def __init__(self, network: HiDiffNetwork):
         super().__init__()
         self.network = network
 
@@ -326,12 +326,12 @@ def make_chain(network: nn.Module, config: SamplingConfig | None, sigmoid: bool)
         config: how to sample; None for HiDiff's segmentor alone.
         sigmoid: heads are regions.
     """
-    if isinstance(network, HybridSegmentor):
+    if isinstance(network, HiDiffNetwork):
         if config is not None and network.uses_refiner():
             return BernoulliChain(network, config, sigmoid)
         return SinglePass(_PriorOnly(network), sigmoid, 1 if config is None else config.steps)
-    if isinstance(network, LatentSegmentor):
-        return LatentChain(network, config)
-    if isinstance(network, DiffusionSegmentor) and network.process is not None:
+    if isinstance(network, RecycleScoreUNet):
+        return RecycleScoreChain(network, config)
+    if isinstance(network, DiffusionUNet) and network.process is not None:
         return GaussianChain(network, config)
     return SinglePass(network, sigmoid)

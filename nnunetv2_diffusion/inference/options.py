@@ -7,7 +7,7 @@ from torch import nn
 
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS, SamplingConfig
 from nnunetv2_diffusion.inference.views import TTA
-from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, LatentSegmentor
+from nnunetv2_diffusion.networks import DiffusionUNet, HiDiffNetwork, RecycleScoreUNet
 from nnunetv2_diffusion.planning.settings import LARGEST_SEED, MOST_SAMPLES, environment_overrides
 
 CHOICES = {"sampler": SAMPLERS, "step_spacing": SPACINGS, "tta": TTA}
@@ -76,15 +76,15 @@ def resolve_sampling(network: nn.Module, options: PredictionOptions) -> Sampling
     """
     given = {k: getattr(options, k) for k in ("steps", "sampler", "samples", "seed", "step_spacing")}
     given = {k: v for k, v in given.items() if v is not None}
-    hybrid = isinstance(network, HybridSegmentor)
-    gaussian = isinstance(network, DiffusionSegmentor) and network.process is not None
-    draws = isinstance(network, LatentSegmentor)
-    if hybrid:  # steps that somebody asks for are made even if the refiner does not pay
+    hidiff = isinstance(network, HiDiffNetwork)
+    gaussian = isinstance(network, DiffusionUNet) and network.process is not None
+    draws = isinstance(network, RecycleScoreUNet)
+    if hidiff:  # steps that somebody asks for are made even if the refiner does not pay
         network.always_refine = bool(given.get("steps") or environment_overrides().get("steps"))
-    if not hybrid and not gaussian and not draws:
+    if not hidiff and not gaussian and not draws:
         return _without_chain(given, "the network of this model has no diffusion process")
     if given.get("steps", None if network.sampling else 0) == 0:
-        if not hybrid:
+        if not hidiff:
             raise OptionError("--steps is 0: this model needs at least one step; 0 is for HiDiff models")
         return _without_chain(given, "--steps 0 predicts with HiDiff's segmentor alone")
     start = network.sampling or SamplingConfig(steps=1, sampler="ddim")

@@ -27,7 +27,7 @@ from nnunetv2_diffusion.diffusion import UniformTimeSampler, variational_bound
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput
 from nnunetv2_diffusion.planning.settings import read_settings
 from nnunetv2_diffusion.training import DiffusionTrainer, RecycleXT
-from nnunetv2_diffusion.training.hybrid_trainer import HybridTrainer, frozen
+from nnunetv2_diffusion.training.hidiff_trainer import HiDiffTrainer, frozen
 from nnunetv2_diffusion.training.recipes import RECIPES
 from nnunetv2_diffusion.training.trainer import build_process
 
@@ -357,7 +357,7 @@ class _Recycling(_Rehearsal, DiffusionTrainer):
         pass
 
 
-class _HiDiff(_Rehearsal, HybridTrainer):
+class _HiDiff(_Rehearsal, HiDiffTrainer):
     """HiDiff: the refiner's phase, while the segmentor's graph waits, and the segmentor's phase."""
 
     def prepare(self) -> None:

@@ -92,18 +92,19 @@ class HiDiffSettings(Settings):
 
 
 @dataclass(frozen=True)
-class ScoreSettings(Settings):
+class RecycleScoreSettings(Settings):
     """Settings of nnUNetTrainerRecycleScore: section ``score`` within ``diffusion``."""
 
     weight: float = setting(
         4.0,
-        "of the score that makes masks draws, beside the recipe's loss; 0: all masks of an image are alike",
+        "weight of the score in the loss, beside the recipe's; the score makes the masks of one image differ; 0: they "
+        "are all alike",
         low=0.0,
         high=1000.0,
     )
-    latent_channels: int = setting(8, "random numbers that a mask is drawn with", low=1, high=256)
+    latent_channels: int = setting(8, "how many random numbers one mask is made from", low=1, high=256)
     steps: int = setting(
-        8, "draws that nnunetv2_diffusion predict makes a mask of, each of another mirrored view", low=1, high=1000
+        8, "how many single masks nnunetv2_diffusion predict averages, each of another mirrored view", low=1, high=1000
     )
 
 
@@ -164,8 +165,8 @@ class DiffusionSettings(Settings):
     )
 
     hidiff: HiDiffSettings = field(default_factory=HiDiffSettings, metadata={"doc": "settings of the HiDiff trainers"})
-    score: ScoreSettings = field(
-        default_factory=ScoreSettings, metadata={"doc": "settings of nnUNetTrainerRecycleScore"}
+    score: RecycleScoreSettings = field(
+        default_factory=RecycleScoreSettings, metadata={"doc": "settings of nnUNetTrainerRecycleScore"}
     )
 
     def __post_init__(self) -> None:
@@ -220,7 +221,7 @@ def _has_signal(length: int, first: float, last: float, trained: int | None, ste
 
 
 # sections within the section: name -> its settings
-SUBSECTIONS: dict[str, type[Settings]] = {HIDIFF: HiDiffSettings, "score": ScoreSettings}
+SUBSECTIONS: dict[str, type[Settings]] = {HIDIFF: HiDiffSettings, "score": RecycleScoreSettings}
 
 
 def settings_table(cls: type[Settings] = DiffusionSettings) -> str:

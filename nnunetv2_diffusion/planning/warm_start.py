@@ -22,7 +22,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_diffusion import shell
 from nnunetv2_diffusion.checkpoints import CheckpointError, build_network, check_weights, load_checkpoint_file
 from nnunetv2_diffusion.diffusion.mask_encoding import AnalogBits
-from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor, UnsupportedArchitectureError
+from nnunetv2_diffusion.networks import DiffusionUNet, HiDiffNetwork, UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.discriminative import UNetSegmentor
 from nnunetv2_diffusion.networks.heads import carry_heads
 from nnunetv2_diffusion.networks.merit import Merit
@@ -208,7 +208,7 @@ class Target:
     plans: PlansManager
     name: str
     dataset_json: dict
-    network: DiffusionSegmentor | HybridSegmentor
+    network: DiffusionUNet | HiDiffNetwork
 
     @property
     def configuration(self) -> ConfigurationManager:
@@ -274,7 +274,7 @@ def read_target(folder: Path, configuration: str, plans: str, trainer: str) -> T
     settings, dataset_json = manager.get_configuration(configuration), _read_json(folder / "dataset.json")
     network = build_network(trainer, manager, settings, dataset_json)
     known = isinstance(getattr(network, "segmentor", None), UNetSegmentor | Merit)
-    if not isinstance(network, DiffusionSegmentor) and not known:
+    if not isinstance(network, DiffusionUNet) and not known:
         raise WarmStartError(
             f"{trainer} has neither mask channels nor a refiner to start, expected a trainer of the recycling family "
             "or of HiDiff. nnU-Net's trainers take the checkpoint itself as -pretrained_weights"

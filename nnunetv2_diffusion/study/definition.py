@@ -257,7 +257,7 @@ def predictions_of(cell: Cell, kind: str | None) -> tuple[Prediction, ...]:
 
     Args:
         cell: whose predictions.
-        kind: "gaussian", "hybrid" (HiDiff), or None for a trainer without a chain.
+        kind: "gaussian", "hidiff" (HiDiff), or None for a trainer without a chain.
 
     Raises:
         StudyError: for a number of steps that the chain cannot have.
@@ -265,7 +265,7 @@ def predictions_of(cell: Cell, kind: str | None) -> tuple[Prediction, ...]:
     if kind is None:
         return tuple(dict.fromkeys(Prediction(mirroring=p.mirroring) for p in cell.predictions))
     settings = parse_settings(cell.settings, f"cell {cell.name}")
-    low, high = (0, settings.hidiff.timesteps) if kind == "hybrid" else (1, settings.chain_length)
+    low, high = (0, settings.hidiff.timesteps) if kind == "hidiff" else (1, settings.chain_length)
     for prediction in cell.predictions:
         if prediction.steps is None or not low <= prediction.steps <= high:
             raise StudyError(

@@ -125,7 +125,7 @@ def open_units(place: Workplace, cells: Sequence[Cell], results: Path) -> list[U
     units = []
     for cell in sorted(cells, key=lambda c: c.source is not None):
         kind = chain_of(cell.trainer)
-        if cell.segmentor is not None and kind != "hybrid":
+        if cell.segmentor is not None and kind != "hidiff":
             raise StudyError(f"cell {cell.name}: it has a segmentor, expected a HiDiff trainer and not {cell.trainer}")
         if cell.warm_start is not None and kind is None:
             raise StudyError(
@@ -157,18 +157,18 @@ def _check_analysis(cell: Cell) -> None:
 
 
 def chain_of(trainer: str) -> str | None:
-    """Kind of a trainer's chain: "gaussian", "hybrid" (HiDiff), "draws" (its steps are draws), or None.
+    """Kind of a trainer's chain: "gaussian", "hidiff" (HiDiff), "draws" (its steps are draws), or None.
 
     Raises:
         CheckpointError: if nnU-Net does not find the trainer.
     """
-    from nnunetv2_diffusion.training import DiffusionTrainer, ScoreTrainer
-    from nnunetv2_diffusion.training.hybrid_trainer import HybridTrainer
+    from nnunetv2_diffusion.training import DiffusionTrainer, RecycleScoreTrainer
+    from nnunetv2_diffusion.training.hidiff_trainer import HiDiffTrainer
 
     found = find_trainer(trainer)
-    if issubclass(found, HybridTrainer):
-        return "hybrid"
-    if issubclass(found, ScoreTrainer):
+    if issubclass(found, HiDiffTrainer):
+        return "hidiff"
+    if issubclass(found, RecycleScoreTrainer):
         return "draws"
     return "gaussian" if issubclass(found, DiffusionTrainer) and found.uses_mask else None
 

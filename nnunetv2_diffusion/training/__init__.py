@@ -4,8 +4,8 @@ from nnunetv2_diffusion.compat import check_versions
 
 check_versions()
 
-from nnunetv2_diffusion.training.score_trainer import (  # noqa: E402  versions first: a clear error beats a traceback
-    ScoreTrainer,
+from nnunetv2_diffusion.training.recycle_score_trainer import (  # noqa: E402  versions first: a clear error beats a traceback
+    RecycleScoreTrainer,
 )
 from nnunetv2_diffusion.training.strategies import (  # noqa: E402
     RecycleXT,
@@ -17,17 +17,17 @@ from nnunetv2_diffusion.training.strategies import (  # noqa: E402
 from nnunetv2_diffusion.training.trainer import (  # noqa: E402
     BaselineTrainer,
     DiffusionTrainer,
-    UnconditionalTrainer,
+    NoDiffTrainer,
 )
 
 __all__ = [
     "BaselineTrainer",
     "DiffusionTrainer",
+    "NoDiffTrainer",
+    "RecycleScoreTrainer",
     "RecycleXT",
     "RecycleXtPlus1",
-    "ScoreTrainer",
     "SelfConditionXt",
     "SelfConditionXtPlus1",
     "Standard",
-    "UnconditionalTrainer",
 ]

@@ -8,12 +8,12 @@ from nnunetv2_diffusion.networks.discriminative import SegmentorOutput
 from nnunetv2_diffusion.networks.merit import SCALES, Merit
 from nnunetv2_diffusion.planning.continuing import LENGTHS, section_names
 from nnunetv2_diffusion.planning.settings import HiDiffSettings
-from nnunetv2_diffusion.training.hybrid_trainer import HybridTrainer
+from nnunetv2_diffusion.training.hidiff_trainer import HiDiffTrainer
 from nnunetv2_diffusion.training.losses import SampleDiceCELoss
 from nnunetv2_diffusion.training.mutation_loss import MutationLoss
 
 
-class MeritTrainer(HybridTrainer):
+class MeritTrainer(HiDiffTrainer):
     """HiDiff whose segmentor is MERIT, trained by its MUTATION loss of 0.7 Dice + 0.3 CE."""
 
     takes_host_network = False

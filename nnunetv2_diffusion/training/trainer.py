@@ -15,7 +15,7 @@ from nnunetv2_diffusion.diffusion import (
     make_encoding,
     make_time_sampler,
 )
-from nnunetv2_diffusion.networks import DiffusionSegmentor, to_x_start
+from nnunetv2_diffusion.networks import DiffusionUNet, to_x_start
 from nnunetv2_diffusion.planning.continuing import GAUSSIAN, LENGTHS, TRANSFORMER
 from nnunetv2_diffusion.planning.settings import (
     DiffusionSettings,
@@ -129,7 +129,7 @@ class DiffusionTrainer(PlannedTrainer):
         sampling = SamplingConfig(
             settings.steps, settings.sampler, settings.eta, settings.samples, settings.seed, settings.step_spacing
         )
-        return DiffusionSegmentor(
+        return DiffusionUNet(
             unet,
             build_process(settings) if cls.uses_mask else None,
             sampling,
@@ -261,7 +261,7 @@ class DiffusionTrainer(PlannedTrainer):
         super().on_validation_epoch_end(val_outputs)
 
 
-class UnconditionalTrainer(DiffusionTrainer):
+class NoDiffTrainer(DiffusionTrainer):
     """Control without diffusion: the same network and recipe, no mask, no time (Fu et al. 2024, section 5.3)."""
 
     uses_mask = False

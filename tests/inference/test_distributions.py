@@ -20,7 +20,7 @@ from nnunetv2_diffusion.inference.sliding_window import TileEstimator, run_chain
 CHAINS = {
     "RecycleXT": "GaussianChain",
     "HiDiff": "BernoulliChain",
-    "RecycleScore": "LatentChain",
+    "RecycleScore": "RecycleScoreChain",
     "NoDiff": "SinglePass",
     "HiDiff prior only": "SinglePass",
     "HiDiff that does not pay": "SinglePass",

@@ -7,7 +7,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from nnunetv2_diffusion.diffusion import BernoulliDiffusion, SamplingConfig, cosine_beta_schedule
-from nnunetv2_diffusion.networks import HybridSegmentor, LatentSegmentor
+from nnunetv2_diffusion.networks import HiDiffNetwork, RecycleScoreUNet
 from nnunetv2_diffusion.networks.discriminative import UNetSegmentor
 
 
@@ -20,7 +20,7 @@ def networks(make_unet, make_segmentor, geometries):
         return network, "compile_denoiser"
 
     def latent():
-        network = LatentSegmentor(make_unet(deep_supervision=False), SamplingConfig(3, samples=2), 3, 4).eval()
+        network = RecycleScoreUNet(make_unet(deep_supervision=False), SamplingConfig(3, samples=2), 3, 4).eval()
         return network, "compile_denoiser"
 
     def hidiff():
@@ -28,7 +28,7 @@ def networks(make_unet, make_segmentor, geometries):
         kernels, strides = [list(k) for k in shape.kernel_sizes], [list(s) for s in shape.strides]
         process, config = BernoulliDiffusion(cosine_beta_schedule(10)), SamplingConfig(3, "ddim", samples=2)
         segmentor = UNetSegmentor(make_unet(deep_supervision=False))
-        network = HybridSegmentor(segmentor, 1, 3, kernels, strides, process, config, width=4).eval()
+        network = HiDiffNetwork(segmentor, 1, 3, kernels, strides, process, config, width=4).eval()
         return network, "compile_parts"
 
     return {"RecycleXT": recycling, "score": latent, "HiDiff": hidiff}

@@ -13,7 +13,7 @@ from nnunetv2_diffusion.commands import CommandError, Usage
 DATASET = "Dataset501_Fake"
 CASES = [f"phantom_{i:03d}" for i in range(6)]
 SPLIT = {"train": CASES[:4], "val": CASES[3:4], "test": CASES[4:]}
-TRAINERS = {"Stock": None, "Recycle": "gaussian", "Hi": "hybrid"}  # name: kind of chain
+TRAINERS = {"Stock": None, "Recycle": "gaussian", "Hi": "hidiff"}  # name: kind of chain
 STUDY = {
     "name": "fake",
     "summary": "Nothing is trained.",

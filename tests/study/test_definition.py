@@ -157,7 +157,7 @@ def test_a_trainer_without_a_chain_predicts_once_for_each_kind_of_mirroring(writ
 @pytest.mark.parametrize(
     ("kind", "steps", "good"),
     [("gaussian", 0, False), ("gaussian", 1001, True), ("gaussian", 1002, False), ("gaussian", None, False),
-     ("hybrid", 0, True), ("hybrid", 10, True), ("hybrid", 11, False)],
+     ("hidiff", 0, True), ("hidiff", 10, True), ("hidiff", 11, False)],
 )  # fmt: skip
 def test_steps_must_fit_the_chain(write, kind, steps, good):
     cell = read_study(write({**STUDY, "predictions": [{"steps": steps}]})).cells[0]
@@ -185,7 +185,7 @@ def test_studies_of_the_repository_can_be_run(file):
     assert study.name == file.stem
     assert study.split.counts() == {"train": 152, "val": 8, "test": 40}
     for cell in study.cells:
-        kind = "hybrid" if "HiDiff" in cell.trainer else "gaussian"
+        kind = "hidiff" if "HiDiff" in cell.trainer else "gaussian"
         assert predictions_of(cell, None if cell.trainer.endswith(("Baseline", "NoDiff")) else kind)
         if "HiDiff" in cell.trainer:
             assert study.cell(cell.segmentor).trainer == "nnUNetTrainerBaseline"

@@ -262,7 +262,7 @@ def test_an_ensemble_waits_for_all_of_its_members(fake, start, capsys):
 def test_steps_that_are_draws_are_a_chain_of_their_own_kind():
     assert chain_of("nnUNetTrainerRecycleScore") == "draws"
     assert chain_of("nnUNetTrainerRecycleXT") == "gaussian"
-    assert chain_of("nnUNetTrainerHiDiff") == "hybrid"
+    assert chain_of("nnUNetTrainerHiDiff") == "hidiff"
     assert chain_of("nnUNetTrainerNoDiff") is None
 
 

@@ -1,11 +1,16 @@
-"""The trainer of masks that are draws: a pass without gradient is recycled into the loss, not into the input."""
+"""RecycleScore: a trainer whose network makes another plausible mask of an image from other random numbers.
+
+Recycling feeds the mask of a first pass, made without gradient, back into the input. Here such a mask goes into the
+loss: the mask that is trained shall be near the truth, and as far from another mask of the same image as the truth may
+be from itself.
+"""
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from nnunetv2_diffusion.diffusion import SamplingConfig
-from nnunetv2_diffusion.networks import LatentSegmentor
+from nnunetv2_diffusion.networks import RecycleScoreUNet
 from nnunetv2_diffusion.planning.continuing import section_names
 from nnunetv2_diffusion.planning.settings import environment_overrides, read_settings
 from nnunetv2_diffusion.training.host import plans_unet, sampling_from_environment
@@ -37,16 +42,17 @@ def jaccard_distance(a: torch.Tensor, b: torch.Tensor, valid: torch.Tensor, smoo
 
 
 def score_gap(p: torch.Tensor, other: torch.Tensor, truth: torch.Tensor, valid: torch.Tensor) -> torch.Tensor:
-    """d(p, truth) - d(p, other), whose gradient is that of a proper score if other is a draw like p, held fixed.
+    """The score: distance d of a mask to the truth, minus its distance to another mask of the same image.
 
-    The kernel score of a distribution P of masks is E d(p, y) - E d(p, p') / 2 for p, p' ~ P: least where P is the
-    distribution of the truth. Its gradient flows through p and p' alike, which are drawn alike: so the one through p,
-    twice, is the same in the mean. One pass learns, the other is made without gradient, as in recycling (Fu et al.
-    2024).
+    Minimising it trains the whole distribution P of masks of an image. The kernel score of P against the truth y is
+    E d(p, y) - E d(p, p') / 2, with p and p' drawn from P independently, and it is least if P is the distribution of
+    the truth. p and p' are drawn alike, so the gradient through both is, in the mean, twice the gradient through p
+    alone. Hence only p has to learn, p' is held fixed and made without gradient, as the first pass of recycling (Fu et
+    al. 2024), and the factor 1 / 2 goes.
 
     Args:
-        p: probabilities (B, K, *spatial) of the pass that learns.
-        other: of another draw for the same image; no gradient reaches it.
+        p: probabilities (B, K, *spatial) in [0, 1] of the mask that is trained.
+        other: the same, of another mask of the same image; no gradient reaches it.
         truth: (B, K, *spatial).
         valid: (B, 1, *spatial), 1 where the truth is known.
 
@@ -56,10 +62,12 @@ def score_gap(p: torch.Tensor, other: torch.Tensor, truth: torch.Tensor, valid: 
     return jaccard_distance(p, truth, valid) - jaccard_distance(p, other.detach(), valid)
 
 
-class ScoreTrainer(DiffusionTrainer):
-    """Trains f(image, z) so that its masks are draws from what the truth may be (settings: section ``score``).
+class RecycleScoreTrainer(DiffusionTrainer):
+    """Trains a network that turns an image and a code of random numbers into one plausible mask.
 
-    The loss is the recipe's, plus ``score.weight`` times ``score_gap``.
+    Masks of one image from several codes shall differ where, and as much as, the truth may. Every step makes two masks
+    from two codes, the second one without gradient. The loss is the recipe's, plus ``score.weight`` times
+    ``score_gap`` (settings: section ``score``).
     """
 
     uses_mask = False
@@ -78,12 +86,12 @@ class ScoreTrainer(DiffusionTrainer):
         num_output_channels: int,
         enable_deep_supervision: bool = True,
     ) -> nn.Module:
-        """The plans' network with a code; see ``DiffusionTrainer.build_network_architecture``."""
+        """The plans' network with an input for the code; see ``DiffusionTrainer.build_network_architecture``."""
         settings = sampling_from_environment(
             read_settings(configuration_manager.configuration, plans_manager.plans_name)
         )
         steps = environment_overrides().get("steps", settings.score.steps)
-        return LatentSegmentor(
+        return RecycleScoreUNet(
             plans_unet(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision),
             SamplingConfig(steps, samples=settings.samples, seed=settings.seed, step_spacing=settings.step_spacing),
             num_output_channels,

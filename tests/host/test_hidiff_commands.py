@@ -99,7 +99,7 @@ def test_a_packed_checkpoint_gives_the_same_network_bit_for_bit(trained, tmp_pat
     assert torch.equal(found[0][0], found[1][0]) == networks[0].refiner_pays
 
 
-@pytest.mark.slow  # the same without the command: test_hybrid_trainer.py
+@pytest.mark.slow  # the same without the command: test_hidiff_trainer.py
 def test_continuing_goes_on_where_it_ended(trained):
     plans = tiny_plans(trained, "hidiff_longer")
     trained.train(TRAINER, plans="hidiff_longer")

@@ -1,4 +1,4 @@
-"""A network whose mask is a draw: one pass from an image and a code of a few random numbers."""
+"""RecycleScore's network: one pass turns an image and a code, a few random numbers, into one plausible mask."""
 
 from typing import Any
 
@@ -7,21 +7,23 @@ from torch import nn
 
 from nnunetv2_diffusion.diffusion import ContentNoise, SamplingConfig
 from nnunetv2_diffusion.diffusion.noise import content_hash
+from nnunetv2_diffusion.networks.diffusion_unet import DiffusionUNet
 from nnunetv2_diffusion.networks.heads import average_samples
-from nnunetv2_diffusion.networks.segmentor import DiffusionSegmentor
 
 
-class LatentSegmentor(DiffusionSegmentor):
-    """A U-Net f(image, z) -> mask whose code z ~ N(0, I) scales and shifts every norm, the same at all places.
+class RecycleScoreUNet(DiffusionUNet):
+    """The plans' U-Net with a code: standard normal numbers that scale and shift every norm, the same at all voxels.
 
-    ``forward(image, z)`` is one pass, for training. ``forward(image)`` is what nnU-Net calls to predict: the mean over
-    ``sampling.samples`` codes that follow from seed and image, so each of the host's mirrored views has its own.
+    ``forward(image, code)`` is one pass and makes one mask. ``forward(image)`` is what nnU-Net calls to predict: the
+    mean of ``sampling.samples`` masks, whose codes follow from seed and image. So each of the host's mirrored views has
+    a code of its own.
 
     Args:
         unet: see ``DenoisingUNet``.
-        sampling: steps are the draws of one prediction by ``nnunetv2_diffusion predict``; samples, seed.
+        sampling: samples and seed. Its steps count the masks that ``nnunetv2_diffusion predict`` averages.
         num_heads: K, classes with background, or regions.
-        latent_channels: numbers of a code.
+        latent_channels: length of the code. The name is that of the setting, and its layers are ``latent`` in
+            checkpoints.
         **kwargs: see ``DenoisingUNet``.
     """
 
@@ -39,13 +41,13 @@ class LatentSegmentor(DiffusionSegmentor):
         self.latent_channels = latent_channels
 
     def forward(
-        self, image: torch.Tensor, latent: torch.Tensor | None = None, full_resolution_only: bool = False
+        self, image: torch.Tensor, code: torch.Tensor | None = None, full_resolution_only: bool = False
     ) -> torch.Tensor | list[torch.Tensor]:
-        """A draw if a code is given, else predict.
+        """One mask if a code is given, else the mean of several, see ``predict``.
 
         Args:
             image: (B, C, *spatial).
-            latent: code (B, latent_channels), standard normal.
+            code: (B, latent_channels), standard normal.
             full_resolution_only: leave out deep-supervision heads.
 
         Returns:
@@ -54,13 +56,13 @@ class LatentSegmentor(DiffusionSegmentor):
         Raises:
             ValueError: when predicting from an image with NaN or infinite values.
         """
-        if latent is None:
+        if code is None:
             return self.predict(image, torch.compiler.is_compiling())
-        return self._run(image, full_resolution_only=full_resolution_only, latent=latent)
+        return self._run(image, full_resolution_only=full_resolution_only, latent=code)
 
-    @torch.compiler.disable  # as ``DiffusionSegmentor.predict``
+    @torch.compiler.disable  # as ``DiffusionUNet.predict``
     def predict(self, image: torch.Tensor, compiled: bool = False) -> torch.Tensor | list[torch.Tensor]:
-        """Mean over samples, as logits whose softmax or sigmoid is that mean; see ``DiffusionSegmentor.predict``."""
+        """Mean over samples, as logits whose softmax or sigmoid is that mean; see ``DiffusionUNet.predict``."""
         if compiled:
             self.compile_passes()
         hashes = content_hash(image)

@@ -5,8 +5,8 @@ import itertools
 import pytest
 import torch
 
-from nnunetv2_diffusion.training import ScoreTrainer
-from nnunetv2_diffusion.training.score_trainer import jaccard_distance, score_gap
+from nnunetv2_diffusion.training import RecycleScoreTrainer
+from nnunetv2_diffusion.training.recycle_score_trainer import jaccard_distance, score_gap
 
 PATCH = (8, 12, 8)
 EVERYWHERE = torch.ones(1, 1, 4, 5)
@@ -119,7 +119,7 @@ def draws_after(trainer, steps):
 
 def test_draws_take_sides_where_the_truth_does_and_their_mean_is_its_frequency(make):
     short = {"num_epochs": 1, "num_iterations_per_epoch": 200}
-    draws = draws_after(make(ScoreTrainer, score={"weight": 100.0}, **short), 200)
-    alike = draws_after(make(ScoreTrainer, score={"weight": 0.0}, **short), 200)
+    draws = draws_after(make(RecycleScoreTrainer, score={"weight": 100.0}, **short), 200)
+    alike = draws_after(make(RecycleScoreTrainer, score={"weight": 0.0}, **short), 200)
     assert float(draws.std()) > max(0.05, 20 * float(alike.std())), "without the score every mask is the mean"
     assert 0.35 < float(draws.mean()) < 0.65

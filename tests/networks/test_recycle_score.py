@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nnunetv2_diffusion.diffusion import SamplingConfig
-from nnunetv2_diffusion.networks import DenoisingUNet, LatentSegmentor
+from nnunetv2_diffusion.networks import DenoisingUNet, RecycleScoreUNet
 
 CHANNELS = 4
 
@@ -22,7 +22,7 @@ def image(geometry, number=2):
 def make(make_unet, wake):
     def build(geometry="2d", awake=True, samples=1, seed=0, deep_supervision=False, **kwargs):
         unet = make_unet(geometry=geometry, deep_supervision=deep_supervision, **kwargs)
-        network = LatentSegmentor(
+        network = RecycleScoreUNet(
             unet, SamplingConfig(8, samples=samples, seed=seed), 3, CHANNELS, transformer_heads=2
         ).eval()
         return wake(network) if awake else network
@@ -35,7 +35,7 @@ def make(make_unet, wake):
 def test_it_starts_as_the_stock_network_whatever_the_code(make_unet, geometry, architecture):
     unet = make_unet(architecture, geometry)
     stock = copy.deepcopy(unet)
-    network = LatentSegmentor(unet, SamplingConfig(1), 3, CHANNELS, transformer_heads=2)
+    network = RecycleScoreUNet(unet, SamplingConfig(1), 3, CHANNELS, transformer_heads=2)
     x = image(geometry)
     for own, expected in zip(network(x, 3 * torch.randn(2, CHANNELS)), stock(x), strict=True):
         torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-5)

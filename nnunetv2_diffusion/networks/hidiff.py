@@ -22,7 +22,7 @@ from nnunetv2_diffusion.networks.refiner import Refiner
 
 # bits of the extra state beside the lowest, which says that heads are regions; all are 0 in version 0.1
 REFINER_UNUSED = 2  # by the trainer's verdict
-STARTS_FROM_TRAINED_LOSS = 4  # see ``HybridSegmentor.prior_logits``
+STARTS_FROM_TRAINED_LOSS = 4  # see ``HiDiffNetwork.prior_logits``
 
 MAX_STAGES = 6  # the paper's refiner goes down to 1/32; deeper maps of a 2D network have few voxels left
 FIRST_CONDITION = 2  # features enter from the third stage on, as in the published refiner (1/4 and coarser)
@@ -70,7 +70,7 @@ def match_features(
     }
 
 
-class HybridSegmentor(HeadsMixin):
+class HiDiffNetwork(HeadsMixin):
     """Segmentor f, refiner g and the process between f(image) and the mask.
 
     ``forward(image)`` is what nnU-Net calls to predict: the segmentor once, then K refinement steps from

@@ -8,7 +8,7 @@ from tiny_project import batch_for
 
 from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.planning.settings import SettingsError
-from nnunetv2_diffusion.training.hybrid_trainer import frozen
+from nnunetv2_diffusion.training.hidiff_trainer import frozen
 
 SMALL = {"refiner_width": 8}
 JOINT = {**SMALL, "pretraining_epochs": 0}

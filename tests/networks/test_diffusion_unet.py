@@ -13,7 +13,7 @@ from nnunetv2_diffusion.diffusion import (
     linear_beta_schedule,
 )
 from nnunetv2_diffusion.diffusion.noise import content_hash
-from nnunetv2_diffusion.networks import DiffusionSegmentor, to_mask, to_x_start
+from nnunetv2_diffusion.networks import DiffusionUNet, to_mask, to_x_start
 
 K = 3
 PATCH = (16, 20)
@@ -52,7 +52,7 @@ def make_oracle(make_segmentor):
     """A segmentor whose network answers with given logits, whatever it is asked, and notes the questions."""
 
     def make(logits: torch.Tensor | list[torch.Tensor], **kwargs):
-        class Oracle(DiffusionSegmentor):
+        class Oracle(DiffusionUNet):
             def denoise(self, image, mask=None, t=None, estimate=None, full_resolution_only=False):
                 self.asked.append((mask, t, estimate, full_resolution_only))
                 return logits[0] if full_resolution_only and isinstance(logits, list) else logits
@@ -137,7 +137,7 @@ def test_prediction_with_deep_supervision_is_a_list_from_fine_to_coarse(make_awa
 def test_prediction_of_a_plain_network_is_one_pass(make_unet, image, sampling):
     unet = make_unet()
     stock = copy.deepcopy(unet)
-    network = DiffusionSegmentor(unet, None, SamplingConfig(**sampling), K, time_conditioning=False)
+    network = DiffusionUNet(unet, None, SamplingConfig(**sampling), K, time_conditioning=False)
     for a, b in zip(network(image), stock(image), strict=True):
         assert torch.equal(a, b)
 
@@ -446,7 +446,7 @@ def test_a_copy_is_independent(make_awake, image):
 
 def test_process_may_be_one_that_was_respaced_for_training(make_unet, image, wake):
     process = GaussianDiffusion(linear_beta_schedule(1001)).respace(5)
-    network = wake(DiffusionSegmentor(make_unet(deep_supervision=False), process, SamplingConfig(5), K)).eval()
+    network = wake(DiffusionUNet(make_unet(deep_supervision=False), process, SamplingConfig(5), K)).eval()
     times = []
     network.time.register_forward_pre_hook(lambda module, args: times.append(args[0].tolist()))
     network(image)

@@ -36,7 +36,7 @@ class ReverseStep(NamedTuple):
     heads: list[torch.Tensor]
 
 
-class DiffusionSegmentor(HeadsMixin, DenoisingUNet):
+class DiffusionUNet(HeadsMixin, DenoisingUNet):
     """A denoising U-Net together with its diffusion process.
 
     ``forward(image, x_t, t)`` is one denoising pass with gradients, for training. ``forward(image)`` is what nnU-Net

@@ -23,7 +23,7 @@ from nnunetv2_diffusion.diffusion import (
     variational_bound,
 )
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput, UNetSegmentor
-from nnunetv2_diffusion.networks.hybrid import HybridSegmentor, refiner_topology
+from nnunetv2_diffusion.networks.hidiff import HiDiffNetwork, refiner_topology
 from nnunetv2_diffusion.planning.continuing import LENGTHS, section_names
 from nnunetv2_diffusion.planning.settings import (
     DiffusionSettings,
@@ -99,7 +99,7 @@ class TurnsSchedule:
         trainer: asked for its optimisers, settings and lengths at every step.
     """
 
-    def __init__(self, trainer: "HybridTrainer"):
+    def __init__(self, trainer: "HiDiffTrainer"):
         self.trainer = trainer
 
     def step(self, epoch: int) -> None:
@@ -116,7 +116,7 @@ class TurnsSchedule:
                 group["lr"] = rate
 
 
-class HybridTrainer(PlannedTrainer):
+class HiDiffTrainer(PlannedTrainer):
     """Trains f (segmentor) and g (refiner) by turns and predicts by f, then K steps of g.
 
     Phase A updates g with KL + focal loss while f is frozen; phase B updates f with its own loss plus the diffusion
@@ -126,7 +126,7 @@ class HybridTrainer(PlannedTrainer):
     """
 
     takes_host_network = True  # an nnU-Net result can be the segmentor
-    network: HybridSegmentor
+    network: HiDiffNetwork
     segmentor_optimizer: torch.optim.Optimizer
 
     def __init__(
@@ -183,7 +183,7 @@ class HybridTrainer(PlannedTrainer):
         kernel_sizes, strides = refiner_topology(configuration_manager.network_arch_init_kwargs)
         process = BernoulliDiffusion(cosine_beta_schedule(own.timesteps))
         gamma = own.focal_gamma if own.noise_loss == "focal" else 0.0
-        network = HybridSegmentor(
+        network = HiDiffNetwork(
             cls.build_segmentor(
                 configuration_manager, own, num_input_channels, num_output_channels, enable_deep_supervision
             ),
