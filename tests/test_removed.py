@@ -16,7 +16,13 @@ from nnunetv2_diffusion import cli, predict_image
 from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.planning import settings as settings_module
-from nnunetv2_diffusion.planning.settings import DiffusionSettings, SettingsError, parse_settings, read_assignments
+from nnunetv2_diffusion.planning.settings import (
+    DiffusionSettings,
+    SettingsError,
+    apply_environment,
+    parse_settings,
+    read_assignments,
+)
 from nnunetv2_diffusion.removed import OPTIONS, TRAINERS, without_removed
 
 MIXED = "nnUNetTrainerRecycleMixed"
@@ -121,6 +127,12 @@ def test_removed_values_of_options_say_what_to_use(capsys, words):
     said = capsys.readouterr().err
     assert "was removed in 0.2" in said
     assert said.rstrip().endswith(("use ddpm", "use trailing"))
+
+
+def test_a_removed_sampler_of_the_environment_is_refused_with_its_variable():
+    words = r"nnUNet_diffusion_sampler: --sampler renoise was removed in 0\.2: .*use ddpm"
+    with pytest.raises(SettingsError, match=words):
+        apply_environment(DiffusionSettings(), {"nnUNet_diffusion_sampler": "renoise"})
 
 
 def test_words_that_are_no_options_are_left_alone(capsys):

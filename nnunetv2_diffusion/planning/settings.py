@@ -15,7 +15,7 @@ from operator import mul
 from typing import Any
 
 from nnunetv2_diffusion.planning.schema import S, Settings, SettingsError, parse, setting
-from nnunetv2_diffusion.removed import without_removed
+from nnunetv2_diffusion.removed import removed_option, without_removed
 
 LOG = logging.getLogger("nnunetv2_diffusion")  # without a handler: warnings go to the standard error stream
 SECTION = "diffusion"
@@ -318,7 +318,8 @@ def environment_overrides(environ: Mapping[str, str] = os.environ) -> dict[str, 
     """Sampling settings set by nnUNet_diffusion_{sampler,steps,samples,seed}.
 
     Raises:
-        SettingsError: if a variable of that prefix is unknown, or one that must be an integer is not.
+        SettingsError: if a variable of that prefix is unknown, one that must be an integer is not, or the sampler was
+            removed.
     """
     overrides: dict[str, Any] = {}
     for variable, text in environ.items():
@@ -332,6 +333,9 @@ def environment_overrides(environ: Mapping[str, str] = os.environ) -> dict[str, 
             raise SettingsError(f"unknown environment variable {variable}; known are {expected}")
         if key == "sampler":
             overrides[key] = text.strip().lower()
+            gone = removed_option(f"--{key}", overrides[key])
+            if gone:
+                raise SettingsError(f"{variable}: {gone}")
             continue
         try:
             overrides[key] = int(text)
