@@ -1,0 +1,145 @@
+"""Figures of a study, as matplotlib figures by name."""
+
+from collections.abc import Iterator
+from inspect import signature
+from io import BytesIO
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from laboratory.study.results import CellResults, StudyResults, matching, nanmean
+from laboratory.study.tables import sample_rows, step_curves
+from nnunetv2_diffusion.drawing import plt  # chooses a backend without a screen
+
+CURVES = "nnU-Net's pseudo Dice on validation patches by epoch, mean over runs."
+COLOURS = plt.get_cmap("tab20")
+
+
+def all_figures(study: StudyResults) -> Iterator[tuple[str, str, Figure]]:
+    """Name, caption and figure of all that there are results for, without those of the questions."""
+    yield "dice", "Dice of the test cases, mean over runs and foreground classes.", dice_boxes(study)
+    yield "curves", CURVES, training_curves(study.cells)
+    if any(len(points) > 1 for points in count_points(study).values()):
+        yield "counts", "Mean Dice by number of steps K (DDPM, one sample, no mirroring).", count_curves(study)
+    curves = step_curves(study)
+    if curves:
+        yield (
+            "steps",
+            "Dice of the estimate after every step of one chain.",
+            line_figure(curves, "reverse step", "Dice"),
+        )
+        caption = "Diversity of samples (1 - pairwise Dice) against Dice; a point a case, crosses are means."
+        yield "diversity", caption, diversity(study)
+
+
+def to_png(figure: Figure) -> bytes:
+    """The file's content, the same for the same figure and matplotlib; the figure is closed."""
+    stream = BytesIO()
+    figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
+    plt.close(figure)
+    return stream.getvalue()
+
+
+def dice_boxes(study: StudyResults) -> Figure:
+    """Dice over cases of every prediction."""
+    found = [(cell, p["name"]) for cell in study.cells for p in cell.predictions]
+    values = [cell.by_case(name, "Dice") for cell, name in found]
+    labels = [f"{cell.name}, {name}" for cell, name in found]
+    return _boxes(values, labels, "Dice")
+
+
+def question_boxes(first: CellResults, others: list[CellResults]) -> Figure:
+    """Dice over cases minus that of the first cell, prediction by prediction."""
+    values, labels = [], []
+    for cell in others:
+        for prediction in cell.predictions:
+            other = matching(first, prediction)
+            if other is not None:
+                values.append(cell.by_case(prediction["name"], "Dice") - first.by_case(other, "Dice"))
+                labels.append(f"{cell.name}, {prediction['name']}")
+    figure = _boxes(values, labels, f"Dice - {first.name}'s, case by case")
+    figure.axes[0].axvline(0, color="black", linewidth=0.8)
+    return figure
+
+
+def training_curves(cells: list[CellResults]) -> Figure:
+    """Pseudo Dice by epoch."""
+    curves = {}
+    for cell in cells:
+        if not all(r["training"]["curve"] for r in cell.records):
+            continue  # an ensemble
+        runs = [[np.nan if v is None else v for v in r["training"]["curve"]["mean_fg_dice"]] for r in cell.records]
+        shortest = min(map(len, runs))
+        curves[cell.name] = nanmean([run[:shortest] for run in runs], 0)
+    return line_figure(curves, "epoch", "pseudo Dice")
+
+
+def count_points(study: StudyResults) -> dict[str, dict[int, float]]:
+    """Cell -> K -> mean Dice, of DDPM with one sample and no mirroring."""
+    points: dict[str, dict[int, float]] = {}
+    for cell in study.cells:
+        for p in cell.predictions:
+            if p["steps"] and p["sampler"] == "ddpm" and p["samples"] == 1 and not p["mirroring"]:
+                points.setdefault(cell.name, {})[p["steps"]] = float(nanmean(cell.by_case(p["name"], "Dice")))
+    return points
+
+
+def count_curves(study: StudyResults) -> Figure:
+    """Mean Dice by K."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for index, (name, points) in enumerate(count_points(study).items()):
+        axes.plot(sorted(points), [points[k] for k in sorted(points)], marker="o", color=COLOURS(index), label=name)
+    return _finish(figure, "K, steps of a chain", "Dice, mean of cases")
+
+
+def line_figure(curves: dict[str, np.ndarray], x: str, y: str) -> Figure:
+    """A line for each name, from 1."""
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for index, (name, curve) in enumerate(curves.items()):
+        marker = "o" if len(curve) <= 20 else None
+        axes.plot(range(1, len(curve) + 1), curve, marker=marker, markersize=3, color=COLOURS(index), label=name)
+    return _finish(figure, x, y)
+
+
+def diversity(study: StudyResults) -> Figure:
+    """Diversity of samples against Dice."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for index, cell in enumerate(study.cells):
+        rows = sample_rows(cell)
+        points = np.array([[row["pairwise_dice"], row["Dice"]] for row in rows], np.float64).reshape(-1, 2)
+        if not np.isfinite(points).any(0).all():  # not analysed, or a single sample
+            continue
+        spread, dice = 1 - points[:, 0], points[:, 1]
+        axes.scatter(spread, dice, s=8, alpha=0.5, color=COLOURS(index))
+        axes.plot(nanmean(spread), nanmean(dice), "X", color=COLOURS(index), markeredgecolor="black", label=cell.name)
+    return _finish(figure, "1 - pairwise Dice of samples", "Dice of their mean", whole=False)
+
+
+def _boxes(values: list[np.ndarray], labels: list[str], x: str) -> Figure:
+    """Horizontal boxes, the first on top."""
+    figure, axes = plt.subplots(figsize=(7, 1.2 + 0.26 * len(values)))
+    places = range(len(values), 0, -1)
+    # matplotlib 3.10 renamed the option
+    horizontal = (
+        {"orientation": "horizontal"} if "orientation" in signature(axes.boxplot).parameters else {"vert": False}
+    )
+    known = [v[np.isfinite(v)] for v in values]
+    axes.boxplot(known, positions=list(places), widths=0.6, showmeans=True, **horizontal)
+    axes.set_yticks(list(places), labels, fontsize=7)
+    axes.set_xlabel(x)
+    axes.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    return figure
+
+
+def _finish(figure: Figure, x: str, y: str, whole: bool = True) -> Figure:
+    """Names of axes, legend beside them; ``whole``: ticks of x at integers only."""
+    axes = figure.axes[0]
+    axes.set(xlabel=x, ylabel=y)
+    axes.grid(alpha=0.3)
+    if whole:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure

@@ -1,0 +1,198 @@
+"""Results of studies, read from their JSONs alone."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from laboratory.study import StudyError
+from laboratory.study.definition import read_json
+from laboratory.study.records import CELL, SCHEMA, STUDY, read_record
+
+MEAN = "mean"  # label of the mean over classes or regions
+
+
+@dataclass(frozen=True)
+class CellResults:
+    """All runs of a cell.
+
+    Attributes:
+        name: of the cell.
+        records: of its runs, in order.
+    """
+
+    name: str
+    records: list[dict[str, Any]]
+
+    @property
+    def request(self) -> dict[str, Any]:
+        """Of the first run."""
+        return self.records[0]["request"]
+
+    @property
+    def predictions(self) -> list[dict[str, Any]]:
+        """Of the first run."""
+        return self.records[0]["predictions"]
+
+    def prediction(self, run: int, name: str) -> dict[str, Any]:
+        """One run's prediction.
+
+        Raises:
+            StudyError: if it has none of this name.
+        """
+        for prediction in self.records[run]["predictions"]:
+            if prediction["name"] == name:
+                return prediction
+        raise StudyError(f"cell {self.name}: run {run} has no prediction {name}, the first one has")
+
+    def values(self, name: str, metric: str, label: str = MEAN) -> np.ndarray:
+        """Scores of a prediction.
+
+        Args:
+            name: of the prediction.
+            metric: its name.
+            label: key of a class or region, or "mean": per case, over those that have a value.
+
+        Returns:
+            (runs, cases), cases in the order of their names, NaN where undefined.
+        """
+        rows = []
+        for run in range(len(self.records)):
+            scores = self.prediction(run, name)["scores"]
+            rows.append([_score(scores[case], metric, label) for case in sorted(scores)])
+        return np.array(rows, np.float64)
+
+    def by_case(self, name: str, metric: str, label: str = MEAN) -> np.ndarray:
+        """Mean over runs, (cases,)."""
+        return nanmean(self.values(name, metric, label), 0)
+
+    def analysis(self, table: str) -> list[dict[str, list]]:
+        """Columns of one table of the analysis, of the runs that have it."""
+        found = [(record["analysis"] or {}).get(table) for record in self.records]
+        return [columns for columns in found if columns]
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """A study.
+
+    Attributes:
+        content: of its study.json: name, summary, cells (in order), settings, reference, questions.
+        cells: that have results, in the order of the study.
+    """
+
+    content: dict[str, Any]
+    cells: list[CellResults]
+
+    @property
+    def name(self) -> str:
+        """Of the study."""
+        return self.content["name"]
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """Of all trainings."""
+        return [record for cell in self.cells for record in cell.records]
+
+    @property
+    def reference(self) -> CellResults | None:
+        """The cell that others are tested against: the study's, or its first one; None if it has no results."""
+        return self.cell(self.content.get("reference", self.content["cells"][0]))
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """Key of a class or region -> its name."""
+        return self.records[0]["labels"]
+
+    @property
+    def unfinished(self) -> list[str]:
+        """Cells without results."""
+        open_cells = [name for name in self.content["cells"] if name not in self.content.get("removed", [])]
+        return [name for name in open_cells if self.cell(name) is None]
+
+    def cell(self, name: str) -> CellResults | None:
+        """By name; None if it has no results."""
+        return next((cell for cell in self.cells if cell.name == name), None)
+
+
+def load_results(folder: Path) -> list[StudyResults]:
+    """All studies below a folder, by name.
+
+    Raises:
+        StudyError: if there are none, a file is not of a study, or results do not belong together.
+    """
+    if not folder.is_dir():
+        raise StudyError(f"{folder}: no such folder, expected results of scripts/study run")
+    studies: dict[str, dict[str, Any]] = {}
+    records: dict[str, list[dict[str, Any]]] = {}
+    for file in sorted(folder.rglob("*.json")):
+        content = read_json(file)
+        if content.get("kind") == STUDY and content.get("schema") == SCHEMA:
+            studies[content["name"]] = content
+        else:
+            record = read_record(file)
+            records.setdefault(record["request"]["study"], []).append(record)
+    if not records:
+        raise StudyError(f"{folder}: no results of scripts/study run in it (kind {CELL!r})")
+    found = []
+    for name in sorted(records):
+        if name not in studies:
+            raise StudyError(f"{folder}: results of study {name} without its study.json")
+        found.append(_study(studies[name], records[name]))
+    return found
+
+
+def matching(reference: CellResults, prediction: dict[str, Any]) -> str | None:
+    """The reference's prediction to compare with: of the same name, else the one that mirrors as it does."""
+    names = [other["name"] for other in reference.predictions]
+    if prediction["name"] in names:
+        return prediction["name"]
+    alike = [other["name"] for other in reference.predictions if other["mirroring"] == prediction["mirroring"]]
+    return alike[0] if alike else None
+
+
+def nanmean(values: Sequence | np.ndarray, axis: int | None = None) -> Any:
+    """numpy's, silent about nothing but NaN."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        return np.nanmean(np.asarray(values, np.float64), axis)
+
+
+def _study(content: dict[str, Any], records: list[dict[str, Any]]) -> StudyResults:
+    by_cell: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        by_cell.setdefault(record["request"]["cell"], []).append(record)
+    unknown = sorted(set(by_cell) - set(content["cells"]))
+    if unknown:
+        raise StudyError(f"study {content['name']}: results of cells that it does not have: {', '.join(unknown)}")
+    cells = [
+        CellResults(name, sorted(by_cell[name], key=lambda r: r["request"]["run"]))
+        for name in content["cells"]
+        if name in by_cell
+    ]
+    _check(content["name"], cells)
+    return StudyResults(content, cells)
+
+
+def _check(name: str, cells: list[CellResults]) -> None:
+    """Same data, same cases, everywhere."""
+    records = [record for cell in cells for record in cell.records]
+    for key in ("dataset", "configuration", "split"):
+        found = sorted({record["request"][key] for record in records})
+        if len(found) > 1:
+            raise StudyError(f"study {name}: results have more than one {key}: {', '.join(found)}")
+    cases = {tuple(sorted(p["scores"])) for record in records for p in record["predictions"]}
+    if len(cases) > 1:
+        raise StudyError(f"study {name}: not all predictions have the same cases")
+
+
+def _score(classes: dict[str, dict[str, float | None]], metric: str, label: str) -> float:
+    """One value; the mean leaves undefined classes out."""
+    if label != MEAN:
+        value = classes[label][metric]
+        return np.nan if value is None else value
+    known = [values[metric] for values in classes.values() if values[metric] is not None]
+    return float(np.mean(known)) if known else np.nan
