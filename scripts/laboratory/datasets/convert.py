@@ -6,34 +6,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from laboratory.datasets import (
-    amos_ct,
-    brats2021,
-    chase_db1,
-    cvc_clinicdb,
-    drive,
-    kvasir_seg,
-    male_pelvic_mr,
-    muscle_us,
-    synapse,
-)
-from laboratory.datasets.raw import Collection, DataSet, check_collection, splits_text, staging, write_raw
+from laboratory.datasets.papers import DATASETS
+from laboratory.datasets.raw import Collection, check_collection, split_as_listed, splits_text, staging, write_raw
 from laboratory.datasets.sources import LayoutError, Sources, listing
-from laboratory.datasets.splits import split_as_listed
 
-DATASETS: dict[str, DataSet] = {
-    "muscle-us": muscle_us.DATASET,
-    "amos-ct": amos_ct.DATASET,
-    "male-pelvic-mr": male_pelvic_mr.DATASET,
-    "brats2021-whole-tumour": brats2021.DATASET_WHOLE_TUMOUR,
-    "brats2021-classes": brats2021.DATASET_CLASSES,
-    "brats2021-regions": brats2021.DATASET_REGIONS,
-    "synapse": synapse.DATASET,
-    "kvasir-seg": kvasir_seg.DATASET,
-    "cvc-clinicdb": cvc_clinicdb.DATASET,
-    "drive": drive.DATASET,
-    "chase-db1": chase_db1.DATASET,
-}
 MSD = "the Medical Segmentation Decathlon is converted by nnU-Net itself: nnUNetv2_convert_MSD_dataset -i Task09_Spleen"
 RAW, PREPROCESSED, RESULTS = "nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"  # nnU-Net's variables
 

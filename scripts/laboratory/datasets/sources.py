@@ -6,7 +6,7 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import IO, NoReturn
 
@@ -99,6 +99,40 @@ class Sources:
         if len(found) != 1:
             raise LayoutError(f"{listing(self._roots)}: found {listing(found) or 'no ' + name}, expected one {name}")
         return found[0]
+
+    def matching(self, folder: Path, pattern: str, unused: str = "") -> dict[str, Path]:
+        """Files of a folder by the part of their name that the pattern's group matches, sorted by it.
+
+        Args:
+            folder: not searched any deeper; every other file is a problem.
+            pattern: regular expression for whole names, with one group.
+            unused: regular expression for whole names of files that are expected but not needed.
+        """
+        found, unexpected = {}, []
+        for file in sorted(folder.iterdir()):
+            if _is_junk(file.name):
+                continue
+            match = re.fullmatch(pattern, file.name)
+            if match and file.is_file():
+                found[match.group(1)] = file
+            elif not re.fullmatch(unused, file.name):
+                unexpected.append(file.name)
+        if unexpected:
+            self.problem(f"{folder}: unexpected {listing(unexpected)}")
+        return found
+
+    def pairs(
+        self, images: Mapping[str, Path], labels: Mapping[str, Path], where: Path, strict: bool = True
+    ) -> dict[str, tuple[Path, Path]]:
+        """Images and labels of the same key; a missing partner is a problem if strict, else it is noted."""
+        tell = self.problem if strict else self.notes.append
+        for message, lonely in {
+            "images without labels": [file.name for key, file in images.items() if key not in labels],
+            "labels without images": [file.name for key, file in labels.items() if key not in images],
+        }.items():
+            if lonely:
+                tell(f"{where}: {message}: {listing(lonely)}")
+        return {key: (image, labels[key]) for key, image in images.items() if key in labels}
 
     def take(self, source: Path, target: Path) -> None:
         """Move an unpacked file, or copy one of the user's."""

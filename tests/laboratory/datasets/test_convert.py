@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from laboratory.datasets import convert, kvasir_seg, splits
+from laboratory.datasets import convert, papers, raw
 from laboratory.datasets.raw import Case
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -242,9 +242,7 @@ def test_nothing_is_left_if_it_is_interrupted(files, monkeypatch, untouched):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(
-        convert.DATASETS, "kvasir-seg", convert.DataSet(**{**vars(kvasir_seg.DATASET), "write_image": interrupt})
-    )
+    monkeypatch.setattr(raw, "write_image", interrupt)
     with pytest.raises(KeyboardInterrupt):
         convert.main(["kvasir-seg", "--from", str(files), *SMALL])
 
@@ -299,21 +297,21 @@ def test_data_sets_without_validation_cases_get_no_split(run, files, host):
 
 def drawn(collect, count, seed):
     cases = [Case(f"{i:04d}", (), None) for i in range(count)]
-    return {part: [case.name for case in found] for part, found in splits.draw(cases, collect, seed).items()}
+    return {part: [case.name for case in found] for part, found in raw.draw(cases, collect, seed).items()}
 
 
 def test_drawn_parts_depend_on_the_seed_only():
-    counts = kvasir_seg.COUNTS
+    counts = papers.KVASIR_COUNTS
     first = drawn(counts, 1000, 0)
     assert first == drawn(counts, 1000, 0)
     assert first != drawn(counts, 1000, 1)
-    assert [len(first[part]) for part in splits.PARTS] == [800, 100, 100]
+    assert [len(first[part]) for part in raw.PARTS] == [800, 100, 100]
     assert sorted(name for part in first.values() for name in part) == [f"{i:04d}" for i in range(1000)]
     assert first["test"] != [f"{i:04d}" for i in range(900, 1000)]
 
 
 def test_parts_of_other_numbers_are_in_proportion():
-    parts = splits.cut(list(range(50)), (80, 10, 10))
+    parts = raw.cut(list(range(50)), (80, 10, 10))
     assert [len(part) for part in parts.values()] == [40, 5, 5]
     assert [*parts["train"], *parts["val"], *parts["test"]] == list(range(50))
 
