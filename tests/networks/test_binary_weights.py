@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from laboratory.benchmarking.cost import count_cost, refiner_inputs
+from laboratory.benchmarking.refiner import count_cost, refiner_inputs
 from nnunetv2_diffusion.networks.binary import BinaryConv
 from nnunetv2_diffusion.networks.binary_weights import load_packed, pack, save_packed, unpack
 from nnunetv2_diffusion.networks.refiner import Refiner

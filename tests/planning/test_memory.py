@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from laboratory.benchmarking import host
-from laboratory.benchmarking.memory import main, measure_memory, with_settings
+from laboratory.benchmarking.memory import main, measure_memory
 from laboratory.benchmarking.options import SUBJECTS
-from laboratory.benchmarking.problem import synthetic_problem
+from laboratory.benchmarking.problem import synthetic_problem, with_settings
 from nnunetv2_diffusion.planning.memory import SavedBytes, estimate_memory
 from nnunetv2_diffusion.planning.settings import SettingsError
 

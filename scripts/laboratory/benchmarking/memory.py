@@ -9,19 +9,18 @@ compiling. The JSON holds the same rows in bytes.
 import argparse
 import gc
 import itertools
-import json
 import os
-from collections.abc import Iterable
-from copy import deepcopy
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from laboratory.benchmarking import report
+from laboratory.benchmarking import host, report
+from laboratory.benchmarking.measure import total_bytes, trainer_tensors
 from laboratory.benchmarking.options import NETWORKS, SUBJECTS, build_memory_parser
-from laboratory.benchmarking.problem import BenchmarkError, Problem, synthetic_problem
+from laboratory.benchmarking.problem import BenchmarkError, Problem, synthetic_problem, with_settings
+from nnunetv2_diffusion.planning.memory import SavedBytes, estimate_memory
 
 COMPILE = "nnUNet_compile"
 SIZES = {"cpu": {2: 64, 3: 32, "base": 8, "stages": 3}, "cuda": {2: 512, 3: 96, "base": 32, "stages": 5}}
@@ -44,16 +43,15 @@ def main(argv: list[str] | None = None) -> int:
         results = list(measure_grid(args))
     except BenchmarkError as error:
         parser.error(str(error))
-    device = torch.device(args.device)
-    hardware, versions = report.describe_hardware(device), report.describe_versions()
+    settings = {name: value for name, value in vars(args).items() if name != "json"}
+    command = report.spelled("scripts/memory_table", settings)
+    # compiling is decided by nnU-Net's variable, not by an option
     compiled = args.device == "cuda" and os.environ.get(COMPILE, "true").lower() in ("true", "1", "t")
-    print(f"on {hardware['name']}, batch {args.batch}, torch.compile {'on' if compiled else 'off'}; torch", end=" ")
-    print(f"{versions['torch']}\n\n{memory_rows(results)}")
-    if args.json is not None:
-        settings = {name: value for name, value in vars(args).items() if name != "json"}
-        content = {"schema": 1, "settings": {**settings, "compiled": compiled}, "hardware": hardware}
-        with args.json.open("x", encoding="utf-8") as file:
-            json.dump({**content, "versions": versions, "results": results}, file, indent=1)
+    content = report.content(command, {**settings, "compiled": compiled}, torch.device(args.device), results)
+    place, versions = content["hardware"]["name"], content["versions"]
+    print(f"on {place}, batch {args.batch}, torch.compile {'on' if compiled else 'off'}; torch {versions['torch']}\n")
+    print(f"{report.text_table(report.MEMORY_COLUMNS, results)}")
+    report.write_json(args.json, content)
     return 0
 
 
@@ -61,8 +59,7 @@ def _settle(args: argparse.Namespace) -> None:
     """Check options and fill in their defaults."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError("--device is cuda, but torch finds no CUDA device; expected cpu")
-    if args.json is not None and (args.json.exists() or not args.json.parent.is_dir()):
-        raise BenchmarkError(f"--json is {args.json}, expected a new file in a folder that exists")
+    report.check_new_file(args.json)
     if args.batch < 1:
         raise BenchmarkError(f"--batch is {args.batch}, expected at least 1")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -74,8 +71,6 @@ def _settle(args: argparse.Namespace) -> None:
 
 def measure_grid(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
     """One result for each plan, number of classes and subject, as in the JSON."""
-    from laboratory.benchmarking import host
-
     with host.temporary_folders():
         grid = list(itertools.product(args.dims, args.networks, args.classes, args.subjects))
         for dim, network, classes, name in tqdm(grid, desc="memory", unit="plan"):
@@ -90,41 +85,6 @@ def measure_grid(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
             yield {**row, **measure_memory(with_settings(problem, settings), trainer, family, args.device)}
 
 
-def with_settings(problem: Problem, settings: dict[str, Any]) -> Problem:
-    """The same plans with diffusion settings in them."""
-    plans = deepcopy(problem.plans)
-    plans["configurations"][problem.configuration]["diffusion"] = settings
-    return replace(problem, plans=plans)
-
-
-class _Step:
-    """A training step and what is there before and after it, gradients left out that nnU-Net frees at its start."""
-
-    def __init__(self, trainer: Any, batch: dict):
-        self.trainer, self.batch = trainer, batch
-        self.network = trainer.network
-        self.optimizers = [o for o in (trainer.optimizer, getattr(trainer, "segmentor_optimizer", None)) if o]
-
-    def run(self, index: int = 0) -> None:
-        """One step."""
-        self.trainer.train_step(self.batch)
-
-    def free_gradients(self) -> None:
-        """As the step does itself at its start; HiDiff's segmentor keeps its own until its phase comes."""
-        self.optimizers[0].zero_grad(set_to_none=True)
-
-    def tensors(self) -> Iterable[torch.Tensor]:
-        """Image, weights, optimisers' state, gradients that are kept."""
-        yield self.batch["data"]
-        for parameter in self.network.parameters():
-            yield parameter
-            if parameter.grad is not None:
-                yield parameter.grad
-        for optimizer in self.optimizers:
-            for state in optimizer.state.values():
-                yield from (value for value in state.values() if isinstance(value, torch.Tensor))
-
-
 def measure_memory(problem: Problem, trainer_name: str, family: str, device: str) -> dict[str, Any]:
     """Estimate and measure one training step; call it within ``temporary_folders``.
 
@@ -132,17 +92,14 @@ def measure_memory(problem: Problem, trainer_name: str, family: str, device: str
         bytes: ``estimate`` and ``measured``, their ``ratio``, ``saved_estimate`` and ``saved_measured`` (None on CUDA),
         and the parts of the estimate.
     """
-    from laboratory.benchmarking import host
-    from nnunetv2_diffusion.planning.memory import estimate_memory
-
     configuration = problem.plans["configurations"][problem.configuration]
     estimate = estimate_memory(family, configuration, problem.dataset_json, 1, device)
     batch = configuration["batch_size"]
     before = _settled_bytes(device)
     trainer = host.create_trainer(trainer_name, problem, torch.device(device))
-    step = _Step(trainer, host.make_batches(trainer, 1)[0])
-    step.run()  # makes the optimisers' state
-    measured, saved = _peaks(step, device, before)
+    given = host.make_batches(trainer, 1)[0]
+    trainer.train_step(given)  # makes the optimisers' state
+    measured, saved = _peaks(trainer, given, before)
     allocated = estimate.allocated(batch)
     return {
         "estimate": allocated,
@@ -163,46 +120,34 @@ def _settled_bytes(device: str) -> int:
     return torch.cuda.memory_allocated()
 
 
-def _peaks(step: _Step, device: str, before: int) -> tuple[int, int | None]:
+def _peaks(trainer: Any, batch: dict, before: int) -> tuple[int, int | None]:
     """Most bytes allocated in a step, and most saved for the backward pass."""
-    from laboratory.benchmarking.classes import allocated_peak
-    from nnunetv2_diffusion.planning.memory import SavedBytes
-
-    if device == "cuda":
+    if trainer.device.type == "cuda":
         for _ in range(3):  # cuDNN looks for its algorithms, compiled code is made
-            step.run()
+            trainer.train_step(batch)
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        step.run()
+        trainer.train_step(batch)
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before, None
-    with SavedBytes(step.network.parameters()) as saved:
-        step.run()
-    step.free_gradients()
-    return allocated_peak(step), saved.peak
+    with SavedBytes(trainer.network.parameters()) as saved:
+        trainer.train_step(batch)
+    # as the step does itself at its start; HiDiff's segmentor keeps its own until its phase comes
+    trainer.optimizer.zero_grad(set_to_none=True)
+    kept = total_bytes([batch["data"], *trainer_tensors(trainer)])
+    return kept + allocated_peak(lambda: trainer.train_step(batch)), saved.peak
 
 
-def _mebibytes(value: int | None) -> str:
-    return report.NOT_MEASURED if value is None else f"{value / 2**20:.2f}"
+def allocated_peak(run: Callable[[], Any]) -> int:
+    """Most bytes that tensors take on the CPU during one run beside those that are there before.
 
-
-def _saved_ratio(row: dict) -> str:
-    return "-" if row["saved_measured"] is None else f"{row['saved_estimate'] / row['saved_measured']:.4f}"
-
-
-MEMORY_COLUMNS: report.Columns = [
-    ("plans", lambda r: r["plans"]),
-    ("classes", lambda r: str(r["classes"])),
-    ("subject", lambda r: r["subject"]),
-    ("saved, estimate MiB", lambda r: _mebibytes(r["saved_estimate"])),
-    ("measured", lambda r: _mebibytes(r["saved_measured"])),
-    ("ratio", _saved_ratio),
-    ("allocated, estimate MiB", lambda r: _mebibytes(r["estimate"])),
-    ("measured", lambda r: _mebibytes(r["measured"])),
-    ("ratio", lambda r: f"{r['ratio']:.3f}"),
-]
-
-
-def memory_rows(results: list[dict[str, Any]]) -> str:
-    """The table."""
-    return report.table(MEMORY_COLUMNS, results)
+    PyTorch's profiler reports every allocation; the scratch memory of its libraries is not among them.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak

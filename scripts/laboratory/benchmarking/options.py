@@ -25,7 +25,6 @@ TRAINERS = (
     "nnUNetTrainerNoDiff",
     "nnUNetTrainerHiDiff",
 )
-CLASS_TRAINER = "nnUNetTrainerRecycleXT"
 
 
 def _positive(text: str) -> int:
@@ -60,11 +59,16 @@ def build_parser() -> argparse.ArgumentParser:
         description="Time network(image) as nnU-Net's predictor calls it, as a ratio to the stock network. The share "
         "of time outside of the denoising passes is found by timing each pass from within the loop.",
     )
-    refiner, classes = _refiner_parser(commands), _classes_parser(commands)
+    refiner = commands.add_parser(
+        "refiner",
+        help="HiDiff's refiner, real and binary, beside its segmentor",
+        description="Parameters, multiply-accumulates and storage by counting, and the time of one pass by the clock, "
+        "of the segmentor and of one refinement step, real-valued and binarised.",
+    )
+    refiner.add_argument("--width", type=_positive, default=32, help="channels of the first stage (default: 32)")
+    refiner.add_argument("--paper", action="store_true", help="only count, for the setting of the paper")
     for command, trainers, rounds in (
         (refiner, (), 10),
-        (classes, (), 5),
-        (_variants_parser(commands), (), 10),
         (train, TRAINERS, 10),
         (predict, ("nnUNetTrainerRecycleXT",), 20),
     ):
@@ -79,53 +83,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="instead, time and memory of the commands nnUNetv2_predict and nnunetv2_diffusion predict, with the same "
         f"model of {REFERENCE} on a made-up case of so many voxels, e.g. 192x192x192",
     )
-    _startup_parser(commands)
     _page_parser(commands)
     return parser
-
-
-def _refiner_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    refiner = commands.add_parser(
-        "refiner",
-        help="HiDiff's refiner, real and binary, beside its segmentor",
-        description="Parameters, multiply-accumulates and storage by counting, and the time of one pass by the clock, "
-        "of the segmentor and of one refinement step, real-valued and binarised.",
-    )
-    refiner.add_argument("--width", type=_positive, default=32, help="channels of the first stage (default: 32)")
-    refiner.add_argument("--paper", action="store_true", help="only count, for the setting of the paper")
-    return refiner
-
-
-def _classes_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    classes = commands.add_parser(
-        "classes",
-        help="time and memory of a training step with more classes, for every mask encoding",
-        description=f"Time train_step of {CLASS_TRAINER} with every mask encoding, and of {REFERENCE}, on made-up "
-        "plans with more and more classes.",
-    )
-    classes.add_argument("--counts", nargs="+", type=_positive, default=[3, 16, 104], metavar="K", help="3 16 104")
-    return classes
-
-
-def _variants_parser(commands: argparse._SubParsersAction) -> argparse.ArgumentParser:
-    return commands.add_parser(
-        "variants",
-        help="what single decisions cost in a training step",
-        description=f"Time train_step of {CLASS_TRAINER} with one thing changed, beside itself and {REFERENCE}, with "
-        "nnU-Net's recipe.",
-    )
-
-
-def _startup_parser(commands: argparse._SubParsersAction) -> None:
-    startup = commands.add_parser(
-        "startup",
-        help="time of whole processes, with and without the plug-in's files in nnU-Net",
-        description="Time processes: the help of nnUNetv2_train and nnU-Net's search for a trainer, with two copies of "
-        "the installed nnU-Net, one without the files that this package puts there; and imports.",
-    )
-    startup.add_argument("--rounds", type=_positive, default=7, help="turns of each (default: 7)")
-    startup.add_argument("--warmup", type=int, default=1, metavar="N", help="turns that are not counted (default: 1)")
-    _add_clock_and_json(startup, "cpu: processor time of the processes, for a CPU that is busy with other work")
 
 
 def _page_parser(commands: argparse._SubParsersAction) -> None:
@@ -164,14 +123,11 @@ def _add_run_options(parser: argparse.ArgumentParser, trainers: tuple[str, ...],
     )
     run.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     run.add_argument("--threads", type=_positive, help="default: as nnU-Net, all on the CPU and one on CUDA")
-    _add_clock_and_json(
-        run, "cpu: processor time of this process, for a CPU that is busy with other work; with --threads 1"
-    )
-
-
-def _add_clock_and_json(parser: argparse._ActionsContainer, clock: str) -> None:
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help=clock)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="new file for settings and results")
+    run.add_argument(
+        "--clock", choices=CLOCKS, default="wall",
+        help="cpu: processor time of this process, for a CPU that is busy with other work; with --threads 1",
+    )  # fmt: skip
+    run.add_argument("--json", type=Path, metavar="FILE", help="new file for settings and results")
 
 
 def build_memory_parser() -> argparse.ArgumentParser:

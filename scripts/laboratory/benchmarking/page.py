@@ -1,15 +1,14 @@
 """The page of all measurements: tables from the JSONs alone, the same for the same files."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 from laboratory.benchmarking import report
-from laboratory.benchmarking.memory import MEMORY_COLUMNS
-from laboratory.benchmarking.problem import BenchmarkError, read_json
+from laboratory.benchmarking.problem import BenchmarkError
 from laboratory.benchmarking.report import Columns, Target
-from laboratory.benchmarking.startup import STARTUP_COLUMNS
+from laboratory.files import read_json
 from nnunetv2_diffusion.evaluation.tables import Table, to_markdown
 from nnunetv2_diffusion.pages import check_page, write_whole
 
@@ -18,106 +17,53 @@ EXPECTED = "expected a JSON of scripts/benchmark or scripts/memory_table"
 KEYS = ("schema", "settings", "hardware", "versions", "results")
 CLOCKS = {"wall": "wall", "cpu": "processor time of the process", None: "nothing is timed"}
 MEMORY = "memory"
-Rows = tuple[Sequence[str], list[list[str]]]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A subcommand, or ``scripts/memory_table``.
-
-    Attributes:
-        title: of its section.
-        measured: one sentence.
-        command: that makes its JSONs.
-        rows: makes heads and rows of the table from results.
-    """
+    """Title of a section, a sentence on what is measured, the command that makes its JSONs, and its columns."""
 
     title: str
     measured: str
     command: str
-    rows: Callable[[list[dict]], Rows]
+    columns: Columns
 
 
 @dataclass(frozen=True)
 class Run:
-    """A JSON.
-
-    Attributes:
-        file: its name.
-        kind: key of ``KINDS``.
-        content: as read.
-    """
+    """A JSON: name of its file, key of ``KINDS``, and its content."""
 
     file: str
     kind: str
     content: dict[str, Any]
 
 
-def _by(columns: Columns) -> Callable[[list[dict]], Rows]:
-    return lambda results: ([name for name, _ in columns], report.cells(columns, results))
-
-
-def _variant_rows(results: list[dict]) -> Rows:
-    from laboratory.benchmarking.variants import variant_rows  # imports nnU-Net, which takes seconds
-
-    return variant_rows(results)
-
-
-COUNT_COLUMNS: Columns = [
-    ("parameters", lambda r: f"{r['parameters']:,}"),
-    ("binary", lambda r: f"{r['binary_parameters']:,}"),
-    ("GMAC, real", lambda r: f"{r['macs'] / 1e9:.2f}"),
-    ("binary", lambda r: f"{r['binary_macs'] / 1e9:.2f}"),
-    ("MiB in float32", lambda r: f"{r['storage_bytes'] / 2**20:.1f}"),
-    ("with 1-bit weights", lambda r: f"{r['packed_bytes'] / 2**20:.1f}"),
-    ("peak memory", report.memory_cell),
-]
-
 KINDS = {
     "train-step": Kind(
         "Training step",
         "One call of nnU-Net's `train_step`, loss and update included, on the same batches for all trainers.",
         "scripts/benchmark train-step",
-        _by(report.TRAIN_COLUMNS),
+        report.TRAIN_COLUMNS,
     ),
     "predict": Kind(
         "Prediction",
         "One call `network(image)` as nnU-Net's predictor makes it, with K denoising steps.",
         "scripts/benchmark predict",
-        _by(report.PREDICT_COLUMNS),
+        report.PREDICT_COLUMNS,
     ),
     "refiner": Kind(
         "Refiner",
         "One pass of HiDiff's segmentor, and one refinement step, real-valued and binarised; operations and sizes are "
         "counts.",
         "scripts/benchmark refiner",
-        _by([*report.REFINER_COLUMNS, *COUNT_COLUMNS]),
-    ),
-    "classes": Kind(
-        "Classes",
-        "A training step with more and more classes, for every mask encoding.",
-        "scripts/benchmark classes",
-        _by(report.CLASS_COLUMNS),
+        [*report.REFINER_COLUMNS, *report.COUNT_COLUMNS],
     ),
     MEMORY: Kind(
         "Memory",
         "What the planners estimate for a training step beside what it takes: bytes saved for the backward pass, and "
         "the most that is allocated at a time.",
         "scripts/memory_table",
-        _by(MEMORY_COLUMNS),
-    ),
-    "startup": Kind(
-        "Start",
-        "Whole processes, from their start to their end, with nnU-Net as installed and with the files of this package "
-        "in its folders.",
-        "scripts/benchmark startup",
-        _by(STARTUP_COLUMNS),
-    ),
-    "variants": Kind(
-        "Steps taken",
-        "A training step with one thing changed: what was expected before, what was measured, what was decided.",
-        "scripts/benchmark variants",
-        _variant_rows,
+        report.MEMORY_COLUMNS,
     ),
 }
 
@@ -135,10 +81,10 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def _read_run(file: Path) -> Run:
-    content = read_json(file, ())
-    for key in KEYS:
-        if not isinstance(content, dict) or key not in content:
-            raise BenchmarkError(f"{file}: no key {key!r}, {EXPECTED}")
+    content = read_json(file, BenchmarkError)
+    missing = [key for key in KEYS if key not in content]
+    if missing:
+        raise BenchmarkError(f"{file}: no key {missing[0]!r}, {EXPECTED}")
     if content["schema"] != report.SCHEMA:
         raise BenchmarkError(f"{file}: schema is {content['schema']!r}, expected {report.SCHEMA}")
     results = content["results"]
@@ -153,9 +99,7 @@ def _read_run(file: Path) -> Run:
 
 def _subcommand(command: Any) -> str | None:
     """Key of ``KINDS``, None for another command."""
-    words = command.split() if isinstance(command, str) else []
-    kind = words[1] if len(words) > 1 and words[0] == "scripts/benchmark" else None
-    return kind if kind in KINDS and kind != MEMORY else None
+    return next((name for name, kind in KINDS.items() if f"{command} ".startswith(f"{kind.command} ")), None)
 
 
 def build_page(runs: list[Run], folder: str) -> str:
@@ -186,7 +130,9 @@ def _subsection(run: Run, folder: str) -> list[str]:
     """Table, targets, and how and where it was measured."""
     try:
         targets = [Target(t["name"], t["limit"], t["value"]) for t in run.content.get("targets", [])]
-        lines = [*_table(*KINDS[run.kind].rows(run.content["results"])), ""]
+        columns = KINDS[run.kind].columns
+        heads, rows = [name for name, _ in columns], report.cells(columns, run.content["results"])
+        lines = [*_table(heads, rows), ""]
         if targets:
             rows = [[t.name, f"{t.limit:g}", _value(t), t.verdict] for t in targets]
             lines += [*_table(["target", "at most", "measured", "verdict"], rows), ""]
@@ -209,16 +155,13 @@ def _table(heads: Sequence[str], rows: list[list[str]]) -> list[str]:
 def _facts(run: Run) -> list[str]:
     """What was run, where, with which versions."""
     settings, hardware = run.content["settings"], run.content["hardware"]
-    clock = CLOCKS[settings.get("clock")]
-    if run.kind == "startup" and settings["clock"] == "cpu":
-        clock = "processor time of the processes"
     network = [f"- Network: {report.describe_network(settings['problem'])}."] if "problem" in settings else []
     versions = ", ".join(f"{name} {version}" for name, version in run.content["versions"].items())
     return [
         f"- Command: `{run.content.get('command') or _memory_command(settings)}`",
         *network,
         f"- Hardware: {_hardware(hardware)}.",
-        f"- Clock: {clock}.",
+        f"- Clock: {CLOCKS[settings.get('clock')]}.",
         f"- Versions: {versions}.",
     ]
 
@@ -229,12 +172,8 @@ def _hardware(hardware: dict[str, Any]) -> str:
 
 
 def _memory_command(settings: dict[str, Any]) -> str:
-    """The command of ``scripts/memory_table``, whose JSON has the settings only."""
-    words = [KINDS[MEMORY].command]
-    for name, value in settings.items():
-        if name != "compiled":  # by nnU-Net's variable, not by an option
-            words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
-    return " ".join(words)
+    """The command of ``scripts/memory_table``, whose JSON has the settings only; compiling is no option of it."""
+    return report.spelled(KINDS[MEMORY].command, {k: v for k, v in settings.items() if k != "compiled"})
 
 
 def write_page(file: Path, page: str) -> None:

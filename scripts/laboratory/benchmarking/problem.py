@@ -1,11 +1,14 @@
 """What is benchmarked: plans, made up or read from files, and random cases that fit them."""
 
-import json
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from laboratory.files import read_json
+from nnunetv2_diffusion.planning.settings import SECTION, merge_settings
 
 REFERENCE_SHAPES = {3: ((40, 56, 40), 9), 2: ((56, 40), 366)}  # nnU-Net's own plans for Task04_Hippocampus
 MAX_FEATURES = {3: 320, 2: 512}  # as nnU-Net's planner
@@ -138,31 +141,21 @@ def read_problem(plans: Path, configuration: str, dataset_json: Path, batch: int
     Raises:
         BenchmarkError: if a file cannot be read or lacks what is needed.
     """
-    read = read_json(plans, ("dataset_name", "plans_name", "configurations"))
+    read = read_json(plans, BenchmarkError, ("dataset_name", "plans_name", "configurations"))
     if configuration not in read["configurations"]:
         known = ", ".join(read["configurations"])
         raise BenchmarkError(f"{plans}: no configuration {configuration!r}, expected one of {known}")
     if batch is not None:
         read["configurations"][configuration]["batch_size"] = batch
-    return Problem(read, configuration, read_json(dataset_json, ("labels",)))
+    return Problem(read, configuration, read_json(dataset_json, BenchmarkError, ("labels",)))
 
 
-def read_json(path: Path, keys: tuple[str, ...]) -> dict[str, Any]:
-    """A JSON file with an object that has the keys.
-
-    Raises:
-        BenchmarkError: if it is no such file.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except OSError as error:
-        raise BenchmarkError(f"{path}: cannot be read ({error.strerror}), expected a JSON file") from None
-    except ValueError as error:
-        raise BenchmarkError(f"{path}: not JSON ({error})") from None
-    missing = [key for key in keys if not isinstance(content, dict) or key not in content]
-    if missing:
-        raise BenchmarkError(f"{path}: no key {missing[0]!r}, expected {', '.join(keys)}")
-    return content
+def with_settings(problem: Problem, settings: dict[str, Any]) -> Problem:
+    """The same plans with diffusion settings beside those that they have."""
+    plans = deepcopy(problem.plans)
+    configuration = plans["configurations"][problem.configuration]
+    configuration[SECTION] = merge_settings(configuration.get(SECTION, {}), settings)
+    return replace(problem, plans=plans)
 
 
 def random_case(

@@ -1,62 +1,165 @@
-"""HiDiff's refiner, real-valued and binarised: what it costs by counting (table XI of the paper) and by the clock."""
+"""HiDiff's refiner, real-valued and binarised: what it costs by counting (table XI of the paper) and by the clock.
 
-from collections.abc import Iterable
+By the paper's convention 64 binary operations count as one. Counts are no times: torch computes binary layers with
+ordinary floating-point numbers, no faster than real-valued ones.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from laboratory.benchmarking.commands import DIFFERENT_INPUTS, Turns, costs
-from laboratory.benchmarking.cost import Cost, cost_table, count_cost, refiner_cost, refiner_inputs
 from laboratory.benchmarking.host import build_network, make_images
-from laboratory.benchmarking.problem import Problem
-from laboratory.benchmarking.report import REFINER_COLUMNS, table
+from laboratory.benchmarking.measure import DIFFERENT_INPUTS, Turns, costs, forward
+from laboratory.benchmarking.problem import Problem, with_settings
+from laboratory.benchmarking.report import REFINER_COLUMNS, text_table
+from nnunetv2_diffusion.evaluation.tables import Table, to_markdown
+from nnunetv2_diffusion.networks.binary import BinaryConv
+from nnunetv2_diffusion.networks.cross_transformer import CrossAttention
 from nnunetv2_diffusion.networks.merit import Merit
 from nnunetv2_diffusion.networks.refiner import Refiner
-from nnunetv2_diffusion.planning.settings import HIDIFF, SECTION
+from nnunetv2_diffusion.planning.settings import HIDIFF
 
 TRAINER = "nnUNetTrainerHiDiff"
 KINDS = {"real": False, "binary": True}
 SEGMENTOR = "segmentor"
+BINARY_PER_REAL = 64
 
 
-class Pass:
-    """One forward pass in inference mode.
+@dataclass(frozen=True)
+class Cost:
+    """Counts of one forward pass.
 
-    Args:
-        name: shown and used as key.
-        module: in eval mode.
-        inputs: arguments of a call, used in turn.
+    Attributes:
+        parameters: all, binary ones among them.
+        binary_parameters: weights of which only the sign is used.
+        scales: real-valued factors that go with the signs; they are no parameters.
+        macs: multiply-accumulates of real numbers.
+        binary_macs: multiply-accumulates of signs.
     """
 
-    def __init__(self, name: str, module: nn.Module, inputs: list[tuple]):
-        self.name = name
-        self.module = module
-        self.inputs = inputs
+    parameters: int
+    binary_parameters: int
+    scales: int
+    macs: int
+    binary_macs: int
 
-    @torch.inference_mode()
-    def run(self, index: int) -> None:
-        """Call the module on inputs index, counted modulo their number."""
-        inputs = self.inputs[index % len(self.inputs)]
-        with torch.autocast("cuda", enabled=inputs[0].is_cuda):
-            self.module(*inputs)
+    @property
+    def equivalent_macs(self) -> float:
+        """Multiply-accumulates, 64 binary ones counted as one."""
+        return self.macs + self.binary_macs / BINARY_PER_REAL
 
-    def pass_seconds(self) -> None:
-        """Not measured: the run is the pass."""
+    @property
+    def storage_bytes(self) -> int:
+        """All parameters in float32."""
+        return 4 * self.parameters
 
-    def tensors(self) -> Iterable[torch.Tensor]:
-        """Weights."""
-        yield from self.module.parameters()
-        yield from self.module.buffers()
+    @property
+    def packed_bytes(self) -> int:
+        """Binary parameters in one bit each with their scales, all others in float32."""
+        return 4 * (self.parameters - self.binary_parameters + self.scales) + -(-self.binary_parameters // 8)
+
+    def to_dict(self) -> dict[str, int]:
+        """As in the JSON."""
+        kept = ("parameters", "binary_parameters", "macs", "binary_macs", "storage_bytes", "packed_bytes")
+        return {key: getattr(self, key) for key in kept}
 
 
-def with_hidiff(problem: Problem, **settings: Any) -> Problem:
-    """The problem with settings of HiDiff in its plans."""
-    plans = deepcopy(problem.plans)
-    section = plans["configurations"][problem.configuration].setdefault(SECTION, {})
-    section[HIDIFF] = {**section.get(HIDIFF, {}), **settings}
-    return Problem(plans, problem.configuration, problem.dataset_json)
+@contextmanager
+def _binary_counter(module: nn.Module) -> Iterator[list[int]]:
+    """While open, every binary layer that runs adds its multiply-accumulates to the list."""
+    counts: list[int] = []
+
+    def convolution(layer: BinaryConv, _inputs: Any, output: torch.Tensor) -> None:
+        counts.append(output.numel() * layer.weight[0].numel())
+
+    def attention(_layer: CrossAttention, inputs: Any, output: torch.Tensor) -> None:
+        queries, keys, *_ = inputs
+        counts.append(2 * queries.numel() * keys.shape[2])  # scores, and their sums of values
+
+    handles = []
+    for layer in module.modules():
+        if isinstance(layer, BinaryConv):
+            handles.append(layer.register_forward_hook(convolution))
+        elif isinstance(layer, CrossAttention) and layer.binarized:
+            handles.append(layer.register_forward_hook(attention))
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def count_cost(module: nn.Module, *inputs: Any) -> Cost:
+    """Count one forward pass, ``module(*inputs)``, in evaluation mode and without gradients.
+
+    Convolutions and matrix products are counted, whatever runs them; elementwise operations are not. If the first
+    input is on the meta device, so is the whole pass: nothing is computed, and the module stays where it is.
+    """
+    # a copy: swapping parameters in place goes wrong where a module is registered twice, as nnU-Net's norms are
+    copy = deepcopy(module).to("meta") if inputs[0].is_meta else deepcopy(module)
+    copy.eval()
+    with torch.no_grad(), _binary_counter(copy) as binary, FlopCounterMode(display=False) as flops:
+        copy(*inputs)
+    weights = [part.weight for part in module.modules() if isinstance(part, BinaryConv)]
+    return Cost(
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        binary_parameters=sum(weight.numel() for weight in weights),
+        scales=sum(len(weight) for weight in weights),
+        macs=flops.get_total_flops() // 2 - sum(binary),
+        binary_macs=sum(binary),
+    )
+
+
+def refiner_inputs(refiner: Refiner, patch: Sequence[int], device: str | torch.device = "meta") -> tuple[Any, ...]:
+    """Zeros of the shapes that ``refiner(*inputs)`` expects, for one patch."""
+    grids = refiner.grids(patch)
+    mask = torch.zeros(1, refiner.num_heads, *patch, device=device)
+    features = {
+        stage: torch.zeros(1, channels, *grids[stage], device=device)
+        for stage, channels in refiner.condition_channels.items()
+    }
+    image = torch.zeros(1, refiner.image_channels, *patch, device=device)
+    return image, mask, mask, torch.zeros(1, dtype=torch.long, device=device), features
+
+
+def refiner_cost(refiner: Refiner, patch: Sequence[int]) -> Cost:
+    """Cost of one refinement step of one patch; nothing is computed.
+
+    Raises:
+        ValueError: the refiner's strides do not divide the patch.
+    """
+    return count_cost(refiner, *refiner_inputs(refiner, patch))
+
+
+def cost_table(refiner: Cost, segmentor: Cost, steps: int = 10) -> str:
+    """Markdown table of the cost of a prediction: the segmentor once, the refiner in every step."""
+    parts = {
+        SEGMENTOR: [(segmentor, 1)],
+        "refiner, 1 step": [(refiner, 1)],
+        f"prediction, {steps} steps": [(segmentor, 1), (refiner, steps)],
+    }
+    columns = ["part", "parameters (M)", "all GMAC", "of these binary", "equivalent GMAC", "fewer", "MiB in float32"]
+    note = f"{BINARY_PER_REAL} binary operations count as 1. These are counts; torch does not run binary layers faster."
+    rows = [_row(name, costs) for name, costs in parts.items()]
+    return to_markdown(Table("", [*columns, "MiB with 1-bit weights"], rows, [note])).split("\n", 2)[2]
+
+
+def _row(name: str, parts: list[tuple[Cost, int]]) -> list[str]:
+    real, binary, equivalent = (
+        sum(times * getattr(cost, key) for cost, times in parts) for key in ("macs", "binary_macs", "equivalent_macs")
+    )
+    parameters, whole, packed = (
+        sum(getattr(cost, key) for cost, _ in parts) for key in ("parameters", "storage_bytes", "packed_bytes")
+    )
+    giga = [f"{value / 1e9:.2f}" for value in (real + binary, binary, equivalent)]
+    sizes = [f"{size / 2**20:.1f}" for size in (whole, packed)]
+    return [name, f"{parameters / 1e6:.2f}", *giga, f"{(real + binary) / equivalent:.1f}x", *sizes]
 
 
 def refiner_steps(problem: Problem, width: int, turns: Turns) -> tuple[list[dict[str, Any]], str]:
@@ -74,17 +177,19 @@ def refiner_steps(problem: Problem, width: int, turns: Turns) -> tuple[list[dict
     patch = tuple(images[0].shape[2:])
     subjects, counted = [], {}
     for kind, binarized in KINDS.items():
-        network = build_network(TRAINER, with_hidiff(problem, binarized=binarized, refiner_width=width), turns.device)
+        settings = {HIDIFF: {"binarized": binarized, "refiner_width": width}}
+        network = build_network(TRAINER, with_settings(problem, settings), turns.device)
         if not subjects:
-            subjects.append(Pass(SEGMENTOR, network.segmentor, [(image,) for image in images]))
+            subjects.append(forward(SEGMENTOR, network.segmentor, [(image,) for image in images]))
             counted[SEGMENTOR] = count_cost(network.segmentor, images[0].to("meta"))
-        subjects.append(Pass(f"refiner, {kind}", network.refiner, _inputs(network.refiner, images)))
+        subjects.append(forward(f"refiner, {kind}", network.refiner, _inputs(network.refiner, images)))
         counted[f"refiner, {kind}"] = refiner_cost(network.refiner, patch)
     measured = turns.measure(subjects, "refiner")
     results = [
-        {"part": s.name, **costs(measured[s.name], measured[SEGMENTOR]), **_counts(counted[s.name])} for s in subjects
+        {"part": s.name, **costs(measured[s.name], measured[SEGMENTOR]), **counted[s.name].to_dict()} for s in subjects
     ]
-    return results, _report(results, counted)
+    tables = [f"{kind}:\n{cost_table(counted[f'refiner, {kind}'], counted[SEGMENTOR])}" for kind in KINDS]
+    return results, "\n\n".join([text_table(REFINER_COLUMNS, results), *tables])
 
 
 def paper_counts() -> str:
@@ -111,19 +216,3 @@ def _inputs(refiner: Refiner, images: list[torch.Tensor]) -> list[tuple]:
         random = {stage: torch.randn_like(feature) for stage, feature in features.items()}
         result.append((image, (prior > 0.5).float(), prior, t, random))
     return result
-
-
-def _counts(cost: Cost) -> dict[str, Any]:
-    return {
-        "parameters": cost.parameters,
-        "binary_parameters": cost.binary_parameters,
-        "macs": cost.macs,
-        "binary_macs": cost.binary_macs,
-        "storage_bytes": cost.storage_bytes,
-        "packed_bytes": cost.packed_bytes,
-    }
-
-
-def _report(results: list[dict[str, Any]], counted: dict[str, Cost]) -> str:
-    by_kind = [f"{kind}:\n{cost_table(counted[f'refiner, {kind}'], counted[SEGMENTOR])}" for kind in KINDS]
-    return "\n\n".join([table(REFINER_COLUMNS, results), *by_kind])

@@ -3,17 +3,15 @@
 The JSON holds ``schema`` (another number when a key goes or changes its meaning), ``command`` with all defaults
 spelled out, ``settings``, ``hardware``, ``versions``, ``results`` and ``targets``. A result has ``seconds`` (median,
 mean, min, max and each of the ``rounds``), ``ratio`` to nnUNetTrainer in the same round, ``peak_memory_bytes`` and
-``peak_memory_ratio`` (null on a CPU, but for classes, where allocations are counted, and for predict with --case, where
-it is the largest resident set of a command, and ``trainer`` its name); for train-step ``parameters``
-and ``parameter_overhead``; for classes their number; for predict ``steps``, ``passes``, ``pass_ratio`` (mean pass to
-a stock prediction) and ``outside_share`` (of the time, outside of passes). A result of startup has ``name``,
-``plugin`` (whether nnU-Net has our files), ``seconds``, ``ratio`` to the same without the files in the same round (null
-where that was not run) and ``modules`` of nnunetv2_diffusion that it imports (null where nobody looked).
+``peak_memory_ratio`` (null on a CPU, but for predict with --case, where it is the largest resident set of a command,
+and ``trainer`` its name); for train-step ``parameters`` and ``parameter_overhead``; for predict ``steps``, ``passes``,
+``pass_ratio`` (mean pass to a stock prediction) and ``outside_share`` (of the time, outside of passes).
 """
 
+import json
 import os
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,9 @@ from typing import Any
 import torch
 
 from laboratory.benchmarking.options import REFERENCE
+from laboratory.benchmarking.problem import BenchmarkError
 from nnunetv2_diffusion.compat import package_versions
+from nnunetv2_diffusion.evaluation.tables import Table, to_text, write_new
 
 SCHEMA = 1
 NOT_MEASURED = "not measured"
@@ -100,15 +100,9 @@ def cells(columns: Columns, results: list[dict]) -> list[list[str]]:
     return [[cell(result) for _, cell in columns] for result in results]
 
 
-def table(columns: Columns, results: list[dict]) -> str:
-    """Results as aligned text; the first column to the left, the others to the right."""
-    lines = [[title for title, _ in columns], *cells(columns, results)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
-    texts = []
-    for first, *others in lines:
-        aligned = [first.ljust(widths[0]), *[c.rjust(w) for c, w in zip(others, widths[1:], strict=True)]]
-        texts.append("  ".join(aligned))
-    return "\n".join([texts[0], "  ".join("-" * w for w in widths), *texts[1:]])
+def text_table(columns: Columns, results: list[dict]) -> str:
+    """Results as aligned text."""
+    return to_text(Table("", [name for name, _ in columns], cells(columns, results))).split("\n", 2)[2].rstrip("\n")
 
 
 def spread(values: dict[str, float] | None, scale: float = 1, digits: int = 2) -> str:
@@ -124,6 +118,10 @@ def memory_cell(row: dict) -> str:
     if row["peak_memory_ratio"] is None:
         return NOT_MEASURED
     return f"{row['peak_memory_bytes'] / 2**30:.2f} GiB ({row['peak_memory_ratio']:.3f}x)"
+
+
+def _mebibytes(value: int | None) -> str:
+    return NOT_MEASURED if value is None else f"{value / 2**20:.2f}"
 
 
 TRAIN_COLUMNS: Columns = [
@@ -144,12 +142,16 @@ PREDICT_COLUMNS: Columns = [
     ("outside of passes, %", lambda r: spread(r["outside_share"], scale=100)),
     ("peak memory", memory_cell),
 ]
-CLASS_COLUMNS: Columns = [
-    ("trainer", lambda r: r["trainer"]),
+MEMORY_COLUMNS: Columns = [
+    ("plans", lambda r: r["plans"]),
     ("classes", lambda r: str(r["classes"])),
-    ("s / step", lambda r: f"{r['seconds']['median']:.4f}"),
-    ("ratio, median (min-max)", lambda r: spread(r["ratio"])),
-    ("peak memory", memory_cell),
+    ("subject", lambda r: r["subject"]),
+    ("saved, estimate MiB", lambda r: _mebibytes(r["saved_estimate"])),
+    ("measured", lambda r: _mebibytes(r["saved_measured"])),
+    ("ratio", lambda r: "-" if r["saved_measured"] is None else f"{r['saved_estimate'] / r['saved_measured']:.4f}"),
+    ("allocated, estimate MiB", lambda r: _mebibytes(r["estimate"])),
+    ("measured", lambda r: _mebibytes(r["measured"])),
+    ("ratio", lambda r: f"{r['ratio']:.3f}"),
 ]
 REFINER_COLUMNS: Columns = [
     ("part", lambda r: r["part"]),
@@ -158,14 +160,29 @@ REFINER_COLUMNS: Columns = [
 ]
 
 
-def train_table(results: list[dict[str, Any]]) -> str:
-    """One row for each trainer."""
-    return table(TRAIN_COLUMNS, results)
+COUNT_COLUMNS: Columns = [
+    ("parameters", lambda r: f"{r['parameters']:,}"),
+    ("binary", lambda r: f"{r['binary_parameters']:,}"),
+    ("GMAC, real", lambda r: f"{r['macs'] / 1e9:.2f}"),
+    ("binary", lambda r: f"{r['binary_macs'] / 1e9:.2f}"),
+    ("MiB in float32", lambda r: f"{r['storage_bytes'] / 2**20:.1f}"),
+    ("with 1-bit weights", lambda r: f"{r['packed_bytes'] / 2**20:.1f}"),
+    ("peak memory", memory_cell),
+]
 
 
-def predict_table(results: list[dict[str, Any]]) -> str:
-    """One row for each trainer and number of steps."""
-    return table(PREDICT_COLUMNS, results)
+def spelled(command: str, settings: Mapping[str, Any]) -> str:
+    """A command with its settings as options; sizes of a tuple are joined by x."""
+    words = [command]
+    for name, value in settings.items():
+        if value is None or value is False:
+            continue
+        words.append(f"--{name.replace('_', '-')}")
+        if isinstance(value, tuple):
+            words.append("x".join(map(str, value)))
+        elif value is not True:
+            words += map(str, value if isinstance(value, list) else [value])
+    return " ".join(words)
 
 
 def describe_network(problem: dict[str, Any]) -> str:
@@ -183,6 +200,35 @@ def header(kind: str, clock: str, problem: dict | None, hardware: dict[str, Any]
     return f"{kind}{network}\non {hardware['name']}, {hardware['threads']} threads, {clock} time; " + ", ".join(
         f"{name} {version}" for name, version in versions.items()
     )
+
+
+def content(
+    command: str, settings: dict[str, Any], device: torch.device, results: list[dict], targets: Sequence[Target] = ()
+) -> dict[str, Any]:
+    """What goes into the JSON of a run."""
+    return {
+        "schema": SCHEMA,
+        "command": command,
+        "settings": settings,
+        "hardware": describe_hardware(device),
+        "versions": describe_versions(),
+        "results": results,
+        "targets": [target.to_dict() for target in targets],
+    }
+
+
+def check_new_file(path: Path | None) -> None:
+    """Raise BenchmarkError unless a JSON can be written there; None is for no file."""
+    if path is not None and path.exists():
+        raise BenchmarkError(f"--json: {path} exists already and is not overwritten; name a new file or remove it")
+    if path is not None and not path.parent.is_dir():
+        raise BenchmarkError(f"--json: there is no folder {path.parent}; make it first")
+
+
+def write_json(path: Path | None, found: dict[str, Any]) -> None:
+    """Write a new file, or none."""
+    if path is not None:
+        write_new({path: json.dumps(found, indent=1) + "\n"})
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:

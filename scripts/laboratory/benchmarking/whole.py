@@ -16,9 +16,9 @@ import SimpleITK as sitk  # noqa: N813, its usual name
 import torch
 
 from laboratory.benchmarking.host import SEED, build_network
+from laboratory.benchmarking.measure import Measurement, costs
 from laboratory.benchmarking.problem import BenchmarkError, Problem
 from laboratory.benchmarking.report import Target
-from laboratory.benchmarking.timing import Measurement, ratio, summary
 from laboratory.commands import CommandError, CommandRunner, Usage
 from nnunetv2_diffusion.installation import checkout
 
@@ -58,9 +58,10 @@ def whole_predictions(
         for index in range(rounds):
             for command in COMMANDS:
                 usages[command].append(_run(command, model, images, folder / f"{command}_{index}", device))
-        stock = [Measurement(u.seconds, peak_bytes=u.peak_memory_bytes) for u in usages[STOCK]]
-        for command, used in usages.items():
-            results.append({"trainer": f"{command}, {name}", "steps": None, **_costs(used, stock)})
+        measured = {c: [Measurement(u.seconds, None, u.peak_memory_bytes) for u in used] for c, used in usages.items()}
+        passes = {"passes": 1, "pass_ratio": None, "outside_share": None}
+        for command, found in measured.items():
+            results.append({"trainer": f"{command}, {name}", "steps": None, **costs(found, measured[STOCK]), **passes})
     return results
 
 
@@ -68,20 +69,6 @@ def whole_targets(results: list[dict[str, Any]]) -> list[Target]:
     """Our command takes hardly more memory than nnU-Net's."""
     ours = [r for r in results if r["trainer"].startswith(OURS)]
     return [Target(f"{r['trainer']}: peak memory / {STOCK}'s", LIMIT, r["peak_memory_ratio"]) for r in ours]
-
-
-def _costs(used: list[Usage], stock: list[Measurement]) -> dict[str, Any]:
-    seconds, peaks = [u.seconds for u in used], [u.peak_memory_bytes for u in used]
-    known = None not in peaks
-    return {
-        "seconds": {**summary(seconds), "rounds": seconds},
-        "ratio": ratio(seconds, stock),
-        "peak_memory_bytes": max(peaks) if known else None,
-        "peak_memory_ratio": max(peaks) / max(m.peak_bytes for m in stock) if known else None,
-        "passes": 1,
-        "pass_ratio": None,
-        "outside_share": None,
-    }
 
 
 def _run(command: str, model: list[str], images: Path, out: Path, device: str) -> Usage:

@@ -13,11 +13,11 @@ import SimpleITK as sitk  # noqa: N813, its usual name
 import torch
 
 from laboratory.benchmarking import host
-from laboratory.benchmarking.classes import allocated_peak
 from laboratory.benchmarking.cli import main
+from laboratory.benchmarking.measure import Stopwatch, Turns, measure, total_bytes
+from laboratory.benchmarking.memory import allocated_peak
 from laboratory.benchmarking.problem import BenchmarkError, random_case, synthetic_problem
 from laboratory.benchmarking.report import Target, predict_targets, train_targets
-from laboratory.benchmarking.timing import Stopwatch, alternate, measure, total_bytes
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -199,36 +199,14 @@ def test_hidiff_is_timed_with_both_phases_and_by_steps(tmp_path):
     assert content["targets"] == []  # its segmentor is no pass of the loop
 
 
-def test_more_classes_are_timed_with_every_encoding(tmp_path):
-    content, text, _ = run(tmp_path, ["classes", "--counts", "2", "20", "--stages", "3", *TINY, *SHORT])
-    rows = {(row["classes"], row["trainer"]): row for row in content["results"]}
-    names = ["nnUNetTrainer", "nnUNetTrainerRecycleXT, one-hot", "nnUNetTrainerRecycleXT, analog-bits"]
-    assert list(rows) == [(count, name) for count in (2, 20) for name in names]
-    assert all(set(row) == COMMON_KEYS | {"classes"} for row in content["results"])
-    stock, one_hot, bits = (rows[20, name]["peak_memory_bytes"] for name in names)
-    assert bits < one_hot - 14 * 2 * 16**3 * 4  # x_t alone has 15 channels less
-    assert rows[20, names[0]]["peak_memory_ratio"] == 1
-    assert rows[20, names[1]]["peak_memory_ratio"] == one_hot / stock
-    assert [target["value"] for target in content["targets"]] == [
-        rows[20, names[2]]["ratio"]["median"], rows[20, names[2]]["peak_memory_ratio"],
-    ]  # fmt: skip
-    assert "20 classes, nnUNetTrainerRecycleXT, analog-bits" in text
-
-
 def test_peak_memory_on_a_cpu_is_what_tensors_held_together():
-    kept = torch.zeros(1000)
+    def allocates():
+        a = torch.zeros(4000)  # 16000 bytes
+        b = a + 1  # and 16000 beside them
+        del a, b
+        torch.zeros(6000)
 
-    class Allocates:
-        def run(self, index):
-            a = torch.zeros(4000)  # 16000 bytes
-            b = a + 1  # and 16000 beside them
-            del a, b
-            torch.zeros(6000)
-
-        def tensors(self):
-            yield kept
-
-    assert allocated_peak(Allocates()) == pytest.approx(4000 + 32000, abs=200)  # and a scalar's few bytes
+    assert allocated_peak(allocates) == pytest.approx(32000, abs=200)  # and a scalar's few bytes
 
 
 def test_json_names_no_folder(either):
@@ -281,10 +259,8 @@ def test_real_plans_of_any_kind_of_labels_are_timed(labels, tmp_path, capsys):
         ([*TRAIN, "--stages", "9"], "--stages is 9, expected 2 .. 6"),
         ([*TRAIN, "--rounds", "0"], "0, expected an integer of at least 1"),
         ([*TRAIN, "--warmup", "-1"], "--warmup is -1, expected 0 or more"),
-        (["classes", "--classes", "3"], "--classes cannot be used with classes"),
-        (["classes", "--plans", "none.json"], "--plans cannot be used with classes"),
         (["train-step", "--plans", "none.json"], "--plans needs --dataset-json"),
-        (["train-step", "--plans", "none.json", "--dataset-json", "d.json"], "none.json: cannot be read"),
+        (["train-step", "--plans", "none.json", "--dataset-json", "d.json"], "none.json: no such file"),
         (["train-step", "--plans", "none.json", "--classes", "3"], "--classes cannot be used with --plans"),
         ([*TRAIN, "--dataset-json", "d.json"], "--dataset-json is used with --plans only"),
         ([*PREDICT, "--steps", "1", "5000"], "--steps is 5000, expected 1 .. 1001"),
@@ -432,7 +408,7 @@ class Recorder:
 
 def test_subjects_take_turns_and_warm_up_is_not_recorded():
     turns = []
-    measured = alternate([Recorder("a", turns), Recorder("b", turns)], 2, 1, Stopwatch(CPU), "test")
+    measured = Turns(CPU, Stopwatch(CPU), 2, 1).measure([Recorder("a", turns), Recorder("b", turns)], "test")
     assert turns == [("a", -1), ("b", -1), ("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     assert {name: len(runs) for name, runs in measured.items()} == {"a": 2, "b": 2}
     assert measured["a"][0].peak_bytes is None

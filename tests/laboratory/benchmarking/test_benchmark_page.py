@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -18,18 +16,19 @@ SPREAD = {"median": 1.25, "mean": 1.3, "min": 1.125, "max": 1.5}
 SECONDS = {**SPREAD, "rounds": [1.125, 1.25, 1.5]}
 
 
-def startup(**changes):
+def steps(**changes):
+    """A JSON of two trainers, one without memory, and targets of every verdict."""
     rows = [
-        {"name": "nnUNetv2_train -h", "plugin": plugin, "seconds": SECONDS, "ratio": SPREAD, "modules": modules}
-        for plugin, modules in ((False, []), (True, ["nnunetv2_diffusion", "nnunetv2_diffusion.compat"]))
-    ]
-    rows.append({"name": "import torch", "plugin": False, "seconds": SECONDS, "ratio": None, "modules": None})
+        {"trainer": name, "seconds": SECONDS, "ratio": SPREAD, "parameters": 1500, "parameter_overhead": 0.5,
+         "peak_memory_bytes": memory, "peak_memory_ratio": memory and 1.0}
+        for name, memory in (("some_trainer", None), ("other_trainer", 2**30))
+    ]  # fmt: skip
     hardware = {"device": "cpu", "name": "Some CPU", "cpu": "Some CPU", "cpus": 3, "threads": 1, "gpu": None,
                 "gpu_memory_bytes": None}  # fmt: skip
     targets = [{"name": f"goal_{value}", "limit": 1.3, "value": value, "met": met}
                for value, met in ((1.25, True), (1.35, False), (None, None))]  # fmt: skip
     return {
-        "schema": 1, "command": "scripts/benchmark startup --rounds 3", "settings": {"rounds": 3, "clock": "cpu"},
+        "schema": 1, "command": "scripts/benchmark train-step --rounds 3", "settings": {"rounds": 3, "clock": "cpu"},
         "hardware": hardware, "versions": {"python": "3.11", "torch": "2.6"}, "results": rows, "targets": targets,
         **changes,
     }  # fmt: skip
@@ -64,32 +63,31 @@ def test_every_json_of_the_docs_has_its_part_in_the_section_of_its_kind():
 
 
 def test_a_row_a_result_with_place_and_verdicts(tmp_path):
-    write(tmp_path, "some", startup())
-    part = section(built(tmp_path), "Start")
-    assert "| nnUNetv2\\_train -h | with | 1.250 | 1.250 (1.125-1.500) | 2 |" in part
-    assert "| nnUNetv2\\_train -h | without | 1.250 | 1.250 (1.125-1.500) | 0 |" in part
-    assert "| import torch | without | 1.250 | - | - |" in part
+    write(tmp_path, "some", steps())
+    part = section(built(tmp_path), "Training step")
+    assert "| some\\_trainer | 1.2500 | 1.25 (1.12-1.50) | 1.30 | 1,500 | 50.00 % | not measured |" in part
+    assert "| other\\_trainer | 1.2500 | 1.25 (1.12-1.50) | 1.30 | 1,500 | 50.00 % | 1.00 GiB (1.000x) |" in part
     assert "| goal\\_1.25 | 1.3 | 1.250 | met |" in part
     assert "| goal\\_1.35 | 1.3 | 1.350 | NOT met |" in part
     assert "| goal\\_None | 1.3 | - | not measured |" in part
-    assert "- Command: `scripts/benchmark startup --rounds 3`" in part
+    assert "- Command: `scripts/benchmark train-step --rounds 3`" in part
     assert "no GPU, 3 cores of Some CPU, 1 threads (cpu)" in part
-    assert "Clock: processor time of the processes" in part
+    assert "Clock: processor time of the process" in part
     assert "python 3.11, torch 2.6" in part
 
 
 def test_files_of_the_same_kind_stand_below_each_other_by_name(tmp_path):
     for name in ("second", "first"):
-        write(tmp_path, name, startup())
-    part = section(built(tmp_path), "Start")
+        write(tmp_path, name, steps())
+    part = section(built(tmp_path), "Training step")
     assert [line for line in part.splitlines() if line.startswith("### ")] == ["### first", "### second"]
 
 
 def test_what_was_not_measured_is_told_with_its_command(tmp_path):
-    write(tmp_path, "some", startup())
+    write(tmp_path, "some", steps())
     text = built(tmp_path)
     for kind in page.KINDS.values():
-        assert ("Not measured yet" in section(text, kind.title)) == (kind.title != "Start")
+        assert ("Not measured yet" in section(text, kind.title)) == (kind.title != "Training step")
     assert "`scripts/memory_table --json FILE`" in section(text, "Memory")
 
 
@@ -102,36 +100,27 @@ def test_memory_is_told_with_the_command_that_its_settings_make():
     assert f"| {row['plans']} | {row['classes']} | {row['subject']} | {row['saved_estimate'] / 2**20:.2f} |" in part
 
 
-def test_steps_taken_are_the_rows_of_the_variants(tmp_path, monkeypatch):
-    fake = types.ModuleType("variants")
-    fake.variant_rows = lambda results: (["step", "decision"], [[r["variant"], "kept"] for r in results])
-    monkeypatch.setitem(sys.modules, "laboratory.benchmarking.variants", fake)
-    rows = [{"variant": "channels last"}, {"variant": "no transformer"}]
-    write(tmp_path, "steps", startup(command="scripts/benchmark variants --rounds 3", results=rows))
-    part = section(built(tmp_path), "Steps taken")
-    assert "| step | decision |" in part
-    assert part.index("| channels last | kept |") < part.index("| no transformer | kept |")
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "no key 'schema', expected a JSON of scripts/benchmark or scripts/memory_table"),
+        ("[]", "holds a list, expected an object"),
+        ("{}", "no key 'schema', expected a JSON of scripts/benchmark or scripts/memory_table"),
         ('{"schema": 1}', "no key 'settings', expected a JSON of"),
-        (startup(schema=2), "schema is 2, expected 1"),
-        (startup(results=[]), "no list of results"),
-        (startup(command="scripts/study run"), "command is 'scripts/study run', expected a JSON of"),
-        (startup(command="scripts/benchmark memory"), "command is 'scripts/benchmark memory'"),
-        (startup(command=None), "command is None, expected a JSON of"),
-        (startup(command="scripts/benchmark classes"), "no key 'trainer', expected what scripts/benchmark classes"),
-        (startup(results=[{**startup()["results"][0], "seconds": 3}]), "expected what scripts/benchmark startup"),
+        (steps(schema=2), "schema is 2, expected 1"),
+        (steps(results=[]), "no list of results"),
+        (steps(command="scripts/study run"), "command is 'scripts/study run', expected a JSON of"),
+        (steps(command="scripts/benchmark memory"), "command is 'scripts/benchmark memory'"),
+        (steps(command=None), "command is None, expected a JSON of"),
+        (steps(command="scripts/benchmark refiner"), "no key 'part', expected what scripts/benchmark refiner"),
+        (steps(command="scripts/benchmark startup"), "command is 'scripts/benchmark startup', expected a JSON of"),
+        (steps(results=[{**steps()["results"][0], "seconds": 3}]), "expected what scripts/benchmark train-step"),
     ],
 )
 def test_a_file_that_is_not_of_the_benchmark_is_named(tmp_path, capsys, content, message):
     folder = tmp_path / "jsons"
     folder.mkdir()
-    write(folder, "a_good", startup())
+    write(folder, "a_good", steps())
     write(folder, "strange", content)
     with pytest.raises(SystemExit) as stopped:
         main(["page", str(folder), "-o", str(tmp_path / "page.md")])
@@ -150,7 +139,7 @@ def test_a_folder_without_files_is_refused(tmp_path):
 def test_the_command_writes_and_replaces_its_page_and_no_other_file(tmp_path, capsys):
     folder, file = tmp_path / "jsons", tmp_path / "docs" / "page.md"
     folder.mkdir()
-    write(folder, "first", startup())
+    write(folder, "first", steps())
     assert main(["page", str(folder), "-o", str(file)]) == 0
     assert capsys.readouterr().out.strip() == str(file)
     assert "(../jsons/first.json)" in file.read_text()
