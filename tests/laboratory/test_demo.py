@@ -22,9 +22,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 from tiny_model import make_model
 
 from laboratory.demo import run as demo
-from laboratory.demo.data import RawDataError, check_masks, hold_out
 from laboratory.demo.phantoms import LABELS, make_phantom, write_phantoms
 from laboratory.demo.pipeline import Job, draw_samples, ranges_that_hold
+from laboratory.raw_data import RawDataError, check_masks, hold_out
 from nnunetv2_diffusion import cli
 
 
@@ -77,8 +77,8 @@ def test_held_out_cases_are_not_in_the_training_part(raw, tmp_path):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (lambda f: (f / "dataset.json").unlink(), "no dataset.json"),
-        (lambda f: (f / "dataset.json").write_text("{"), "expected nnU-Net's format"),
+        (lambda f: (f / "dataset.json").unlink(), "dataset.json: no such file"),
+        (lambda f: (f / "dataset.json").write_text("{"), "not JSON"),
         (lambda f: next((f / "imagesTr").iterdir()).unlink(), "has a label and no image"),
     ],
 )

@@ -76,10 +76,5 @@ def write_phantoms(folder: Path, train_cases: int, test_cases: int, seed: int) -
             _save(image, folder / f"images{part}" / f"phantom_{index:03d}_0000.nii.gz")
             _save(labels, folder / f"labels{part}" / f"phantom_{index:03d}.nii.gz")
             index += 1
-    dataset = {
-        "channel_names": {"0": "MRI"},
-        "labels": LABELS,
-        "numTraining": train_cases,
-        "file_ending": ".nii.gz",
-    }
+    dataset = {"channel_names": {"0": "MRI"}, "labels": LABELS, "numTraining": train_cases, "file_ending": ".nii.gz"}
     (folder / "dataset.json").write_text(json.dumps(dataset, indent=2))

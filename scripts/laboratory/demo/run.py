@@ -10,19 +10,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from laboratory.demo.data import RawDataError, check_masks, hold_out, read_raw
 from laboratory.demo.options import parse_arguments
 from laboratory.demo.phantoms import write_phantoms
 from laboratory.demo.picture import draw_case, reverse_steps
-from laboratory.demo.pipeline import (
-    Job,
-    dice_scores,
-    draw_samples,
-    plan,
-    predict_and_score,
-    ranges_that_hold,
-    train,
-)
+from laboratory.demo.pipeline import Job, dice_scores, draw_samples, plan, predict_and_score, ranges_that_hold, train
+from laboratory.raw_data import RawDataError, check_masks, hold_out, read_raw
 from nnunetv2_diffusion.agreement import CAUTION
 from nnunetv2_diffusion.checkpoints import CheckpointError, find_trainer
 from nnunetv2_diffusion.compat import package_versions

@@ -23,13 +23,7 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("study", type=Path, metavar="STUDY.json", help="The study: see docs/study.md and studies/template.json.")
     add("--raw", required=True, type=Path, metavar="DIR", help="The raw data set, or the folder that it is in.")
-    add(
-        "--out",
-        required=True,
-        type=Path,
-        metavar="WORKDIR",
-        help="Folder for data, models and masks, to continue in.",
-    )
+    add("--out", required=True, type=Path, metavar="WORKDIR", help="Folder for data, models and masks, to continue in.")
     add("--results", type=Path, metavar="DIR", help="Folder for the JSONs. Default: WORKDIR/results.")
     add("--cells", nargs="+", metavar="NAME", help="Run these cells. Default: all.")
     add("--jobs", type=int, default=1, metavar="N", help="Trainings at once, on one device. Default: 1.")

@@ -20,8 +20,6 @@ def all_figures(study: StudyResults) -> Iterator[tuple[str, str, Figure]]:
     """Name, caption and figure of all that there are results for, without those of the questions."""
     yield "dice", "Dice of the test cases, mean over runs and foreground classes.", dice_boxes(study)
     yield "curves", CURVES, training_curves(study.cells)
-    if any(len(points) > 1 for points in count_points(study).values()):
-        yield "counts", "Mean Dice by number of steps K (DDPM, one sample, no mirroring).", count_curves(study)
     curves = step_curves(study)
     if curves:
         yield (
@@ -75,24 +73,6 @@ def training_curves(cells: list[CellResults]) -> Figure:
     return line_figure(curves, "epoch", "pseudo Dice")
 
 
-def count_points(study: StudyResults) -> dict[str, dict[int, float]]:
-    """Cell -> K -> mean Dice, of DDPM with one sample and no mirroring."""
-    points: dict[str, dict[int, float]] = {}
-    for cell in study.cells:
-        for p in cell.predictions:
-            if p["steps"] and p["sampler"] == "ddpm" and p["samples"] == 1 and not p["mirroring"]:
-                points.setdefault(cell.name, {})[p["steps"]] = float(nanmean(cell.by_case(p["name"], "Dice")))
-    return points
-
-
-def count_curves(study: StudyResults) -> Figure:
-    """Mean Dice by K."""
-    figure, axes = plt.subplots(figsize=(7, 4))
-    for index, (name, points) in enumerate(count_points(study).items()):
-        axes.plot(sorted(points), [points[k] for k in sorted(points)], marker="o", color=COLOURS(index), label=name)
-    return _finish(figure, "K, steps of a chain", "Dice, mean of cases")
-
-
 def line_figure(curves: dict[str, np.ndarray], x: str, y: str) -> Figure:
     """A line for each name, from 1."""
     figure, axes = plt.subplots(figsize=(7, 4))
@@ -106,8 +86,7 @@ def diversity(study: StudyResults) -> Figure:
     """Diversity of samples against Dice."""
     figure, axes = plt.subplots(figsize=(7, 4.5))
     for index, cell in enumerate(study.cells):
-        rows = sample_rows(cell)
-        points = np.array([[row["pairwise_dice"], row["Dice"]] for row in rows], np.float64).reshape(-1, 2)
+        points = sample_rows(cell).reindex(columns=["pairwise_dice", "Dice"]).to_numpy(np.float64)
         if not np.isfinite(points).any(0).all():  # not analysed, or a single sample
             continue
         spread, dice = 1 - points[:, 0], points[:, 1]

@@ -138,14 +138,9 @@ def _facts(study: StudyResults) -> list[str]:
         "- nnU-Net seeds nothing: runs of the same cell differ by chance, and so do these numbers when all is run "
         "again.",
     ]
-    if study.unfinished:
-        lines.append(f"- Without results so far: {', '.join(study.unfinished)}.")
-    removed = [name for name in study.content.get("removed", []) if study.cell(name) is not None]
-    if removed:
-        lines.append(
-            f"- Settings of {', '.join(removed)} are those of the code then, which their JSONs name; what they tried "
-            "is no longer in the package, or under another name."
-        )
+    unfinished = [name for name in study.content["cells"] if study.cell(name) is None]
+    if unfinished:
+        lines.append(f"- Without results so far: {', '.join(unfinished)}.")
     # an ensemble's attempts are those of its members, which are counted themselves
     trained = [record for record in records if not record["request"].get("ensemble")]
     again = sum(record["training"]["attempts"] > 1 for record in trained)
@@ -179,6 +174,6 @@ def _code(record: dict[str, Any]) -> str:
     text = f"commit {code['commit'][:12]}"
     if code["dirty"]:
         text += " with changes that were not committed"
-    if not code["same_package"]:
+    if code.get("same_package") is False:
         text += f", but with another package installed ({code['package_sha256']})"
     return text + (", changed while it ran" if record.get("code_changed") else "")

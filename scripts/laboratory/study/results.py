@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from laboratory.files import read_json
 from laboratory.study import StudyError
-from laboratory.study.definition import read_json
 from laboratory.study.records import CELL, SCHEMA, STUDY, read_record
 
 MEAN = "mean"  # label of the mean over classes or regions
@@ -17,12 +18,7 @@ MEAN = "mean"  # label of the mean over classes or regions
 
 @dataclass(frozen=True)
 class CellResults:
-    """All runs of a cell.
-
-    Attributes:
-        name: of the cell.
-        records: of its runs, in order.
-    """
+    """All runs of a cell, in order."""
 
     name: str
     records: list[dict[str, Any]]
@@ -38,11 +34,7 @@ class CellResults:
         return self.records[0]["predictions"]
 
     def prediction(self, run: int, name: str) -> dict[str, Any]:
-        """One run's prediction.
-
-        Raises:
-            StudyError: if it has none of this name.
-        """
+        """One run's prediction; StudyError if it has none of this name."""
         for prediction in self.records[run]["predictions"]:
             if prediction["name"] == name:
                 return prediction
@@ -69,10 +61,18 @@ class CellResults:
         """Mean over runs, (cases,)."""
         return nanmean(self.values(name, metric, label), 0)
 
-    def analysis(self, table: str) -> list[dict[str, list]]:
-        """Columns of one table of the analysis, of the runs that have it."""
+    def analysis(self, table: str) -> pd.DataFrame:
+        """One table of the analysis, of all runs (column ``run``) that have it; of classes and regions their mean.
+
+        Numbers that are not known are NaN; the frame is empty if no run has the table.
+        """
         found = [(record["analysis"] or {}).get(table) for record in self.records]
-        return [columns for columns in found if columns]
+        frames = [pd.DataFrame(columns).assign(run=run) for run, columns in enumerate(found) if columns]
+        frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
+        if "label" in frame:
+            frame = frame[frame["label"] == MEAN]
+        words = ("case", "label", "mode")
+        return frame.apply(lambda column: column if column.name in words else pd.to_numeric(column))
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,6 @@ class StudyResults:
         """Key of a class or region -> its name."""
         return self.records[0]["labels"]
 
-    @property
-    def unfinished(self) -> list[str]:
-        """Cells without results."""
-        open_cells = [name for name in self.content["cells"] if name not in self.content.get("removed", [])]
-        return [name for name in open_cells if self.cell(name) is None]
-
     def cell(self, name: str) -> CellResults | None:
         """By name; None if it has no results."""
         return next((cell for cell in self.cells if cell.name == name), None)
@@ -129,7 +123,7 @@ def load_results(folder: Path) -> list[StudyResults]:
     studies: dict[str, dict[str, Any]] = {}
     records: dict[str, list[dict[str, Any]]] = {}
     for file in sorted(folder.rglob("*.json")):
-        content = read_json(file)
+        content = read_json(file, StudyError)
         if content.get("kind") == STUDY and content.get("schema") == SCHEMA:
             studies[content["name"]] = content
         else:
@@ -137,21 +131,16 @@ def load_results(folder: Path) -> list[StudyResults]:
             records.setdefault(record["request"]["study"], []).append(record)
     if not records:
         raise StudyError(f"{folder}: no results of scripts/study run in it (kind {CELL!r})")
-    found = []
-    for name in sorted(records):
-        if name not in studies:
-            raise StudyError(f"{folder}: results of study {name} without its study.json")
-        found.append(_study(studies[name], records[name]))
-    return found
+    missing = sorted(set(records) - set(studies))
+    if missing:
+        raise StudyError(f"{folder}: results of study {missing[0]} without its study.json")
+    return [_study(studies[name], records[name]) for name in sorted(records)]
 
 
 def matching(reference: CellResults, prediction: dict[str, Any]) -> str | None:
     """The reference's prediction to compare with: of the same name, else the one that mirrors as it does."""
-    names = [other["name"] for other in reference.predictions]
-    if prediction["name"] in names:
-        return prediction["name"]
     alike = [other["name"] for other in reference.predictions if other["mirroring"] == prediction["mirroring"]]
-    return alike[0] if alike else None
+    return prediction["name"] if prediction["name"] in alike else next(iter(alike), None)
 
 
 def nanmean(values: Sequence | np.ndarray, axis: int | None = None) -> Any:
@@ -162,37 +151,24 @@ def nanmean(values: Sequence | np.ndarray, axis: int | None = None) -> Any:
 
 
 def _study(content: dict[str, Any], records: list[dict[str, Any]]) -> StudyResults:
-    by_cell: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        by_cell.setdefault(record["request"]["cell"], []).append(record)
-    unknown = sorted(set(by_cell) - set(content["cells"]))
+    """Cells in the order of the study, whose results are of the same data and cases."""
+    name = content["name"]
+    unknown = sorted({record["request"]["cell"] for record in records} - set(content["cells"]))
     if unknown:
-        raise StudyError(f"study {content['name']}: results of cells that it does not have: {', '.join(unknown)}")
-    cells = [
-        CellResults(name, sorted(by_cell[name], key=lambda r: r["request"]["run"]))
-        for name in content["cells"]
-        if name in by_cell
-    ]
-    _check(content["name"], cells)
-    return StudyResults(content, cells)
-
-
-def _check(name: str, cells: list[CellResults]) -> None:
-    """Same data, same cases, everywhere."""
-    records = [record for cell in cells for record in cell.records]
+        raise StudyError(f"study {name}: results of cells that it does not have: {', '.join(unknown)}")
     for key in ("dataset", "configuration", "split"):
         found = sorted({record["request"][key] for record in records})
         if len(found) > 1:
             raise StudyError(f"study {name}: results have more than one {key}: {', '.join(found)}")
-    cases = {tuple(sorted(p["scores"])) for record in records for p in record["predictions"]}
-    if len(cases) > 1:
+    if len({tuple(sorted(p["scores"])) for record in records for p in record["predictions"]}) > 1:
         raise StudyError(f"study {name}: not all predictions have the same cases")
+    ordered = sorted(records, key=lambda record: record["request"]["run"])
+    cells = [CellResults(cell, [r for r in ordered if r["request"]["cell"] == cell]) for cell in content["cells"]]
+    return StudyResults(content, [cell for cell in cells if cell.records])
 
 
 def _score(classes: dict[str, dict[str, float | None]], metric: str, label: str) -> float:
     """One value; the mean leaves undefined classes out."""
-    if label != MEAN:
-        value = classes[label][metric]
-        return np.nan if value is None else value
-    known = [values[metric] for values in classes.values() if values[metric] is not None]
+    chosen = classes.values() if label == MEAN else [classes[label]]
+    known = [values[metric] for values in chosen if values[metric] is not None]
     return float(np.mean(known)) if known else np.nan

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from laboratory.commands import CommandError, CommandRunner
+from laboratory.raw_data import RawDataError
 from laboratory.study import StudyError
 from laboratory.study.definition import Cell, Study, predictions_of, read_study
 from laboratory.study.records import (
@@ -25,35 +26,23 @@ from laboratory.study.records import (
     to_text,
 )
 from laboratory.study.stages import Training
-from laboratory.study.workplace import Workplace, check_cases
+from laboratory.study.workplace import Workplace, say
 from nnunetv2_diffusion.checkpoints import CheckpointError, find_trainer
 from nnunetv2_diffusion.evaluation import EvaluationError
 from nnunetv2_diffusion.pages import write_whole
 
-EXPECTED = (StudyError, CommandError, CheckpointError, EvaluationError, OSError)
+EXPECTED = (StudyError, RawDataError, CommandError, CheckpointError, EvaluationError, OSError)
 INTERRUPTED = 130
 
 
 @dataclass
 class Unit:
-    """One training with its results.
-
-    Attributes:
-        training: its stages.
-        request: what is asked for.
-        file: of its results.
-        trained: set when its model is there, or will not be.
-    """
+    """One training, what is asked for, the file of its results; ``trained``: its model is there, or will not be."""
 
     training: Training
     request: dict[str, Any]
     file: Path
     trained: threading.Event = field(default_factory=threading.Event)
-
-
-def say(line: str) -> None:
-    """Print a line at once."""
-    print(line, flush=True)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -76,15 +65,15 @@ def open_study(arguments: argparse.Namespace) -> tuple[Workplace, list[Unit]]:
     """Check everything, then prepare the data; units that are not finished.
 
     Raises:
-        StudyError, CommandError, OSError: naming what cannot be used.
+        StudyError, RawDataError, CommandError, OSError: naming what cannot be used.
     """
     study = read_study(arguments.study)
     if arguments.jobs < 1:
         raise StudyError(f"--jobs is {arguments.jobs}, expected at least 1")
     cells = [study.cell(name) for name in dict.fromkeys(arguments.cells or [c.name for c in study.cells])]
-    check_cases(study, arguments.raw)
-    device = arguments.device or study.device
+    device = arguments.device or study.content.get("device", "cuda")
     place = Workplace(arguments.out.resolve(), study, device, CommandRunner(), arguments.jobs)
+    raw = place.find_raw(arguments.raw)
     results = arguments.results or arguments.out / "results"
     units = open_units(place, cells, results)
     if not units:
@@ -92,8 +81,11 @@ def open_study(arguments: argparse.Namespace) -> tuple[Workplace, list[Unit]]:
         return place, units
     place.root.mkdir(parents=True, exist_ok=True)
     _copy_study(study, results)
-    warn_of_code(place)
-    place.prepare(arguments.raw)
+    code = describe_code()
+    if code["commit"] is None or code["dirty"]:
+        why = "no git checkout of this package found" if code["commit"] is None else "changes are not committed"
+        print(f"warning: {why}; results will not name the code that made them", file=sys.stderr)
+    place.prepare(raw)
     return place, units
 
 
@@ -107,37 +99,32 @@ def open_units(place: Workplace, cells: Sequence[Cell], results: Path) -> list[U
     units = []
     for cell in sorted(cells, key=lambda c: c.source is not None):
         kind = chain_of(cell.trainer)
-        if cell.segmentor is not None and kind != "hybrid":
-            raise StudyError(f"cell {cell.name}: it has a segmentor, expected a HiDiff trainer and not {cell.trainer}")
-        if cell.warm_start is not None and kind is None:
-            raise StudyError(
-                f"cell {cell.name}: it has a warm_start, expected a diffusion trainer and not {cell.trainer}"
-            )
-        if cell.analysis_of(kind) is not None:
-            _check_analysis(cell, kind)
+        _check(cell, kind)
         predictions = predictions_of(cell, kind)
         for number in range(cell.runs):
             request = request_of(place.study, cell, number, predictions, kind)
             file = record_file(results, place.study, cell, number)
             if is_finished(file, request):
                 say(f"{cell.name} run {number}: finished, {file}")
-                continue
-            training = Training(
-                place, cell, number, predictions, cell.analysis_of(kind) is not None, kind is not None, say
-            )
-            units.append(Unit(training, request, file))
+            else:
+                training = Training(place, cell, number, predictions, cell.analysis_of(kind), kind is not None)
+                units.append(Unit(training, request, file))
     return units
 
 
-def _check_analysis(cell: Cell, kind: str | None) -> None:
-    """Raises StudyError for what the verb ``analyse`` would refuse, after the training."""
+def _check(cell: Cell, kind: str | None) -> None:
+    """Raises StudyError for what a trainer cannot have, before anything is trained."""
     from nnunetv2_diffusion.analysis.studies import MODES
 
-    unknown = [mode for mode in cell.analyse.modes.split() if mode not in MODES]
-    if unknown:
-        raise StudyError(f"cell {cell.name}: analyse has the mode {unknown[0]!r}, expected some of {', '.join(MODES)}")
-    if cell.analyse.mask_use and kind != "gaussian":
-        raise StudyError(f"cell {cell.name}: analyse has mask_use, but {cell.trainer} is given no noisy mask")
+    where = f"cell {cell.name}"
+    if cell.segmentor is not None and kind != "hybrid":
+        raise StudyError(f"{where}: it has a segmentor, expected a HiDiff trainer and not {cell.trainer}")
+    if cell.warm_start is not None and kind is None:
+        raise StudyError(f"{where}: it has a warm_start, expected a diffusion trainer and not {cell.trainer}")
+    if cell.analysis_of(kind) is not None:
+        unknown = [mode for mode in cell.analyse.modes.split() if mode not in MODES]
+        if unknown:
+            raise StudyError(f"{where}: analyse has the mode {unknown[0]!r}, expected some of {', '.join(MODES)}")
 
 
 def chain_of(trainer: str) -> str | None:
@@ -160,18 +147,17 @@ def chain_of(trainer: str) -> str | None:
 def work(place: Workplace, units: Sequence[Unit]) -> int:
     """Run units, as many at once as there are jobs; what fails does not stop the others, and makes the status 1."""
     by_name = {(u.training.cell.name, u.training.run): u for u in units}
-    failed = []
+    status = 0
     executor = ThreadPoolExecutor(place.jobs)
     try:
         futures: dict[Future, Unit] = {executor.submit(_finish, unit, by_name): unit for unit in units}
         for count, future in enumerate(as_completed(futures), start=1):
-            unit = futures[future]
-            error = future.exception()
+            unit, error = futures[future], future.exception()
             if error is not None and not isinstance(error, EXPECTED):
                 raise error
             say(f"[{count}/{len(units)}] {unit.training.title}: {'FAILED' if error else unit.file}")
             if error is not None:
-                failed.append(unit)
+                status = 1
                 print(f"scripts/study run: {unit.training.title}: {error}", file=sys.stderr, flush=True)
     except BaseException:
         place.runner.stop()
@@ -181,7 +167,7 @@ def work(place: Workplace, units: Sequence[Unit]) -> int:
         raise
     finally:
         executor.shutdown()
-    return 1 if failed else 0
+    return status
 
 
 def _finish(unit: Unit, units: dict[tuple[str, int], Unit]) -> None:
@@ -216,19 +202,7 @@ def _copy_study(study: Study, results: Path) -> None:
     """What the page needs of the study beside the results: order of cells, reference, questions."""
     folder = results / study.name
     folder.mkdir(parents=True, exist_ok=True)
-    keys = ("name", "summary", "reference", "questions", "removed")
-    content = {key: study.content[key] for key in keys if key in study.content}
-    order = [*[cell.name for cell in study.cells], *study.removed]
-    record = {"schema": SCHEMA, "kind": STUDY, **content, "cells": order, "settings": study.content.get("settings", {})}
+    kept = {k: study.content[k] for k in ("name", "summary", "reference", "questions") if k in study.content}
+    cells, settings = [cell.name for cell in study.cells], study.content.get("settings", {})
+    record = {"schema": SCHEMA, "kind": STUDY, **kept, "cells": cells, "settings": settings}
     write_whole(folder / "study.json", to_text(record) + "\n")
-
-
-def warn_of_code(place: Workplace) -> None:
-    """Say when results will not tell which code made them."""
-    code = describe_code(place.study.file, place.root)
-    if code["commit"] is None:
-        print("warning: no git checkout of this package found; results will name no commit", file=sys.stderr)
-    elif code["dirty"]:
-        print("warning: the checkout has changes that are not committed; results will say so", file=sys.stderr)
-    elif not code["same_package"]:
-        print("warning: the installed package differs from the checkout; results will say so", file=sys.stderr)

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 
-from laboratory.demo.data import RawDataError, read_raw
+from laboratory.raw_data import RawDataError, read_raw
 from laboratory.study import StudyError
 from nnunetv2_diffusion.evaluation.tables import write_new
 

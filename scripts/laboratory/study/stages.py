@@ -8,12 +8,12 @@ from pathlib import Path
 from shutil import copy, rmtree
 from typing import Any
 
-from laboratory.study.definition import Cell, Prediction, read_json
-from laboratory.study.workplace import Workplace, fresh_log, locked
+from laboratory.files import read_json
+from laboratory.study import StudyError
+from laboratory.study.definition import Analysis, Cell, Prediction
+from laboratory.study.workplace import Workplace, fresh_log, locked, say
 from nnunetv2_diffusion.pages import write_whole
 from nnunetv2_diffusion.planning.settings import ENVIRONMENT_PREFIX
-
-Report = Callable[[str], None]
 
 
 @dataclass
@@ -25,18 +25,16 @@ class Training:
         cell: what is trained.
         run: number of the training, from 0.
         predictions: what is predicted.
-        analyses: whether the model is analysed.
+        analysis: what the model is analysed for; None for nothing.
         has_chain: whether the trainer has one; else there is one step and one sample.
-        say: prints a line.
     """
 
     place: Workplace
     cell: Cell
     run: int
     predictions: tuple[Prediction, ...]
-    analyses: bool
+    analysis: Analysis | None
     has_chain: bool
-    say: Report
 
     @property
     def title(self) -> str:
@@ -75,9 +73,8 @@ class Training:
             trained()
             for prediction in self.predictions:
                 self.predict(prediction)
-                self.evaluate(prediction)
-            if self.analyses:
-                self.analyse()
+            if self.analysis is not None:
+                self.analyse(self.analysis)
 
     @property
     def started(self) -> bool:
@@ -90,17 +87,17 @@ class Training:
         nnU-Net's closing validation takes one step: the unseen cases are what counts.
         """
         if self.cell.ensemble is not None:
-            self.assemble()
+            self._assemble()
             return
         # without a checkpoint nnU-Net would continue from nothing, and without the weights of a warm start
         command = ["nnUNetv2_train", self.place.number, self.place.study.configuration, "0", *self._model]
         if self.started:
             command.append("--c")
         elif self.cell.warm_start is not None:
-            command += ["-pretrained_weights", str(self.warm_start())]
+            command += ["-pretrained_weights", str(self._warm_start())]
         self._stage("train", command, steps="1")
 
-    def assemble(self) -> None:
+    def _assemble(self) -> None:
         """A model whose folds are the runs of another cell; costs are theirs together."""
         if self._record("train").exists():
             return
@@ -113,13 +110,12 @@ class Training:
             copy(self.place.checkpoint(cell, number), file)
         for name in ("plans.json", "dataset.json"):
             copy(self.place.model_folder(*sources[0]) / name, target / name)
-        usages = [read_json(self.place.run_folder(*source) / "stages" / "train.json") for source in sources]
+        usages = [read_json(self.place.run_folder(*s) / "stages" / "train.json", StudyError) for s in sources]
         record = {key: sum(usage[key] for usage in usages) for key in ("seconds", "attempts")}
         peaks = [usage["peak_memory_bytes"] for usage in usages if usage["peak_memory_bytes"] is not None]
-        record["peak_memory_bytes"] = max(peaks, default=None)
-        self._keep("train", record)
+        self._keep("train", {**record, "peak_memory_bytes": max(peaks, default=None)})
 
-    def warm_start(self) -> Path:
+    def _warm_start(self) -> Path:
         """The weights to start from, made with the verb ``warm-start``."""
         file = self.folder / "warm_start.pth"
         if not self._record("warm_start").exists():
@@ -133,51 +129,42 @@ class Training:
         return file
 
     def predict(self, prediction: Prediction) -> None:
-        """The test cases with nnU-Net's command; an interrupted prediction starts again, so that its time is right."""
+        """The test cases with nnU-Net's command, and Dice, distances and volumes with the verb ``evaluate``.
+
+        An interrupted prediction starts again, so that its time is right.
+        """
         target = self.folder / "predictions" / prediction.name
         workers = str(self.place.workers(3, least=0))  # without a core for them, cases come one after the other
         command = [
             "nnUNetv2_predict", "-d", self.place.number, "-c", self.place.study.configuration, "-f", *self._folds,
             *self._model, "-i", str(self.place.raw / "imagesTs"), "-npp", workers, "-nps", workers,
-            "--disable_progress_bar",
+            "--disable_progress_bar", *([] if prediction.mirroring else ["--disable_tta"]),
         ]  # fmt: skip
-        if not prediction.mirroring:
-            command.append("--disable_tta")
-        variables = {}
-        if prediction.steps is not None:
-            variables = {key: str(getattr(prediction, key)) for key in ("steps", "sampler", "samples")}
+        asked = () if prediction.steps is None else ("steps", "sampler", "samples")
+        variables = {key: str(getattr(prediction, key)) for key in asked}
         self._folder_stage(f"predict_{prediction.name}", command, target, **variables)
-
-    def evaluate(self, prediction: Prediction) -> None:
-        """Dice, distances and volumes with the verb ``evaluate``."""
-        folder = self.folder / "predictions" / prediction.name
-        command = ["nnunetv2_diffusion", "evaluate", str(self.place.raw / "labelsTs"), str(folder)]
+        command = ["nnunetv2_diffusion", "evaluate", str(self.place.raw / "labelsTs"), str(target)]
         command += ["-np", str(self.place.workers(8)), "--overwrite", "--disable_progress_bar"]
         self._stage(f"evaluate_{prediction.name}", command)
 
-    def analyse(self) -> None:
+    def analyse(self, own: Analysis) -> None:
         """Steps and samples with the verb ``analyse``."""
-        own = self.cell.analyse
         command = [
             "nnunetv2_diffusion", "analyse", "-m", str(self.place.model_folder(self.cell, self.run)), "-f",
             *self._folds, "-device", self.place.device, "-i", str(self.place.raw / "imagesTs"),
             "-l", str(self.place.raw / "labelsTs"), "--tta", "none", "--disable_progress_bar",
         ]  # fmt: skip
+        options: dict[str, Any] = {"cases": own.cases, "modes": own.modes.split(), "samples": 1}
         if self.has_chain:
-            command += ["--steps", str(own.steps), "--sampler", own.sampler]
-            command += ["--step_spacing", own.step_spacing] if own.step_spacing else []
-        command += ["--samples", str(own.samples if self.has_chain else 1)]
-        if own.cases is not None:
-            command += ["--cases", str(own.cases)]
-        if own.modes:
-            command += ["--modes", *own.modes.split()]
-        if own.mask_use:
-            command.append("--mask_use")
+            options |= {key: getattr(own, key) for key in ("steps", "sampler", "step_spacing", "samples")}
+        for key, value in options.items():
+            if value:
+                command += [f"--{key}", *map(str, value if isinstance(value, list) else [value])]
         self._folder_stage("analyse", command, self.folder / "analysis")
 
     def usage(self, stage: str) -> dict[str, Any]:
         """Seconds, peak memory and attempts of a finished stage."""
-        return read_json(self._record(stage))
+        return read_json(self._record(stage), StudyError)
 
     def _record(self, stage: str) -> Path:
         return self.folder / "stages" / f"{stage}.json"
@@ -193,8 +180,7 @@ class Training:
             return
         part = target.with_name(f".{target.name}.part")
         for left in (part, target):
-            if left.exists():
-                rmtree(left)  # of an attempt that was interrupted
+            rmtree(left, ignore_errors=True)  # of an attempt that was interrupted
         self._record(stage).unlink(missing_ok=True)
         part.parent.mkdir(exist_ok=True)
         self._stage(stage, [*command, "-o", str(part)], **variables)
@@ -207,7 +193,7 @@ class Training:
         log, attempt = fresh_log(self.folder / "logs", stage)
         environment = self.place.environment(self.folder / "nnUNet_results")
         environment |= {ENVIRONMENT_PREFIX + key: value for key, value in variables.items()}
-        self.say(f"{self.title}: {stage} ... (log: {log})")
+        say(f"{self.title}: {stage} ... (log: {log})")
         usage = self.place.runner.run(command, log, environment, self.place.root, self._descriptors)
         self._keep(stage, {**asdict(usage), "attempts": attempt})
-        self.say(f"{self.title}: {stage} took {usage.seconds:.0f} s")
+        say(f"{self.title}: {stage} took {usage.seconds:.0f} s")

@@ -1,19 +1,18 @@
 """Tables of a study."""
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from laboratory.study.mode_tables import mask_use_table, mode_table
-from laboratory.study.results import MEAN, CellResults, StudyResults, matching, nanmean
-from laboratory.study.tables_common import LEVEL, NONE, as_float, mean_sd, number, p_value, rows_of
+from laboratory.study.results import CellResults, StudyResults, matching, nanmean
 from nnunetv2_diffusion.evaluation.comparison import direction
 from nnunetv2_diffusion.evaluation.statistics import PairedComparison, compare_pairs
 from nnunetv2_diffusion.evaluation.tables import Cell, Table
 from nnunetv2_diffusion.planning.settings import flatten
 
+LEVEL = 0.95  # of intervals
+NONE = "-"
 HOLM = "Holm's correction of the t-test for the number of tests in this table."
 
 
@@ -25,17 +24,12 @@ def all_tables(study: StudyResults) -> Iterator[Table]:
     if study.reference is not None and len(study.cells) > 1:
         for metric in ("Dice", "HD95"):
             yield test_table(study.reference, study.cells, metric)
-    if any(cell.analysis("steps") for cell in study.cells):
-        yield step_table(study)
-        if step_curves(study, "HD95"):
-            yield step_table(study, "HD95")
-        yield sample_table(study)
-    if any(cell.analysis("modes") for cell in study.cells):
-        yield mode_table(study)
-    if any(cell.analysis("mask_use") for cell in study.cells):
-        yield mask_use_table(study)
-    if any("time_sampling" in record["training"] for record in study.records):
-        yield time_table(study)
+    for metric in ("Dice", "HD95"):
+        if step_curves(study, metric):
+            yield step_table(study, metric)
+    for table in (sample_table(study), mode_table(study)):
+        if table.rows:
+            yield table
     yield cost_table(study)
 
 
@@ -47,7 +41,8 @@ def summary_table(study: StudyResults) -> Table:
         own = {p["name"]: nanmean(cell.by_case(p["name"], "Dice")) for p in cell.predictions}
         best = max(own.values())
         dice = [Cell(number(own[n], 3), own[n] == best and len(own) > 1) if n in own else NONE for n in names]
-        alike = nanmean([as_float(row["pairwise_dice"]) for row in sample_rows(cell)] or [np.nan])
+        samples = sample_rows(cell)
+        alike = np.nan if samples.empty else samples["pairwise_dice"].mean()
         seconds = nanmean([sum(record["training"]["epoch_seconds"]) for record in cell.records])
         rows.append([cell.name, *dice, number(alike, 3), f"{seconds:.0f}"])
     columns = ["cell", *names, "pairwise Dice of samples", "training, s"]
@@ -153,16 +148,8 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 def step_curves(study: StudyResults, metric: str = "Dice") -> dict[str, np.ndarray]:
     """Cell -> metric of every step, mean over runs, cases and samples; (steps,). Cells that have it only."""
-    curves = {}
-    for cell in study.cells:
-        tables = [columns for columns in cell.analysis("steps") if metric in columns]
-        if tables:
-            rows = [row for columns in tables for row in rows_of(columns) if row["label"] == MEAN]
-            steps = sorted({row["step"] for row in rows})
-            curves[cell.name] = np.array(
-                [nanmean([as_float(r[metric]) for r in rows if r["step"] == step]) for step in steps]
-            )
-    return curves
+    found = {cell.name: cell.analysis("steps") for cell in study.cells}
+    return {name: f.groupby("step")[metric].mean().to_numpy() for name, f in found.items() if metric in f}
 
 
 def step_table(study: StudyResults, metric: str = "Dice") -> Table:
@@ -178,60 +165,56 @@ def step_table(study: StudyResults, metric: str = "Dice") -> Table:
     return Table(f"{metric} by reverse step", ["cell", *(f"step {i + 1}" for i in range(longest))], rows, notes)
 
 
-def sample_rows(cell: CellResults) -> list[dict[str, Any]]:
-    """Case by case, how samples agree and how good they are; ``spread`` is the sd of their Dice."""
-    rows = []
-    for samples, steps in zip(cell.analysis("samples"), cell.analysis("steps"), strict=True):
-        found = [row for row in rows_of(steps) if row["label"] == MEAN]
-        last = max(row["step"] for row in found)
-        final = sorted((row for row in found if row["step"] == last), key=lambda r: r["case"])
-        dice = {case: [as_float(r["Dice"]) for r in group] for case, group in groupby(final, key=lambda r: r["case"])}
-        for row in rows_of(samples):
-            values = dice[row["case"]]
-            rows.append({**row, "spread": np.std(values, ddof=1) if len(values) > 1 else np.nan})
-    return rows
+def sample_rows(cell: CellResults) -> pd.DataFrame:
+    """Case by case, how samples agree and how good they are; ``spread`` is the sd of their Dice. May be empty."""
+    samples, steps = cell.analysis("samples"), cell.analysis("steps")
+    if samples.empty:
+        return samples
+    final = steps[steps["step"] == steps.groupby("run")["step"].transform("max")]
+    spread = final.groupby(["run", "case"])["Dice"].std().rename("spread").reset_index()
+    return samples.merge(spread, how="left", on=["run", "case"])
 
 
 def sample_table(study: StudyResults) -> Table:
     """How samples differ, and what their mean gains."""
+    digits = {"Dice": 4, "sample_dice": 4, "pairwise_dice": 4, "spread": 5, "error_correlation": 3}
     rows = []
     for cell in study.cells:
         found = sample_rows(cell)
-        if found:
-            keys = ("Dice", "sample_dice", "pairwise_dice")
-            means = [number(nanmean([as_float(row[key]) for row in found]), 4) for key in keys]
-            correlation = nanmean([as_float(row.get("error_correlation")) for row in found])
-            spread = number(nanmean([row["spread"] for row in found]), 5)
-            rows.append([cell.name, *means, spread, number(correlation, 3)])
+        if not found.empty:
+            means = found.reindex(columns=list(digits)).mean()
+            rows.append([cell.name, *(number(means[key], n) for key, n in digits.items())])
     columns = ["cell", "Dice of the mean", "Dice of a sample", "pairwise Dice of samples", "sd over samples"]
     columns.append("variance and errors")
     notes = [
         "Samples of the same image with other noise: pairwise Dice 1 means that they are all alike (the chain has "
         "collapsed to one mask). sd over samples: of their Dice in a case, mean over cases. Variance and "
-        "errors: their correlation over voxels near the foreground.",
+        "errors: their correlation over voxels near the foreground."
     ]
     return Table("Samples", columns, rows, notes)
 
 
-def time_table(study: StudyResults) -> Table:
-    """How far importance sampling of time went from uniform sampling."""
+def mode_table(study: StudyResults) -> Table:
+    """Mirroring and tiles in the chain, on the same models."""
     rows = []
     for cell in study.cells:
-        for run, record in enumerate(cell.records):
-            history = record["training"].get("time_sampling")
-            if history is None:
-                continue
-            visits = np.array(history["visits"])
-            relative = np.array(history["loss"], np.float64)[visits > 0]
-            relative = relative / relative.mean() if len(relative) else np.array([np.nan])
-            most = [number(v, 2) for v in (relative.min(), relative.max())]
-            rows.append([cell.name, str(run), str(int(visits.sum())), str(int((visits > 0).sum())), *most])
-    columns = ["cell", "run", "samples", "steps", "smallest", "largest"]
+        modes, steps = cell.analysis("modes"), cell.analysis("steps")
+        first = steps[steps["step"] == 1].groupby("case")["Dice"].mean() if len(steps) else pd.Series(dtype=float)
+        for mode in dict.fromkeys(modes["mode"]) if len(modes) else ():
+            own = modes[modes["mode"] == mode]
+            by_case, means = own.groupby("case")["Dice"].mean(), own.reindex(columns=["HD95", "ECE", "passes_per_tile"])
+            both = pd.concat([by_case, first], axis=1, join="inner").to_numpy(np.float64).reshape(-1, 2)
+            test = compare_pairs(both[:, 0], both[:, 1], 1, LEVEL) if len(both) else None
+            gain = f"{number(100 * test.difference, 2, sign=True)} (p {p_value(test.p_t)})" if test else NONE
+            further = [number(value, n) for value, n in zip(means.mean(), (2, 4, 2), strict=True)]
+            rows.append([cell.name, mode, mean_sd(own["Dice"].to_numpy(), 4), *further, gain])
     notes = [
-        "Loss of a time step (root mean square, moving average) over the mean of all steps that were drawn, at the end "
-        "of the training: importance sampling draws in proportion to it, so 1 everywhere is uniform sampling."
+        "One chain of as many steps as in the tables above; mean ± standard deviation over cases and runs. Minus one "
+        "pass: Dice points over the first step of the same model, without mirroring; p: paired t-test over cases, "
+        "without correction; it says nothing about other trainings."
     ]
-    return Table("Losses by time step", columns, rows, notes)
+    columns = ["cell", "mode", "Dice", "HD95", "ECE", "passes a tile", "minus one pass"]
+    return Table("Mirroring and tiles in the chain", columns, rows, notes, left=2)
 
 
 def cost_table(study: StudyResults) -> Table:
@@ -259,3 +242,23 @@ def cost_table(study: StudyResults) -> Table:
         "memory: on a GPU the most that tensors took in training, on a CPU the largest resident set of one process.",
     ]
     return Table("Cost", columns, rows, notes)
+
+
+def mean_sd(values: np.ndarray, digits: int) -> str:
+    """Mean ± standard deviation, and how many values are undefined."""
+    known = values[np.isfinite(values)]
+    left_out = len(values) - len(known)
+    if not len(known):
+        return NONE
+    sd = f" ± {known.std(ddof=1):.{digits}f}" if len(known) > 1 else ""
+    return f"{known.mean():.{digits}f}{sd}" + (f" (-{left_out})" if left_out else "")
+
+
+def number(value: float, digits: int, sign: bool = False) -> str:
+    """A number, "-" for none."""
+    return NONE if not np.isfinite(value) else f"{value:{'+' if sign else ''}.{digits}f}"
+
+
+def p_value(p: float) -> str:
+    """A p-value in three digits."""
+    return NONE if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"

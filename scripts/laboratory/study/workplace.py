@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
 
 from laboratory.commands import CommandRunner
-from laboratory.demo.data import RawDataError, link_parts, read_raw
+from laboratory.files import read_json
+from laboratory.raw_data import check_cases, link_parts
 from laboratory.study import StudyError
-from laboratory.study.definition import Cell, Study, read_json
+from laboratory.study.definition import Cell, Study
 from nnunetv2_diffusion.pages import write_whole
 from nnunetv2_diffusion.planning.derive import PlansError, derive_plans, write_plans
 from nnunetv2_diffusion.planning.schema import SettingsError
@@ -29,6 +29,11 @@ try:
     import fcntl
 except ImportError:  # Windows: two runs in one folder are not noticed there
     fcntl = None
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
 
 
 @dataclass
@@ -94,18 +99,29 @@ class Workplace:
         prefix = ENVIRONMENT_PREFIX.lower()
         inherited = {k: v for k, v in os.environ.items() if not k.lower().startswith(prefix)}
         workers = {"nnUNet_n_proc_DA": str(self.workers(12)), "nnUNet_def_n_proc": str(self.workers(8))}
-        defaults = {**workers, "OMP_WAIT_POLICY": "PASSIVE"}
         folders = {name: str(self.root / name) for name in ("nnUNet_raw", "nnUNet_preprocessed")}
-        return {**defaults, **inherited, **folders, "nnUNet_results": str(results or self.root / "nnUNet_results")}
+        folders["nnUNet_results"] = str(results or self.root / "nnUNet_results")
+        return {**workers, "OMP_WAIT_POLICY": "PASSIVE", **inherited, **folders}
 
-    def prepare(self, source: Path) -> None:
-        """Link the cases, plan and preprocess, write fold 0; what is there already is kept.
-
-        Args:
-            source: the raw data set, or the folder that it is in.
+    def find_raw(self, given: Path) -> Path:
+        """The raw data set, given itself or by the folder that it is in; it has all cases of the split.
 
         Raises:
-            StudyError: if cases are missing, or the folder holds another split.
+            StudyError, RawDataError: if it is another one, or cases are missing.
+        """
+        source = given.resolve()
+        if source.name != self.study.dataset:
+            source = source / self.study.dataset
+        if not source.is_dir():
+            raise StudyError(f"--raw is {given}, expected {self.study.dataset} or the folder that it is in")
+        check_cases(source, {*self.study.split.train, *self.study.split.test})
+        return source
+
+    def prepare(self, source: Path) -> None:
+        """Link the cases of ``find_raw``, plan and preprocess, write fold 0; what is there already is kept.
+
+        Raises:
+            StudyError: if the folder holds another split.
             CommandError: if nnU-Net cannot preprocess.
         """
         with locked(self.root):
@@ -123,37 +139,24 @@ class Workplace:
             write_whole(self.preprocessed / "splits_final.json", json.dumps(self.study.split.fold(), indent=2))
 
     def _link(self, source: Path) -> None:
-        source = source.resolve()
-        if source.name != self.study.dataset and (source / self.study.dataset).is_dir():
-            source = source / self.study.dataset
-        if source.name != self.study.dataset:
-            raise StudyError(f"--raw is {source}, expected {self.study.dataset} or the folder that it is in")
-        split = self.study.split
-        parts = {"Tr": sorted(split.train), "Ts": sorted(split.test)}
+        split, done = self.study.split, self.root / "split.json"
         record = {"split": split.digest(), "dataset": self.study.dataset}
-        done = self.root / "split.json"
         if done.exists():
-            if read_json(done) != record:
+            found = read_json(done, StudyError)
+            if found != record:
                 raise StudyError(
-                    f"{self.root} holds another data set or split (split.json is {done.read_text().strip()}, the study "
-                    f"has {json.dumps(record)}); choose another --out"
+                    f"{self.root} holds another data set or split (split.json is {json.dumps(found)}, the study has "
+                    f"{json.dumps(record)}); choose another --out"
                 )
             return
         if self.raw.exists():
             rmtree(self.raw)  # links of a run that was interrupted while it made them
-        try:
-            link_parts(source, self.raw, parts)
-        except RawDataError as error:
-            raise StudyError(f"{self.study.file}: {error}") from None
+        link_parts(source, self.raw, {"Tr": sorted(split.train), "Ts": sorted(split.test)})
         write_whole(done, json.dumps(record))
 
-    def write_plans(self, cell: Cell, run: int) -> dict[str, Any]:
-        """Derive one training's plans from nnU-Net's; the same ones may be there already.
-
-        Raises:
-            StudyError: if they cannot be derived, or others are there.
-        """
-        stock = read_json(self.preprocessed / "nnUNetPlans.json")
+    def write_plans(self, cell: Cell, run: int) -> None:
+        """Derive one training's plans from nnU-Net's; StudyError if that cannot be done, or others are there."""
+        stock = read_json(self.preprocessed / "nnUNetPlans.json", StudyError)
         settings = cell.settings
         if cell.segmentor is not None:
             settings = merge_settings(settings, {HIDIFF: {"segmentor_checkpoint": self.source_checkpoint(cell, run)}})
@@ -162,7 +165,6 @@ class Workplace:
             write_plans(plans, self.preprocessed)
         except (PlansError, SettingsError) as error:
             raise StudyError(f"cell {cell.name}: {error}") from None
-        return plans
 
     def sources(self, cell: Cell, run: int) -> list[tuple[Cell, int]]:
         """Trainings whose checkpoints a run needs: an ensemble's members, or the source's same run, or one of fewer."""
@@ -175,19 +177,6 @@ class Workplace:
         """Its checkpoint as commands find it: they run in the root, so no path of this machine is in the plans."""
         ((other, number),) = self.sources(cell, run)
         return self.checkpoint(other, number).relative_to(self.root).as_posix()
-
-
-def check_cases(study: Study, source: Path) -> None:
-    """Raise StudyError unless a raw data set has all cases of a study."""
-    folder = source / study.dataset if (source / study.dataset).is_dir() else source
-    try:
-        _, cases = read_raw(folder.resolve())
-    except RawDataError as error:
-        raise StudyError(str(error)) from None
-    missing = sorted({*study.split.train, *study.split.test} - set(cases))
-    if missing:
-        shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-        raise StudyError(f"{source}: {len(missing)} cases of the study's split are missing: {shown}")
 
 
 @contextmanager

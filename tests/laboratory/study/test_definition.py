@@ -58,17 +58,9 @@ def test_cells_have_what_the_study_says_for_all_and_their_own(write):
     assert [p.name for p in hidiff.predictions] == ["K1_ddpm", "K5_ddim", "K5_ddpm_mirrored"]
 
 
-def test_cells_that_were_removed_may_be_asked_about(write):
-    study = read_study(write({**STUDY, "removed": ["Old"], "questions": [{"title": "?", "cells": ["Stock", "Old"]}]}))
-    assert study.removed == ("Old",)
-    assert "Old" not in [cell.name for cell in study.cells]
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"removed": "Old"}, "removed is 'Old', expected a list of names of cells"),
-        ({"removed": ["Old", "Stock"]}, "removed has Stock, which is one of the cells"),
         ({"nam": "x"}, "unknown key 'nam'; did you mean 'name'.*expected keys are name, summary"),
         ({"cells": [{"name": "a", "trainer": "T", "run": 2}]}, r"cells\[0\]: unknown key 'run'; did you mean 'runs'"),
         ({"cells": [{"name": "a"}]}, r"cells\[0\]: no key 'trainer', expected name, trainer"),

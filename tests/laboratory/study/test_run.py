@@ -7,17 +7,13 @@ import threading
 from pathlib import Path
 
 import pytest
-import torch
 from fake_commands import DATASET, SPLIT, STUDY, TRAINERS, FakeRunner, write_inputs
 
 from laboratory.study import StudyError, records
 from laboratory.study import run as run_module
-from laboratory.study.results import load_results
 from laboratory.study.run import chain_of
-from laboratory.study.tables import time_table
 from laboratory.study.workplace import locked
 from nnunetv2_diffusion.training.host import PEAK_GPU_MEMORY
-from nnunetv2_diffusion.training.trainer import TIME_SAMPLER_KEY
 
 
 @pytest.fixture
@@ -146,7 +142,7 @@ def test_another_split_in_the_work_folder_is_refused(fake, start, capsys):
 
 def test_missing_cases_are_named_before_anything_is_written(fake, start, tmp_path, capsys):
     assert start(split={**SPLIT, "test": ["phantom_004", "nobody"]}) == 1
-    assert "1 cases of the study's split are missing: nobody" in capsys.readouterr().err
+    assert "1 cases are missing: nobody" in capsys.readouterr().err
     assert not (tmp_path / "work").exists()
     assert not fake.commands
 
@@ -211,18 +207,16 @@ def test_without_a_chain_nothing_is_analysed_and_nothing_asked_for(fake, start, 
     assert len(fake.named("analyse")) == 1
 
 
-def test_modes_and_masks_are_asked_for_and_named_in_the_request_only_if_used(fake, start, results):
-    more = {"steps": 2, "modes": "full interleaved-mean", "mask_use": True, "step_spacing": "low"}
+def test_modes_are_asked_for_and_named_in_the_request_only_if_used(fake, start, results):
+    more = {"steps": 2, "modes": "full interleaved-mean", "step_spacing": "trailing"}
     assert start({**STUDY, "cells": [STUDY["cells"][1], {**STUDY["cells"][1], "name": "D", "analyse": more}]}) == 0
     plain, asked = (next(c[1] for c in fake.named("analyse", f"fake-{name}-0")) for name in "BD")
     assert "--modes" not in plain
-    assert "--mask_use" not in plain
     place = asked.index("--modes")
     assert asked[place + 1 : place + 3] == ["full", "interleaved-mean"]
-    assert "--mask_use" in asked
     assert "--step_spacing" not in plain
-    assert asked[asked.index("--step_spacing") + 1] == "low"
-    assert not {"modes", "mask_use", "step_spacing"} & set(results()["B_run0"]["request"]["analyse"])
+    assert asked[asked.index("--step_spacing") + 1] == "trailing"
+    assert not {"modes", "step_spacing"} & set(results()["B_run0"]["request"]["analyse"])
     assert results()["D_run0"]["request"]["analyse"]["modes"] == more["modes"]
 
 
@@ -261,13 +255,6 @@ def test_an_ensemble_waits_for_all_of_its_members(fake, start, capsys):
     assert "its member B run 0 is not trained" in capsys.readouterr().err
 
 
-def test_masks_can_only_be_given_to_a_network_that_takes_one(fake, start, capsys):
-    cell = {**STUDY["cells"][0], "analyse": {"mask_use": True}}
-    assert start({**STUDY, "cells": [cell]}) == 1
-    assert "cell A: analyse has mask_use, but Stock is given no noisy mask" in capsys.readouterr().err
-    assert not fake.commands
-
-
 def test_steps_that_are_draws_are_a_chain_of_their_own_kind():
     assert chain_of("nnUNetTrainerRecycleScore") == "draws"
     assert chain_of("nnUNetTrainerRecycleXT") == "gaussian"
@@ -280,24 +267,6 @@ def test_an_unknown_mode_is_refused_before_anything_is_trained(fake, start, caps
     assert start({**STUDY, "cells": [cell]}) == 1
     assert "cell B: analyse has the mode 'ful', expected some of one-step, full, interleaved" in capsys.readouterr().err
     assert not fake.commands
-
-
-def test_what_importance_sampling_has_learned_is_kept_and_shown(fake, start, results, tmp_path):
-    original = FakeRunner.nnUNetv2_train
-
-    def train(command, environment, fails):
-        original(command, environment, fails)
-        (file,) = Path(environment["nnUNet_results"]).rglob("checkpoint_final.pth")
-        checkpoint = torch.load(file, weights_only=False)
-        history = {"loss_sq": torch.tensor([1.0, 9.0, 0.0], dtype=torch.float64), "count": torch.tensor([4, 6, 0])}
-        torch.save({**checkpoint, "optimizer_state": {"state": {}, TIME_SAMPLER_KEY: history}}, file)
-
-    fake.nnUNetv2_train = train
-    assert start({**STUDY, "cells": STUDY["cells"][1:2]}) == 0
-    assert results()["B_run0"]["training"]["time_sampling"] == {"loss": [1.0, 3.0, 0.0], "visits": [4, 6, 0]}
-    (study,) = load_results(tmp_path / "results")
-    (row,) = time_table(study).rows
-    assert row == ["B", "0", "10", "2", "0.50", "1.50"], "a step that is never drawn does not count"
 
 
 def test_a_gpus_memory_is_read_from_the_trainers_logs(fake, start, results):
@@ -355,7 +324,7 @@ def test_the_code_is_that_of_the_attempt_which_made_the_first_checkpoint(fake, s
     monkeypatch.setenv("FAKE_FAILS", when)
     fake.fail = ["nnUNetv2_train", "fake-B-0"]
     for commit, status in (("first", 1), ("second", 0)):
-        found = {"commit": commit, "dirty": False, "same_package": True, "package_sha256": commit}
+        found = {"commit": commit, "dirty": False, "package_sha256": commit}
         monkeypatch.setattr(records, "describe_code", lambda *_, found=found: found)
         assert start(cells=["B"]) == status
     record = results()["B_run0"]

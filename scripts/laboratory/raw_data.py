@@ -1,10 +1,10 @@
-"""A raw data set with a held-out part, from one in nnU-Net's layout."""
+"""A raw data set in nnU-Net's layout, of which cases are linked into the parts of another one."""
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,11 +12,12 @@ import numpy as np
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from PIL import Image
 
+from laboratory.files import read_json
 from nnunetv2_diffusion.inference.inputs import list_images
 
 
 class RawDataError(ValueError):
-    """A folder is not a raw data set that the demo can use."""
+    """A folder is not a raw data set that can be used."""
 
 
 def hold_out(source: Path, folder: Path, test_cases: int, seed: int) -> None:
@@ -55,10 +56,7 @@ def link_parts(source: Path, folder: Path, parts: Mapping[str, Sequence[str]]) -
         FileExistsError: if folder exists.
     """
     dataset, cases = _read(source)
-    missing = sorted({case for part in parts.values() for case in part} - set(cases))
-    if missing:
-        shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
-        raise RawDataError(f"{source}: {len(missing)} cases are missing: {shown}; it has {len(cases)} labelled cases")
+    check_cases(source, {case for part in parts.values() for case in part})
     folder.mkdir(parents=True)
     ending = dataset["file_ending"]
     for part, members in parts.items():
@@ -77,6 +75,15 @@ def link_parts(source: Path, folder: Path, parts: Mapping[str, Sequence[str]]) -
     (folder / "dataset.json").write_text(json.dumps(dataset, indent=2))
 
 
+def check_cases(source: Path, wanted: Iterable[str]) -> None:
+    """Raise RawDataError unless a raw data set has all cases that are wanted."""
+    _, cases = read_raw(source)
+    missing = sorted(set(wanted) - set(cases))
+    if missing:
+        shown = ", ".join(missing[:10]) + (", ..." if len(missing) > 10 else "")
+        raise RawDataError(f"{source}: {len(missing)} cases are missing: {shown}; it has {len(cases)} labelled cases")
+
+
 def read_raw(source: Path) -> tuple[dict, list[str]]:
     """dataset.json and the sorted names of the labelled cases of a raw data set, as nnU-Net finds them.
 
@@ -93,14 +100,8 @@ def _read(source: Path) -> tuple[dict, dict[str, tuple[list[Path], Path]]]:
     """dataset.json, and the images and the label file of every labelled case."""
     if not re.fullmatch(r"Dataset\d{3}_.+", source.name):
         raise RawDataError(f"{source}: expected a folder named DatasetXXX_Name, as nnU-Net does")
-    file = source / "dataset.json"
-    if not file.is_file():
-        raise RawDataError(f"{source}: no dataset.json, expected nnU-Net's raw layout")
-    try:
-        dataset = json.loads(file.read_text())
-        ending = dataset["file_ending"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RawDataError(f"{file}: {error}, expected nnU-Net's format") from error
+    dataset = read_json(source / "dataset.json", RawDataError, ("file_ending", "labels"))
+    ending = dataset["file_ending"]
     for needed in ("imagesTr", "labelsTr") if "dataset" not in dataset else ():
         if not (source / needed).is_dir():
             raise RawDataError(f"{source}: no {needed}, expected nnU-Net's raw layout")
