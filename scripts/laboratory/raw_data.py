@@ -21,13 +21,7 @@ class RawDataError(ValueError):
 
 
 def hold_out(source: Path, folder: Path, test_cases: int, seed: int) -> None:
-    """Link a raw data set's training cases into another folder, some of them as unseen cases.
-
-    Args:
-        source: a raw data set with imagesTr, labelsTr and dataset.json; only read.
-        folder: ``nnUNet_raw/DatasetXXX_Name``; created, must not exist.
-        test_cases: cases that become imagesTs and labelsTs.
-        seed: of the choice.
+    """Link a raw data set's training cases into another folder, some that the seed chooses as unseen cases.
 
     Raises:
         RawDataError: naming what is missing in source.
@@ -48,7 +42,7 @@ def link_parts(source: Path, folder: Path, parts: Mapping[str, Sequence[str]]) -
 
     Args:
         source: a raw data set with imagesTr, labelsTr and dataset.json; only read.
-        folder: created, must not exist.
+        folder: ``nnUNet_raw/DatasetXXX_Name``; created, must not exist.
         parts: cases of "Tr" (imagesTr, labelsTr) and "Ts".
 
     Raises:

@@ -16,14 +16,7 @@ from nnunetv2_diffusion.diffusion import SamplingConfig
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status.
-
-    Args:
-        argv: arguments after the program's name, None for the process's own.
-
-    Raises:
-        SystemExit: with status 2 and a message on stderr for options or files that cannot be used.
-    """
+    """Run the command; returns the exit status, or ends with status 2 and a message for what cannot be used."""
     parser = build_parser()
     args = parser.parse_args(argv)
     if getattr(args, "paper", False):

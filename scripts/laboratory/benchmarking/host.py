@@ -1,10 +1,8 @@
 """Trainers, networks and batches as nnU-Net makes them, in folders that vanish afterwards."""
 
 import contextlib
-import importlib.util
 import io
 import os
-import sys
 import tempfile
 from collections.abc import Iterator
 from copy import deepcopy
@@ -13,90 +11,65 @@ from typing import Any
 
 import torch
 from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
-from nnunetv2.utilities.find_objects import recursive_find_trainer_class_by_name
 from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from torch import nn
 
 from laboratory.benchmarking.problem import BenchmarkError, Problem, random_case
 from nnunetv2_diffusion.architecture import check_configuration
+from nnunetv2_diffusion.checkpoints import CheckpointError, find_trainer
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.planning.settings import SettingsError
 
 CHECKOUT_TRAINERS = Path(__file__).resolve().parents[3] / "trainers"
 SEED = 0
 FOLDERS = ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")
-WANDB = "nnUNet_wandb_enabled"
-
-
-def find_trainer(name: str) -> type[nnUNetTrainer]:
-    """The class that ``nnUNetv2_train -tr name`` would use, else the one in this checkout's ``trainers``.
-
-    Raises:
-        BenchmarkError: if there is no such trainer or it cannot be used.
-    """
-    try:
-        # nnU-Net talks about its search on stdout, which is for results here
-        with contextlib.redirect_stdout(sys.stderr):
-            return recursive_find_trainer_class_by_name(name)
-    except RuntimeError as error:
-        if "Could not find" not in str(error):
-            raise BenchmarkError(f"--trainers: {error}") from error
-    path = CHECKOUT_TRAINERS / f"{name}.py"
-    if not path.is_file():
-        raise BenchmarkError(
-            f"--trainers: {name} is not among nnU-Net's trainers and there is no trainers/{name}.py; "
-            "expected the name of a trainer class, e.g. nnUNetTrainerRecycleXT"
-        )
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    try:
-        return getattr(module, name)
-    except RuntimeError as error:
-        raise BenchmarkError(f"--trainers: {error}") from error
-
-
-@contextlib.contextmanager
-def temporary_folders() -> Iterator[Path]:
-    """nnU-Net's three folders in a new temporary one; the environment is put back and the folder removed."""
-    before = {name: os.environ.get(name) for name in (*FOLDERS, WANDB)}
-    with tempfile.TemporaryDirectory(prefix="nnunetv2_diffusion_benchmark_") as folder:
-        try:
-            os.environ.update({name: str(Path(folder) / name) for name in FOLDERS})
-            os.environ[WANDB] = "0"  # a benchmark is no experiment
-            yield Path(folder)
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+WANDB, EXTRA = "nnUNet_wandb_enabled", "nnUNet_extTrainer"
 
 
 @contextlib.contextmanager
 def _quietly(name: str) -> Iterator[None]:
-    """Keep nnU-Net off stdout, which is for results, and say which trainer refuses the plans."""
+    """Keep nnU-Net off stdout, which is for results, and say which trainer cannot be found or refuses the plans."""
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
+    except CheckpointError as error:
+        raise BenchmarkError(f"--trainers: {error}") from error
     except (SettingsError, UnsupportedArchitectureError) as error:
         raise BenchmarkError(f"{name} cannot use the plans: {error}") from error
+
+
+@contextlib.contextmanager
+def temporary_folders() -> Iterator[Path]:
+    """nnU-Net's three folders in a new temporary one; the environment is put back and the folder removed.
+
+    Trainers that nnU-Net itself does not have are those of this checkout.
+    """
+    before = {name: os.environ.get(name) for name in (*FOLDERS, WANDB, EXTRA)}
+    with tempfile.TemporaryDirectory(prefix="nnunetv2_diffusion_benchmark_") as folder:
+        try:
+            os.environ.update({name: str(Path(folder) / name) for name in FOLDERS})
+            os.environ |= {WANDB: "0", EXTRA: before[EXTRA] or str(CHECKOUT_TRAINERS)}  # a benchmark is no experiment
+            yield Path(folder)
+        finally:
+            for name, value in before.items():
+                os.environ.pop(name, None)
+                if value is not None:
+                    os.environ[name] = value
 
 
 def create_trainer(name: str, problem: Problem, device: torch.device) -> nnUNetTrainer:
     """An initialised trainer with network, optimiser and loss; call it within ``temporary_folders``.
 
     Raises:
-        BenchmarkError: see ``find_trainer``; also if the trainer refuses the plans.
+        BenchmarkError: if there is no such trainer, or it refuses the plans.
     """
-    trainer_class = find_trainer(name)
     plans = {**deepcopy(problem.plans), "continue_training": False}  # nnU-Net's command adds the key, trainers pop it
     torch.manual_seed(SEED)
     with _quietly(name):
         configuration = PlansManager(plans).get_configuration(problem.configuration).configuration
         check_configuration(configuration, f"configuration {problem.configuration}")
-        trainer = trainer_class(plans, problem.configuration, 0, deepcopy(problem.dataset_json), device)
+        trainer = find_trainer(name)(plans, problem.configuration, 0, deepcopy(problem.dataset_json), device)
         folder = Path(trainer.preprocessed_dataset_folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "case.b2nd").touch()  # nnU-Net infers the file format of its cases from the folder
@@ -108,43 +81,26 @@ def create_trainer(name: str, problem: Problem, device: torch.device) -> nnUNetT
 
 
 def build_network(name: str, problem: Problem, device: torch.device) -> nn.Module:
-    """A network in eval mode without deep supervision, built as nnU-Net's predictor does.
-
-    Raises:
-        BenchmarkError: see ``create_trainer``.
-    """
-    trainer_class = find_trainer(name)
+    """A network in eval mode without deep supervision, built as nnU-Net's predictor does; raises as above."""
     plans = PlansManager(deepcopy(problem.plans))
     configuration = plans.get_configuration(problem.configuration)
     torch.manual_seed(SEED)
     with _quietly(name):
         check_configuration(configuration.configuration, f"configuration {problem.configuration}")
-        network = trainer_class.build_network_architecture(
-            plans,
-            configuration,
-            determine_num_input_channels(plans, configuration, problem.dataset_json),
-            plans.get_label_manager(problem.dataset_json).num_segmentation_heads,
-            enable_deep_supervision=False,
-        )
+        channels = determine_num_input_channels(plans, configuration, problem.dataset_json)
+        heads = plans.get_label_manager(problem.dataset_json).num_segmentation_heads
+        network = find_trainer(name).build_network_architecture(plans, configuration, channels, heads, False)
     return network.to(device).eval()
 
 
 def make_batches(trainer: nnUNetTrainer, count: int) -> list[dict]:
-    """Batches as nnU-Net's loader hands them out: the same cases for every trainer, its own form of targets.
-
-    Args:
-        trainer: an initialised trainer; its validation transforms make regions and coarser targets.
-        count: number of different batches.
-    """
+    """Batches as nnU-Net's loader hands them out: the same cases for every trainer, its own form of targets."""
     labels = trainer.label_manager
     cascaded = trainer.is_cascaded
-    transforms = trainer.get_validation_transforms(
-        trainer._get_deep_supervision_scales(),
-        is_cascaded=cascaded,
-        foreground_labels=labels.foreground_labels,
-        regions=labels.foreground_regions if labels.has_regions else None,
-        ignore_label=labels.ignore_label,
-    )
+    transforms = trainer.get_validation_transforms(  # they make regions and coarser targets
+        trainer._get_deep_supervision_scales(), is_cascaded=cascaded, foreground_labels=labels.foreground_labels,
+        regions=labels.foreground_regions if labels.has_regions else None, ignore_label=labels.ignore_label,
+    )  # fmt: skip
     ignored = [] if labels.ignore_label is None else [labels.ignore_label]
     blobs = [*labels.all_labels[1:], *ignored]
     channels = trainer.num_input_channels - (len(labels.foreground_labels) if cascaded else 0)

@@ -166,16 +166,7 @@ def trainer_tensors(trainer: Any) -> Iterator[torch.Tensor]:
 
 
 def train_steps(problem: Problem, trainers: list[str], turns: Turns) -> list[dict[str, Any]]:
-    """Time ``trainer.train_step``; call it within ``temporary_folders``.
-
-    Args:
-        problem: plans for all trainers.
-        trainers: names, the reference among them.
-        turns: device and number of measurements.
-
-    Returns:
-        one result for each trainer, as in the JSON.
-    """
+    """One result for each trainer, the reference among them, as in the JSON; within ``temporary_folders``."""
     made = {name: create_trainer(name, problem, turns.device) for name in trainers}
 
     def subject(name: str) -> Subject:
@@ -186,16 +177,12 @@ def train_steps(problem: Problem, trainers: list[str], turns: Turns) -> list[dic
 
     with _enough_compiled_graphs(turns.device):
         measured = turns.measure([subject(name) for name in trainers], "train-step")
-    parameters = {name: sum(p.numel() for p in trainer.network.parameters()) for name, trainer in made.items()}
-    return [
-        {
-            "trainer": name,
-            **costs(measured[name], measured[REFERENCE]),
-            "parameters": parameters[name],
-            "parameter_overhead": parameters[name] / parameters[REFERENCE] - 1,
-        }
-        for name in trainers
-    ]
+    results = []
+    for name, trainer in made.items():
+        own, stock = (sum(p.numel() for p in t.network.parameters()) for t in (trainer, made[REFERENCE]))
+        overhead = {"parameters": own, "parameter_overhead": own / stock - 1}
+        results.append({"trainer": name, **costs(measured[name], measured[REFERENCE]), **overhead})
+    return results
 
 
 @contextmanager
@@ -210,7 +197,7 @@ def _enough_compiled_graphs(device: torch.device) -> Iterator[None]:
         yield
 
 
-def forward(name: str, module: torch.nn.Module, inputs: list[tuple], **more: Any) -> Subject:
+def forward(name: str, module: torch.nn.Module, inputs: list[tuple]) -> Subject:
     """``module(*inputs)`` in inference mode, under autocast on CUDA; inputs are used in turn."""
 
     @torch.inference_mode()
@@ -219,51 +206,37 @@ def forward(name: str, module: torch.nn.Module, inputs: list[tuple], **more: Any
         with torch.autocast("cuda", enabled=chosen[0].is_cuda):
             module(*chosen)
 
-    return Subject(name, run, lambda: module_tensors(module), **more)
+    return Subject(name, run, lambda: module_tensors(module))
 
 
-class PassTimer:
-    """Times every denoising pass of a network from within, by wrapping the function that the loop calls for it.
+def time_passes(network: torch.nn.Module, stopwatch: Stopwatch) -> Callable[[], list[float]]:
+    """Time every denoising pass of a ``DiffusionSegmentor``, by wrapping the function that its loop calls for it.
 
-    Args:
-        network: a ``DiffusionSegmentor``; it is changed.
-        stopwatch: for the network's device.
+    Returns:
+        Gives the seconds of each pass since it was called before.
     """
+    marks: list[tuple[Any, Any]] = []
+    inner = network._run
 
-    def __init__(self, network: torch.nn.Module, stopwatch: Stopwatch):
-        self.stopwatch = stopwatch
-        self.marks: list[tuple[Any, Any]] = []
-        self._inner = network._run
-        network._run = self._timed
-
-    def _timed(self, *args: Any, **kwargs: Any) -> Any:
-        start = self.stopwatch.mark()
-        result = self._inner(*args, **kwargs)
-        self.marks.append((start, self.stopwatch.mark()))
+    def timed(*args: Any, **kwargs: Any) -> Any:
+        start = stopwatch.mark()
+        result = inner(*args, **kwargs)
+        marks.append((start, stopwatch.mark()))
         return result
 
-    def take(self, expected: int) -> list[float]:
-        """Seconds of each pass since the last call; RuntimeError for another number of passes than expected."""
-        seconds = [self.stopwatch.between(*pair) for pair in self.marks]
-        self.marks.clear()
-        if len(seconds) != expected:
-            raise RuntimeError(f"a prediction made {len(seconds)} passes, expected {expected}")
+    def take() -> list[float]:
+        seconds = [stopwatch.between(*pair) for pair in marks]
+        marks.clear()
         return seconds
+
+    network._run = timed
+    return take
 
 
 def predictions(
     problem: Problem, trainers: list[str], configs: list[SamplingConfig], turns: Turns
 ) -> list[dict[str, Any]]:
-    """Time ``network(image)``.
-
-    Args:
-        problem: plans for all networks.
-        trainers: names, the reference among them.
-        configs: how networks with a loop predict; others are measured once.
-        turns: device and number of measurements.
-
-    Returns:
-        one result for each network and sampling, as in the JSON.
+    """One result for each network and sampling, as in the JSON; networks without a loop are measured once.
 
     Raises:
         BenchmarkError: if a network's schedule has fewer steps than a config asks for.
@@ -297,17 +270,16 @@ def _ways_to_predict(
         if config.steps > longest:
             raise BenchmarkError(f"--steps is {config.steps}, expected 1 .. {longest}, the schedule of {trainer}")
     # of HiDiff's, the segmentor is no pass of the loop; ``scripts/benchmark refiner`` times the parts
-    timer = PassTimer(network, stopwatch) if isinstance(network, DiffusionSegmentor) else None
+    passes = time_passes(network, stopwatch) if isinstance(network, DiffusionSegmentor) else lambda: None
 
     def subject(config: SamplingConfig) -> Subject:
-        passes = {"pass_seconds": lambda: timer.take(config.steps * config.samples)} if timer else {}
-        plain = forward(f"{trainer}, K = {config.steps}", network, inputs, **passes)
+        plain = forward(f"{trainer}, K = {config.steps}", network, inputs)
 
         def run(index: int) -> None:
             network.sampling = config
             plain.run(index)
 
-        return Subject(plain.name, run, plain.tensors, plain.pass_seconds)
+        return Subject(plain.name, run, plain.tensors, passes)
 
     return {(trainer, config.steps): subject(config) for config in configs}
 

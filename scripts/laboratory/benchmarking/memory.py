@@ -28,14 +28,7 @@ SIZES = {"cpu": {2: 64, 3: 32, "base": 8, "stages": 3}, "cuda": {2: 512, 3: 96, 
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; returns the exit status.
-
-    Args:
-        argv: arguments after the program's name, None for the process's own.
-
-    Raises:
-        SystemExit: with status 2 and a message on stderr for options that cannot be used.
-    """
+    """Run the command; returns the exit status, or ends with status 2 and a message for what cannot be used."""
     parser = build_memory_parser()
     args = parser.parse_args(argv)
     try:

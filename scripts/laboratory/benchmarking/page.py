@@ -91,23 +91,15 @@ def _read_run(file: Path) -> Run:
     if not isinstance(results, list) or not results or not all(isinstance(result, dict) for result in results):
         raise BenchmarkError(f"{file}: no list of results, {EXPECTED}")
     command = content.get("command")
-    kind = MEMORY if command is None and "saved_estimate" in results[0] else _subcommand(command)
+    kind = next((name for name, kind in KINDS.items() if f"{command} ".startswith(f"{kind.command} ")), None)
+    kind = MEMORY if command is None and "saved_estimate" in results[0] else kind
     if kind is None:
         raise BenchmarkError(f"{file}: command is {command!r}, {EXPECTED}")
     return Run(file.name, kind, content)
 
 
-def _subcommand(command: Any) -> str | None:
-    """Key of ``KINDS``, None for another command."""
-    return next((name for name, kind in KINDS.items() if f"{command} ".startswith(f"{kind.command} ")), None)
-
-
 def build_page(runs: list[Run], folder: str) -> str:
-    """The page in Markdown.
-
-    Args:
-        runs: see ``read_runs``.
-        folder: of the JSONs, as seen from the page.
+    """The page in Markdown; ``folder`` is that of the JSONs, as seen from the page.
 
     Raises:
         BenchmarkError: if a JSON lacks something; the message names it.
@@ -134,17 +126,13 @@ def _subsection(run: Run, folder: str) -> list[str]:
         heads, rows = [name for name, _ in columns], report.cells(columns, run.content["results"])
         lines = [*_table(heads, rows), ""]
         if targets:
-            rows = [[t.name, f"{t.limit:g}", _value(t), t.verdict] for t in targets]
+            rows = [[t.name, f"{t.limit:g}", "-" if t.value is None else f"{t.value:.3f}", t.verdict] for t in targets]
             lines += [*_table(["target", "at most", "measured", "verdict"], rows), ""]
         return [*lines, *_facts(run), f"- JSON: [{run.file}]({folder}/{run.file})"]
     except KeyError as error:
         raise BenchmarkError(f"{run.file}: no key {error}, expected what {KINDS[run.kind].command} writes") from error
     except (TypeError, ValueError, AttributeError) as error:
         raise BenchmarkError(f"{run.file}: {error}, expected what {KINDS[run.kind].command} writes") from error
-
-
-def _value(target: Target) -> str:
-    return "-" if target.value is None else f"{target.value:.3f}"
 
 
 def _table(heads: Sequence[str], rows: list[list[str]]) -> list[str]:
@@ -154,26 +142,19 @@ def _table(heads: Sequence[str], rows: list[list[str]]) -> list[str]:
 
 def _facts(run: Run) -> list[str]:
     """What was run, where, with which versions."""
-    settings, hardware = run.content["settings"], run.content["hardware"]
-    network = [f"- Network: {report.describe_network(settings['problem'])}."] if "problem" in settings else []
+    settings, place = run.content["settings"], run.content["hardware"]
+    # an older JSON of scripts/memory_table has the settings only; compiling is no option of it
+    options = {k: v for k, v in settings.items() if k != "compiled"}
+    command = run.content.get("command") or report.spelled(KINDS[MEMORY].command, options)
+    cores = f"{place['cpus']} cores of {place['cpu']}, {place['threads']} threads ({place['device']})"
     versions = ", ".join(f"{name} {version}" for name, version in run.content["versions"].items())
     return [
-        f"- Command: `{run.content.get('command') or _memory_command(settings)}`",
-        *network,
-        f"- Hardware: {_hardware(hardware)}.",
+        f"- Command: `{command}`",
+        *([f"- Network: {report.describe_network(settings['problem'])}."] if "problem" in settings else []),
+        f"- Hardware: {place['gpu'] or 'no GPU'}, {cores}.",
         f"- Clock: {CLOCKS[settings.get('clock')]}.",
         f"- Versions: {versions}.",
     ]
-
-
-def _hardware(hardware: dict[str, Any]) -> str:
-    gpu = hardware["gpu"] or "no GPU"
-    return f"{gpu}, {hardware['cpus']} cores of {hardware['cpu']}, {hardware['threads']} threads ({hardware['device']})"
-
-
-def _memory_command(settings: dict[str, Any]) -> str:
-    """The command of ``scripts/memory_table``, whose JSON has the settings only; compiling is no option of it."""
-    return report.spelled(KINDS[MEMORY].command, {k: v for k, v in settings.items() if k != "compiled"})
 
 
 def write_page(file: Path, page: str) -> None:

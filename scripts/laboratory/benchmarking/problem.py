@@ -41,8 +41,8 @@ def synthetic_problem(
 
     Args:
         dim: 2 or 3.
-        patch: voxels along each axis; None for Hippocampus.
-        batch: samples in a batch; None for Hippocampus.
+        patch: voxels along each axis.
+        batch: samples in a batch.
         base_features: channels of the first stage; they double with every stage up to nnU-Net's limit.
         classes: number of classes, background included.
         stages: resolution stages of the U-Net.
@@ -51,70 +51,42 @@ def synthetic_problem(
     Raises:
         BenchmarkError: if a number is out of range or the patch has another number of axes than dim.
     """
-    patch = patch or REFERENCE_SHAPES[dim][0]
-    batch = batch or REFERENCE_SHAPES[dim][1]
-    _check_numbers(dim, patch, classes, stages)
-    name = "3d_fullres" if dim == 3 else "2d"
-    configuration = {
-        "data_identifier": f"nnUNetPlans_{name}",
-        "batch_size": batch,
-        "patch_size": list(patch),
-        "spacing": [1.0] * dim,
-        "normalization_schemes": ["ZScoreNormalization"],
-        "use_mask_for_norm": [False],
-        "architecture": _architecture(dim, patch, base_features, stages, resenc),
-        "batch_dice": dim == 2,
-    }
-    return _problem(name, configuration, classes)
-
-
-def _problem(name: str, configuration: dict[str, Any], classes: int) -> Problem:
-    """Plans of one configuration, and the dataset.json that goes with them."""
-    plans = {
-        "dataset_name": "Dataset999_Benchmark",
-        "plans_name": "nnUNetPlans",
-        "transpose_forward": list(range(3)),
-        "transpose_backward": list(range(3)),
-        "configurations": {name: configuration},
-        "label_manager": "LabelManager",
-    }
-    labels = {"background": 0, **{f"class_{i}": i for i in range(1, classes)}}
-    dataset_json = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": 0, "file_ending": ".nii.gz"}
-    return Problem(plans, name, dataset_json)
-
-
-def _check_numbers(dim: int, patch: tuple[int, ...], classes: int, stages: int) -> None:
+    patch, batch = patch or REFERENCE_SHAPES[dim][0], batch or REFERENCE_SHAPES[dim][1]
     if len(patch) != dim or min(patch) < 4:
         raise BenchmarkError(f"--patch is {'x'.join(map(str, patch))}, expected {dim} sizes of at least 4 voxels")
     if classes < 2:
         raise BenchmarkError(f"--classes is {classes}, expected at least 2: background and one more")
     if not 2 <= stages <= len(RESENC_BLOCKS):
         raise BenchmarkError(f"--stages is {stages}, expected 2 .. {len(RESENC_BLOCKS)}")
+    name = "3d_fullres" if dim == 3 else "2d"
+    configuration = {
+        "data_identifier": f"nnUNetPlans_{name}", "batch_size": batch, "patch_size": list(patch),
+        "spacing": [1.0] * dim, "normalization_schemes": ["ZScoreNormalization"], "use_mask_for_norm": [False],
+        "architecture": _architecture(dim, patch, base_features, stages, resenc), "batch_dice": dim == 2,
+    }  # fmt: skip
+    plans = {
+        "dataset_name": "Dataset999_Benchmark", "plans_name": "nnUNetPlans", "transpose_forward": [0, 1, 2],
+        "transpose_backward": [0, 1, 2], "configurations": {name: configuration}, "label_manager": "LabelManager",
+    }  # fmt: skip
+    labels = {"background": 0, **{f"class_{i}": i for i in range(1, classes)}}
+    dataset_json = {"channel_names": {"0": "MRI"}, "labels": labels, "numTraining": 0, "file_ending": ".nii.gz"}
+    return Problem(plans, name, dataset_json)
 
 
 def _architecture(dim: int, patch: tuple[int, ...], base_features: int, stages: int, resenc: bool) -> dict[str, Any]:
-    package = "dynamic_network_architectures.architectures.unet"
-    kwargs: dict[str, Any] = {
-        "n_stages": stages,
+    blocks = {"n_blocks_per_stage": list(RESENC_BLOCKS[:stages])} if resenc else {"n_conv_per_stage": [2] * stages}
+    name = "ResidualEncoderUNet" if resenc else "PlainConvUNet"
+    kwargs = {
+        "n_stages": stages, "kernel_sizes": [[3] * dim for _ in range(stages)], "strides": _strides(patch, stages),
         "features_per_stage": [min(base_features * 2**i, MAX_FEATURES[dim]) for i in range(stages)],
-        "conv_op": f"torch.nn.modules.conv.Conv{dim}d",
-        "kernel_sizes": [[3] * dim for _ in range(stages)],
-        "strides": _strides(patch, stages),
-        "n_conv_per_stage_decoder": [1 if resenc else 2] * (stages - 1),
-        "conv_bias": True,
+        "n_conv_per_stage_decoder": [1 if resenc else 2] * (stages - 1), **blocks,
+        "conv_op": f"torch.nn.modules.conv.Conv{dim}d", "conv_bias": True,
         "norm_op": f"torch.nn.modules.instancenorm.InstanceNorm{dim}d",
-        "norm_op_kwargs": {"eps": 1e-05, "affine": True},
-        "dropout_op": None,
-        "dropout_op_kwargs": None,
-        "nonlin": "torch.nn.LeakyReLU",
-        "nonlin_kwargs": {"inplace": True},
-    }
-    if resenc:
-        kwargs["n_blocks_per_stage"] = list(RESENC_BLOCKS[:stages])
-    else:
-        kwargs["n_conv_per_stage"] = [2] * stages
+        "norm_op_kwargs": {"eps": 1e-05, "affine": True}, "dropout_op": None, "dropout_op_kwargs": None,
+        "nonlin": "torch.nn.LeakyReLU", "nonlin_kwargs": {"inplace": True},
+    }  # fmt: skip
     return {
-        "network_class_name": f"{package}.{'ResidualEncoderUNet' if resenc else 'PlainConvUNet'}",
+        "network_class_name": f"dynamic_network_architectures.architectures.unet.{name}",
         "arch_kwargs": kwargs,
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
     }
@@ -130,17 +102,7 @@ def _strides(patch: tuple[int, ...], stages: int) -> list[list[int]]:
 
 
 def read_problem(plans: Path, configuration: str, dataset_json: Path, batch: int | None = None) -> Problem:
-    """Real plans, as nnU-Net wrote them.
-
-    Args:
-        plans: nnUNetPlans.json or the like.
-        configuration: name of one of their configurations.
-        dataset_json: the data set's dataset.json.
-        batch: replaces the plans' batch size.
-
-    Raises:
-        BenchmarkError: if a file cannot be read or lacks what is needed.
-    """
+    """Real plans, as nnU-Net wrote them; ``batch`` replaces their batch size. BenchmarkError names what is missing."""
     read = read_json(plans, BenchmarkError, ("dataset_name", "plans_name", "configurations"))
     if configuration not in read["configurations"]:
         known = ", ".join(read["configurations"])
@@ -161,17 +123,7 @@ def with_settings(problem: Problem, settings: dict[str, Any]) -> Problem:
 def random_case(
     channels: int, shape: tuple[int, ...], labels: list[int], generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One blob for each label in noise.
-
-    Args:
-        channels: C.
-        shape: voxels along each axis.
-        labels: values of the blobs, all but background.
-        generator: source of randomness.
-
-    Returns:
-        image float32 (C, *shape), about standard normal, and segmentation int16 (1, *shape).
-    """
+    """One blob a label in noise: image float32 (C, *shape), about standard normal, and labels int16 (1, *shape)."""
     grid = torch.stack(torch.meshgrid(*[torch.linspace(0, 1, s) for s in shape], indexing="ij"))
     segmentation = torch.zeros(1, *shape, dtype=torch.int16)
     for label in labels:

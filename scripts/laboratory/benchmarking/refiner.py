@@ -33,14 +33,9 @@ BINARY_PER_REAL = 64
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts of one forward pass.
+    """Counts of one forward pass: multiply-accumulates of real numbers and of signs, and parameters.
 
-    Attributes:
-        parameters: all, binary ones among them.
-        binary_parameters: weights of which only the sign is used.
-        scales: real-valued factors that go with the signs; they are no parameters.
-        macs: multiply-accumulates of real numbers.
-        binary_macs: multiply-accumulates of signs.
+    ``scales`` are real-valued factors that go with the signs of binary parameters; they are no parameters.
     """
 
     parameters: int
@@ -119,21 +114,14 @@ def count_cost(module: nn.Module, *inputs: Any) -> Cost:
 def refiner_inputs(refiner: Refiner, patch: Sequence[int], device: str | torch.device = "meta") -> tuple[Any, ...]:
     """Zeros of the shapes that ``refiner(*inputs)`` expects, for one patch."""
     grids = refiner.grids(patch)
-    mask = torch.zeros(1, refiner.num_heads, *patch, device=device)
-    features = {
-        stage: torch.zeros(1, channels, *grids[stage], device=device)
-        for stage, channels in refiner.condition_channels.items()
-    }
-    image = torch.zeros(1, refiner.image_channels, *patch, device=device)
+    shapes = {stage: (channels, *grids[stage]) for stage, channels in refiner.condition_channels.items()}
+    features = {stage: torch.zeros(1, *shape, device=device) for stage, shape in shapes.items()}
+    image, mask = (torch.zeros(1, n, *patch, device=device) for n in (refiner.image_channels, refiner.num_heads))
     return image, mask, mask, torch.zeros(1, dtype=torch.long, device=device), features
 
 
 def refiner_cost(refiner: Refiner, patch: Sequence[int]) -> Cost:
-    """Cost of one refinement step of one patch; nothing is computed.
-
-    Raises:
-        ValueError: the refiner's strides do not divide the patch.
-    """
+    """Cost of one refinement step of one patch; ValueError unless the strides divide it. Nothing is computed."""
     return count_cost(refiner, *refiner_inputs(refiner, patch))
 
 
@@ -163,12 +151,7 @@ def _row(name: str, parts: list[tuple[Cost, int]]) -> list[str]:
 
 
 def refiner_steps(problem: Problem, width: int, turns: Turns) -> tuple[list[dict[str, Any]], str]:
-    """Count and time the segmentor once and one refinement step, real and binary; batch of one.
-
-    Args:
-        problem: plans; nnU-Net's own network is the segmentor.
-        width: channels of the refiner's first stage.
-        turns: device and number of measurements.
+    """Count and time the segmentor, which is nnU-Net's own network, and one refinement step, real and binary; batch 1.
 
     Returns:
         one result for each part, as in the JSON, and the tables as text.

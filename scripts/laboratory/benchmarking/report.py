@@ -31,13 +31,7 @@ Columns = Sequence[tuple[str, Callable[[dict], str]]]
 
 @dataclass(frozen=True)
 class Target:
-    """A goal and what was measured.
-
-    Attributes:
-        name: what has to stay within the limit.
-        limit: largest value that meets it.
-        value: measured; None if it was not.
-    """
+    """What has to stay within a limit, and what was measured (None if it was not)."""
 
     name: str
     limit: float
@@ -78,16 +72,13 @@ def train_targets(results: list[dict[str, Any]]) -> list[Target]:
             most = 1.05 if recycles else 1.10
             memory.append(Target(f"{name}: peak memory / {REFERENCE}'s", most, result["peak_memory_ratio"]))
         parameters.append(Target(f"{name}: parameters / {REFERENCE}'s", 1.10, 1 + result["parameter_overhead"]))
-    memory = memory or [Target(f"peak memory on a GPU / {REFERENCE}'s", 1.10, None)]
-    return [*steps, *memory, *parameters]
+    return [*steps, *(memory or [Target(f"peak memory on a GPU / {REFERENCE}'s", 1.10, None)]), *parameters]
 
 
 def predict_targets(results: list[dict[str, Any]]) -> list[Target]:
     """Goals for prediction: what is not a pass, and on a GPU K steps against K passes of the reference."""
     targets = []
-    for r in results:
-        if r["outside_share"] is None:
-            continue
+    for r in (r for r in results if r["outside_share"] is not None):
         name = f"{r['trainer']}, K = {r['steps']}"
         targets.append(Target(f"{name}: share of time outside of the passes", 0.03, r["outside_share"]["median"]))
         if r["peak_memory_ratio"] is not None:
@@ -124,51 +115,40 @@ def _mebibytes(value: int | None) -> str:
     return NOT_MEASURED if value is None else f"{value / 2**20:.2f}"
 
 
+def _of(key: str, form: str = "", scale: float = 1) -> Callable[[dict], str]:
+    """What writes a value of a result, scaled, in a format."""
+    return lambda r: format(r[key] if scale == 1 else r[key] * scale, form)
+
+
+_SECONDS, _RATIO = (lambda r: f"{r['seconds']['median']:.4f}"), (lambda r: spread(r["ratio"]))
 TRAIN_COLUMNS: Columns = [
-    ("trainer", lambda r: r["trainer"]),
-    ("s / step", lambda r: f"{r['seconds']['median']:.4f}"),
-    ("ratio, median (min-max)", lambda r: spread(r["ratio"])),
-    ("mean", lambda r: f"{r['ratio']['mean']:.2f}"),
-    ("parameters", lambda r: f"{r['parameters']:,}"),
-    ("overhead", lambda r: f"{100 * r['parameter_overhead']:.2f} %"),
-    ("peak memory", memory_cell),
-]
+    ("trainer", _of("trainer")), ("s / step", _SECONDS), ("ratio, median (min-max)", _RATIO),
+    ("mean", lambda r: f"{r['ratio']['mean']:.2f}"), ("parameters", _of("parameters", ",")),
+    ("overhead", lambda r: f"{100 * r['parameter_overhead']:.2f} %"), ("peak memory", memory_cell),
+]  # fmt: skip
 PREDICT_COLUMNS: Columns = [
-    ("network", lambda r: r["trainer"]),
-    ("K", lambda r: "-" if r["steps"] is None else str(r["steps"])),
-    ("s / image", lambda r: f"{r['seconds']['median']:.4f}"),
-    ("ratio, median (min-max)", lambda r: spread(r["ratio"])),
+    ("network", _of("trainer")), ("K", lambda r: "-" if r["steps"] is None else str(r["steps"])),
+    ("s / image", _SECONDS), ("ratio, median (min-max)", _RATIO),
     ("one pass / stock's", lambda r: spread(r["pass_ratio"])),
-    ("outside of passes, %", lambda r: spread(r["outside_share"], scale=100)),
-    ("peak memory", memory_cell),
-]
+    ("outside of passes, %", lambda r: spread(r["outside_share"], scale=100)), ("peak memory", memory_cell),
+]  # fmt: skip
 MEMORY_COLUMNS: Columns = [
-    ("plans", lambda r: r["plans"]),
-    ("classes", lambda r: str(r["classes"])),
-    ("subject", lambda r: r["subject"]),
+    ("plans", _of("plans")), ("classes", _of("classes")), ("subject", _of("subject")),
     ("saved, estimate MiB", lambda r: _mebibytes(r["saved_estimate"])),
     ("measured", lambda r: _mebibytes(r["saved_measured"])),
     ("ratio", lambda r: "-" if r["saved_measured"] is None else f"{r['saved_estimate'] / r['saved_measured']:.4f}"),
     ("allocated, estimate MiB", lambda r: _mebibytes(r["estimate"])),
-    ("measured", lambda r: _mebibytes(r["measured"])),
-    ("ratio", lambda r: f"{r['ratio']:.3f}"),
-]
+    ("measured", lambda r: _mebibytes(r["measured"])), ("ratio", _of("ratio", ".3f")),
+]  # fmt: skip
 REFINER_COLUMNS: Columns = [
-    ("part", lambda r: r["part"]),
-    ("s / pass", lambda r: f"{r['seconds']['median']:.4f}"),
-    ("ratio to the segmentor, median (min-max)", lambda r: spread(r["ratio"])),
-]
-
-
+    ("part", _of("part")), ("s / pass", _SECONDS), ("ratio to the segmentor, median (min-max)", _RATIO)
+]  # fmt: skip
 COUNT_COLUMNS: Columns = [
-    ("parameters", lambda r: f"{r['parameters']:,}"),
-    ("binary", lambda r: f"{r['binary_parameters']:,}"),
-    ("GMAC, real", lambda r: f"{r['macs'] / 1e9:.2f}"),
-    ("binary", lambda r: f"{r['binary_macs'] / 1e9:.2f}"),
-    ("MiB in float32", lambda r: f"{r['storage_bytes'] / 2**20:.1f}"),
-    ("with 1-bit weights", lambda r: f"{r['packed_bytes'] / 2**20:.1f}"),
-    ("peak memory", memory_cell),
-]
+    ("parameters", _of("parameters", ",")), ("binary", _of("binary_parameters", ",")),
+    ("GMAC, real", _of("macs", ".2f", 1e-9)), ("binary", _of("binary_macs", ".2f", 1e-9)),
+    ("MiB in float32", _of("storage_bytes", ".1f", 2**-20)),
+    ("with 1-bit weights", _of("packed_bytes", ".1f", 2**-20)), ("peak memory", memory_cell),
+]  # fmt: skip
 
 
 def spelled(command: str, settings: Mapping[str, Any]) -> str:

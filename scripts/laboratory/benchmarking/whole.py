@@ -32,7 +32,7 @@ LIMIT = 1.2
 def whole_predictions(
     problem: Problem, trainer: str, shape: tuple[int, ...], device: str, rounds: int, root: Path
 ) -> list[dict[str, Any]]:
-    """Time and peak memory of both commands, in turn.
+    """Time and peak memory of both commands, in turn: one result for each spacing and command, as in the JSON.
 
     Args:
         problem: made-up plans.
@@ -41,9 +41,6 @@ def whole_predictions(
         device: "cpu" or "cuda".
         rounds: turns of each.
         root: of ``host.temporary_folders``, where nnU-Net finds the model.
-
-    Returns:
-        one result for each spacing and command, as in the JSON.
 
     Raises:
         BenchmarkError: if a command fails; with the end of its output.
@@ -95,14 +92,11 @@ def write_model(root: Path, problem: Problem, trainer: str) -> None:
     configuration["preprocessor_name"] = "DefaultPreprocessor"
     plans["image_reader_writer"] = "SimpleITKIO"
     plans["foreground_intensity_properties_per_channel"] = {"0": {}}
-    network = build_network(trainer, problem, torch.device("cpu"))
-    init = {"configuration": problem.configuration, "plans": plans, "dataset_json": dataset_json}
     checkpoint = {
-        "network_weights": network.state_dict(),
-        "trainer_name": trainer,
-        "init_args": init,
+        "network_weights": build_network(trainer, problem, torch.device("cpu")).state_dict(), "trainer_name": trainer,
+        "init_args": {"configuration": problem.configuration, "plans": plans, "dataset_json": dataset_json},
         "inference_allowed_mirroring_axes": None,
-    }
+    }  # fmt: skip
     name = f"{trainer}__{plans['plans_name']}__{problem.configuration}"
     folder = root / "nnUNet_results" / plans["dataset_name"] / name
     (folder / "fold_0").mkdir(parents=True)

@@ -44,11 +44,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def output_folder(given: Path | None) -> tuple[Path, Path | None]:
-    """Where the data set goes, and nnU-Net's folder of preprocessed data if it belongs to it.
-
-    Raises:
-        LayoutError: if there is no such folder, or none is known.
-    """
+    """Where the data set goes, and nnU-Net's folder of preprocessed data if it belongs to it."""
     host = os.environ.get(RAW)
     if given is None and not host:
         raise LayoutError("nnUNet_raw is not set; set it as nnU-Net needs it, or give --out")
@@ -61,11 +57,7 @@ def output_folder(given: Path | None) -> tuple[Path, Path | None]:
 
 
 def check_free(number: int, out: Path) -> None:
-    """Raise unless no data set of this number exists, there or in nnU-Net's folders.
-
-    Raises:
-        LayoutError: naming what exists.
-    """
+    """LayoutError unless no data set of this number exists, there or in nnU-Net's folders."""
     folders = [out, *(Path(os.environ[name]) for name in (RAW, PREPROCESSED, RESULTS) if os.environ.get(name))]
     found = sorted({entry.resolve() for folder in folders for entry in folder.glob(f"Dataset{number:03d}*")})
     if found:
@@ -73,13 +65,9 @@ def check_free(number: int, out: Path) -> None:
 
 
 def convert(options: argparse.Namespace) -> list[str]:
-    """Convert, and return what there is to say about it.
+    """Convert, and return what there is to say about it; nothing is left if it fails.
 
-    Nothing is left if it fails.
-
-    Raises:
-        LayoutError: naming what is missing, unexpected, unreadable, or would be overwritten.
-        OSError: if it cannot be written.
+    LayoutError names what is missing, unexpected, unreadable, or would be overwritten.
     """
     dataset = DATASETS[options.name]
     out, preprocessed = output_folder(options.out)
@@ -105,11 +93,7 @@ def convert(options: argparse.Namespace) -> list[str]:
 
 
 def publish(made: Path, target: Path, preprocessed: Path | None, collection: Collection) -> Path | None:
-    """Move the data set to its place, and write splits_final.json where nnU-Net looks for it.
-
-    Returns:
-        The latter file, if there is one.
-    """
+    """Move the data set to its place; splits_final.json, if there is one, goes where nnU-Net looks for it."""
     if not collection.val or preprocessed is None:
         made.rename(target)
         return None

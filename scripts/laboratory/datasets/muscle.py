@@ -2,9 +2,7 @@
 
 Holes are filled; erosion by a disk of radius 3, dilation by one of 5, opening by one of 10 pixels; of the two largest
 components one is kept; holes are filled. The disks are those of MATLAB's ``strel("disk", r)``, in which the method was
-written: approximations of 5, 9 and 19 pixels across. The code of Fu et al. has the same ones:
-https://github.com/mathpluscode/ImgX-DiffSeg/blob/ce57729e2dcd1d21960ec797bdff2ef5df7e5101/imgx/datasets/muscle_us/muscle_us_dataset_builder.py
-Marzola's own code (``post_process_muscleNet.m`` in the data's archive) was not at hand.
+written; the code of Fu et al. has the same ones (docs/datasets.md). Marzola's own code was not at hand.
 """
 
 import math
@@ -25,15 +23,9 @@ COMPANIONS = ("dataset.json", "plans.json")  # nnUNetv2_evaluate_folder reads th
 
 
 def matlab_disk(radius: int) -> np.ndarray:
-    """MATLAB's ``strel("disk", radius)``, which is an octagon.
+    """MATLAB's ``strel("disk", radius)``, an octagon of 2 * radius - 1 pixels across; bool; radius is at least 3.
 
     Lines in four directions are combined (Adams 1993), then a horizontal and a vertical one widen it to radius - 1.
-
-    Args:
-        radius: in pixels, at least 3.
-
-    Returns:
-        bool, 2 * radius - 1 pixels along both axes.
     """
     if radius < 3:
         raise ValueError(f"radius is {radius}, expected at least 3: MATLAB has another rule for small disks")
@@ -45,13 +37,11 @@ def matlab_disk(radius: int) -> np.ndarray:
 
 
 def keep_component(mask: np.ndarray, rule: str = "superficial") -> np.ndarray:
-    """One of the two largest 8-connected components.
+    """One of the two largest 8-connected components of a mask: bool, (rows, columns), row 0 at the skin.
 
-    Args:
-        mask: bool, (rows, columns), row 0 at the skin.
-        rule: "superficial": the largest if the second has less than 75 % of its area, else the one that begins higher,
-            as the paper says. "leftmost": the largest if the second has no more than 75 %, else the one that begins
-            further left, as the published code does.
+    Rule "superficial": the largest if the second has less than 75 % of its area, else the one that begins higher, as
+    the paper says. "leftmost": the largest if the second has no more than 75 %, else the one that begins further left,
+    as the published code does.
     """
     components, count = ndimage.label(mask, EIGHT)
     if count < 2:
@@ -69,15 +59,7 @@ def keep_component(mask: np.ndarray, rule: str = "superficial") -> np.ndarray:
 
 
 def postprocess(mask: np.ndarray, rule: str = "superficial") -> np.ndarray:
-    """The muscle in a mask, smoothed and in one piece.
-
-    Args:
-        mask: bool, (rows, columns), row 0 at the skin.
-        rule: as in ``keep_component``.
-
-    Returns:
-        bool, the same shape.
-    """
+    """The muscle in a mask (bool, rows from the skin), smoothed and in one piece; rule as in ``keep_component``."""
     mask = ndimage.binary_fill_holes(mask)
     # the border of the image erodes nothing, as in MATLAB and in the published code
     mask = ndimage.binary_erosion(mask, matlab_disk(3), border_value=1)
@@ -88,19 +70,15 @@ def postprocess(mask: np.ndarray, rule: str = "superficial") -> np.ndarray:
 
 
 def postprocess_folder(source: Path, target: Path, rule: str = "superficial") -> int:
-    """Post-process all predictions of a folder.
+    """Post-process all predictions of a folder; returns their number.
 
     Args:
         source: PNG files of zeros and ones, as nnU-Net predicts the converted data.
         target: new folder; dataset.json and plans.json are copied into it.
         rule: as in ``keep_component``.
 
-    Returns:
-        The number of files.
-
     Raises:
-        LayoutError: naming a file that is no such mask, or a folder without any.
-        FileExistsError: if target exists.
+        LayoutError, FileExistsError: naming a file that is no such mask, a folder without any, or what exists.
     """
     if target.exists():
         raise FileExistsError(f"{target} exists; it is not overwritten")

@@ -103,11 +103,7 @@ def draw(cases: Sequence[Case], counts: tuple[int, int, int], seed: int) -> dict
 
 
 def split_as_listed(collection: Collection, file: Path) -> Collection:
-    """The same cases in the parts that a JSON lists: names by "train", "test" and possibly "val".
-
-    Raises:
-        LayoutError: if the file is of another form, or names not every case once.
-    """
+    """The same cases in the parts that a JSON lists: names by "train", "test" and possibly "val", every case once."""
     try:
         listed = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -138,11 +134,9 @@ def staging(target: Path) -> Iterator[Path]:
 
 
 def check_collection(dataset: DataSet, collection: Collection, sources: Sources) -> None:
-    """Check names and numbers of cases.
+    """LayoutError for two cases of one name, a part without cases, or other numbers than the paper's.
 
-    Raises:
-        LayoutError: for two cases of one name, a part without cases, or other numbers than the paper's, unless the
-            sources may be incomplete.
+    The last is only noted if the sources may be incomplete.
     """
     parts = {"train": collection.train, "validate": collection.val, "test": collection.test}
     names = [case.name for cases in parts.values() for case in cases]
@@ -166,14 +160,7 @@ def check_collection(dataset: DataSet, collection: Collection, sources: Sources)
 def write_raw(dataset: DataSet, collection: Collection, folder: Path, sources: Sources) -> None:
     """Write imagesTr, labelsTr, imagesTs, labelsTs, dataset.json and, with cases to validate on, splits_final.json.
 
-    Args:
-        dataset: what to write.
-        collection: its cases.
-        folder: new folder.
-        sources: of the images; unpacked ones are moved.
-
-    Raises:
-        LayoutError: naming a file that cannot be read or used.
+    The folder is new; unpacked images are moved. LayoutError names a file that cannot be read or used.
     """
     from tqdm import tqdm
 
@@ -249,11 +236,7 @@ def write_image(dataset: DataSet, sources: Sources, source: Path, target: Path) 
 
 
 def write_label(dataset: DataSet, case: Case, target: Path) -> None:
-    """A black and white picture as PNG of zeros and ones, or a label map with the data set's values.
-
-    Raises:
-        LayoutError: for another size than the image's, or values that are not expected.
-    """
+    """A black and white picture as PNG of zeros and ones, or a label map with the data set's values."""
     if dataset.picture:
         _write_mask(case.label, case.images[0], target)
     else:

@@ -69,15 +69,10 @@ class Sources:
     def find_folder(
         self, test: Callable[[Path, set[str], set[str]], bool], expected: str, prefer: str | None = None
     ) -> Path:
-        """The one folder that passes a test of its name and of the names of its subfolders and files.
+        """The one folder that passes a test of (folder, names of its subfolders, of its files).
 
-        Args:
-            test: (folder, subfolders, files) -> whether it is the folder.
-            expected: what it is, for messages.
-            prefer: name of the folder to take if several pass.
-
-        Raises:
-            LayoutError: if there is none, or more than one.
+        ``expected`` says in messages what it is; ``prefer`` is the name of the one to take if several pass.
+        LayoutError if there is none, or more than one.
         """
         found = [folder for folder, subfolders, files in self.walk() if test(folder, subfolders, files)]
         if len(found) > 1 and prefer:
@@ -89,11 +84,7 @@ class Sources:
         return found[0]
 
     def find_file(self, name: str) -> Path:
-        """The one file of this name.
-
-        Raises:
-            LayoutError: if there is none, or more than one.
-        """
+        """The one file of this name; LayoutError if there is none, or more than one."""
         found = [root for root in self._roots if root.is_file() and root.name == name]
         found += [folder / name for folder, _, files in self.walk() if name in files]
         if len(found) != 1:
@@ -101,12 +92,9 @@ class Sources:
         return found[0]
 
     def matching(self, folder: Path, pattern: str, unused: str = "") -> dict[str, Path]:
-        """Files of a folder by the part of their name that the pattern's group matches, sorted by it.
+        """Files of a folder by the part of their name that the pattern's one group matches, sorted by it.
 
-        Args:
-            folder: not searched any deeper; every other file is a problem.
-            pattern: regular expression for whole names, with one group.
-            unused: regular expression for whole names of files that are expected but not needed.
+        Patterns are for whole names; ``unused`` is that of files that are not needed, others are a problem.
         """
         found, unexpected = {}, []
         for file in sorted(folder.iterdir()):

@@ -16,9 +16,6 @@ def make_phantom(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 
     Two vessels as bright as the organ, a bias field and noise keep thresholds from solving it.
 
-    Args:
-        rng: source of everything random.
-
     Returns:
         image, float32, arbitrary units; labels, uint8, 0 background, 1 organ, 2 lesion; about 40 voxels an axis.
     """
@@ -53,16 +50,9 @@ def _save(array: np.ndarray, file: Path) -> None:
 
 
 def write_phantoms(folder: Path, train_cases: int, test_cases: int, seed: int) -> None:
-    """Write a raw data set with imagesTr, labelsTr, imagesTs, labelsTs and dataset.json.
+    """Write a raw data set with imagesTr, labelsTr, imagesTs, labelsTs and dataset.json into a new folder.
 
-    Args:
-        folder: ``nnUNet_raw/DatasetXXX_Name``; created, must not exist.
-        train_cases: number of training cases.
-        test_cases: number of unseen cases.
-        seed: the same seed writes the same voxels.
-
-    Raises:
-        FileExistsError: if the folder exists.
+    The same seed writes the same voxels. FileExistsError if the folder exists.
     """
     folder.mkdir(parents=True)
     parts = {"Tr": train_cases, "Ts": test_cases}

@@ -19,13 +19,7 @@ from nnunetv2_diffusion.networks import DiffusionSegmentor, HybridSegmentor
 def reverse_steps(
     model_folder: Path, images: list[Path], steps: int, device: str
 ) -> tuple[np.ndarray, list[tuple[int, np.ndarray, np.ndarray]]]:
-    """Run the reverse process on the central patch of a case.
-
-    Args:
-        model_folder: nnU-Net's folder of the model; fold 0 is used.
-        images: one file for each channel.
-        steps: K.
-        device: torch device.
+    """Run the reverse process of K steps on the central patch of a case; fold 0 of the model is used.
 
     Returns:
         the patch's first channel (rows, columns) of its middle slice, and for each step the training time, the
@@ -100,15 +94,9 @@ def draw_case(
     predictions: dict[str, Path],
     steps: tuple[np.ndarray, list[tuple[int, np.ndarray, np.ndarray]]],
 ) -> None:
-    """Write a PNG: image, ground truth and predictions above, reverse steps below.
+    """Write a PNG: image, ground truth and predictions (mask files by trainer) above, ``reverse_steps`` below.
 
-    Args:
-        file: PNG to write.
-        images: files of the case's channels; the first is shown.
-        truth: file of its labels.
-        ending: of all these files, ".nii.gz" for example.
-        predictions: mask files by trainer.
-        steps: result of ``reverse_steps``.
+    The slice with most foreground is shown, of the first of the image's channels.
     """
     reader = determine_reader_writer_from_file_ending(ending, str(truth), verbose=False)()
     image = reader.read_images([str(images[0])])[0][0]  # (z, y, x); one slice for 2D images

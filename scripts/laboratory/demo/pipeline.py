@@ -19,27 +19,15 @@ from nnunetv2_diffusion.planning.presets import load_preset
 from nnunetv2_diffusion.planning.settings import HIDIFF, merge_settings
 
 PLANS = "demoPlans"
-# Of HiDiff: the paper's rate of 1e-4 is for tens of thousands of iterations. One step gives the mean mask; what more
-# steps draw from a refiner that has seen a few hundred batches is worse (README).
+VALIDATED = 4  # cases of nnU-Net's validation: the unseen cases are what is scored
 
 
 @dataclass
 class Job:
-    """One data set, one configuration, one length of training.
+    """One data set, one configuration, one length of training, in a folder ``out`` of everything that is written.
 
-    Attributes:
-        out: folder of everything that is written.
-        dataset: name, DatasetXXX_Name.
-        configuration: "2d" or "3d_fullres".
-        epochs: of training.
-        iterations: in each epoch.
-        base_features: channels of the first stage.
-        batch_size: patches in a step.
-        device: as nnU-Net's -device.
-        recipe: of the diffusion trainers; a short training gets further with the paper's than with the host's.
-        settings: further changes of the settings.
-        patch_size: voxels along each axis; None for nnU-Net's.
-        seconds: filled with the time of every command.
+    Options have the names of the demo's; ``settings`` are further changes of the plans' settings, and ``seconds`` is
+    filled with the time of every command.
     """
 
     out: Path
@@ -65,16 +53,19 @@ class Job:
         """The preprocessed data set."""
         return self.out / "nnUNet_preprocessed" / self.dataset
 
+    @property
+    def number(self) -> str:
+        """Of the data set, as commands take it."""
+        return self.dataset[len("Dataset") :][:3]
+
+    @property
+    def ending(self) -> str:
+        """Of the files of images and labels."""
+        return json.loads((self.raw / "dataset.json").read_text())["file_ending"]
+
     def model_folder(self, trainer: str) -> Path:
         """Where nnU-Net keeps a trained model."""
-        name = f"{trainer}__{PLANS}__{self.configuration}"
-        return self.out / "nnUNet_results" / self.dataset / name
-
-    def environment(self) -> dict[str, str]:
-        """nnU-Net's folders inside out, and few workers: the demo is for small machines."""
-        folders = {v: str(self.out / v) for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
-        workers = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "2"}
-        return {**workers, **os.environ, **folders}
+        return self.out / "nnUNet_results" / self.dataset / f"{trainer}__{PLANS}__{self.configuration}"
 
     def run(self, title: str, *command: str, **variables: str) -> None:
         """Run a stock command, with variables set; its output goes to ``<out>/logs/<title>.txt``.
@@ -82,21 +73,32 @@ class Job:
         Raises:
             SystemExit: with the end of the output, if it fails.
         """
-        log = self.out / "logs" / f"{title}.txt"
         print("$", *[f"{k}={v}" for k, v in variables.items()], *command, flush=True)
+        folders = {v: str(self.out / v) for v in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results")}
+        workers = {"nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "2"}  # the demo is for small machines
+        environment = {**workers, **os.environ, **folders, **variables}
         try:
-            usage = CommandRunner().run(command, log, {**self.environment(), **variables})
+            usage = CommandRunner().run(command, self.out / "logs" / f"{title}.txt", environment)
         except CommandError as error:
             raise SystemExit(str(error)) from error
         self.seconds[title] = usage.seconds
-        print(f"  {self.seconds[title]:.0f} s", flush=True)
+        print(f"  {usage.seconds:.0f} s", flush=True)
+
+    def predict(
+        self, title: str, *program: str, trainer: str, target: Path, more: tuple = (), **variables: str
+    ) -> None:
+        """Predict the unseen cases with a command of nnU-Net's options."""
+        self.run(
+            title, *program, "-d", self.number, "-c", self.configuration, "-f", "0", "-tr", trainer, "-p", PLANS,
+            "-device", self.device, "-i", str(self.raw / "imagesTs"), "-o", str(target), "-npp", "1", "-nps", "1",
+            *more, **variables,
+        )  # fmt: skip
 
 
 def plan(job: Job) -> None:
     """Plan and preprocess, then derive plans with a small network and a short training from nnU-Net's."""
-    number = job.dataset[len("Dataset") :][:3]
     job.run(
-        "plan", "nnUNetv2_plan_and_preprocess", "-d", number, "-c", job.configuration, "-np", "2", "-npfp", "2",
+        "plan", "nnUNetv2_plan_and_preprocess", "-d", job.number, "-c", job.configuration, "-np", "2", "-npfp", "2",
         "--verify_dataset_integrity",
     )  # fmt: skip
     stock = json.loads((job.preprocessed / "nnUNetPlans.json").read_text())
@@ -112,30 +114,20 @@ def plan(job: Job) -> None:
     }
     settings = merge_settings(settings, job.settings)
     write_plans(derive_plans(stock, PLANS, {job.configuration: network}, settings), job.preprocessed)
-    write_split(job)
-
-
-def write_split(job: Job, validation_cases: int = 4) -> None:
-    """A fold 0 with few validation cases: the unseen cases are what is scored."""
-    ending = json.loads((job.raw / "dataset.json").read_text())["file_ending"]
-    cases = sorted(p.name.removesuffix(ending) for p in (job.raw / "labelsTr").glob(f"*{ending}"))
-    validation = cases[:: max(1, len(cases) // validation_cases)][:validation_cases]
+    cases = sorted(p.name.removesuffix(job.ending) for p in (job.raw / "labelsTr").glob(f"*{job.ending}"))
+    validation = cases[:: max(1, len(cases) // VALIDATED)][:VALIDATED]
     split = [{"train": [c for c in cases if c not in validation], "val": validation}]
     (job.preprocessed / "splits_final.json").write_text(json.dumps(split, indent=2))
 
 
-def _common(job: Job, trainer: str) -> list[str]:
-    return ["-tr", trainer, "-p", PLANS, "-device", job.device]
-
-
 def train(job: Job, trainer: str) -> None:
     """Train fold 0 with nnU-Net's command; its closing validation takes one step, the unseen cases are what counts."""
-    number = job.dataset[len("Dataset") :][:3]
-    command = ["nnUNetv2_train", number, job.configuration, "0", *_common(job, trainer)]
+    model = ["-tr", trainer, "-p", PLANS, "-device", job.device]
+    command = ["nnUNetv2_train", job.number, job.configuration, "0", *model]
     job.run(f"train_{trainer}", *command, nnUNet_diffusion_steps="1")
 
 
-def predict_and_score(job: Job, trainer: str, steps: int | None = None) -> Path:
+def predict_and_score(job: Job, trainer: str, steps: int | None = None) -> dict[str, np.ndarray]:
     """Predict the unseen cases and score them with nnU-Net's commands.
 
     Args:
@@ -144,21 +136,19 @@ def predict_and_score(job: Job, trainer: str, steps: int | None = None) -> Path:
         steps: K of the reverse process; None for the plans' setting.
 
     Returns:
-        the folder of masks and summary.json.
+        Dice of every case by label, in [0, 1], NaN where a label is in neither mask.
     """
-    number = job.dataset[len("Dataset") :][:3]
     name = trainer if steps is None else f"{trainer}_K{steps}"
     variables = {} if steps is None else {"nnUNet_diffusion_steps": str(steps)}
-    predictions = job.out / f"predictions_{name}"
+    folder = job.out / f"predictions_{name}"
+    job.predict(f"predict_{name}", "nnUNetv2_predict", trainer=trainer, target=folder, **variables)
     job.run(
-        f"predict_{name}", "nnUNetv2_predict", "-d", number, "-c", job.configuration, "-f", "0", *_common(job, trainer),
-        "-i", str(job.raw / "imagesTs"), "-o", str(predictions), "-npp", "1", "-nps", "1", **variables,
+        f"evaluate_{name}", "nnUNetv2_evaluate_folder", str(job.raw / "labelsTs"), str(folder),
+        "-djfile", str(folder / "dataset.json"), "-pfile", str(folder / "plans.json"),
     )  # fmt: skip
-    job.run(
-        f"evaluate_{name}", "nnUNetv2_evaluate_folder", str(job.raw / "labelsTs"), str(predictions),
-        "-djfile", str(predictions / "dataset.json"), "-pfile", str(predictions / "plans.json"),
-    )  # fmt: skip
-    return predictions
+    summary = json.loads((folder / "summary.json").read_text())
+    cases = [case["metrics"] for case in summary["metric_per_case"]]
+    return {label: np.array([case[label]["Dice"] for case in cases], dtype=float) for label in summary["mean"]}
 
 
 def draw_samples(job: Job, trainer: str, samples: int) -> Path | None:
@@ -171,12 +161,9 @@ def draw_samples(job: Job, trainer: str, samples: int) -> Path | None:
         load_predictor(job.model_folder(trainer), options=PredictionOptions(samples=samples), progress=False)
     except OptionError:
         return None
-    number, folder = job.dataset[len("Dataset") :][:3], job.out / f"samples_{trainer}"
-    job.run(
-        f"samples_{trainer}", "nnunetv2_diffusion", "predict", "-d", number, "-c", job.configuration, "-f", "0",
-        *_common(job, trainer), "-i", str(job.raw / "imagesTs"), "-o", str(folder), "-npp", "1", "-nps", "1",
-        "--samples", str(samples), "--tta", "none", "--save_uncertainty",
-    )  # fmt: skip
+    folder, more = job.out / f"samples_{trainer}", ("--samples", str(samples), "--tta", "none", "--save_uncertainty")
+    program = ("nnunetv2_diffusion", "predict")
+    job.predict(f"samples_{trainer}", *program, trainer=trainer, target=folder, more=more)
     return folder
 
 
@@ -198,11 +185,3 @@ def ranges_that_hold(predictions: Path, truths: Path) -> tuple[int, int]:
             low, high = (found["spread"][f"percentile_{p}"] for p in (5, 95))
             held.append(low <= volumes[name] <= high)
     return sum(held), len(held)
-
-
-def dice_scores(predictions: Path) -> dict[str, np.ndarray]:
-    """Dice of every case by label, in [0, 1], NaN where a label is in neither mask; read from summary.json."""
-    summary = json.loads((predictions / "summary.json").read_text())
-    labels = list(summary["mean"])
-    cases = [case["metrics"] for case in summary["metric_per_case"]]
-    return {label: np.array([case[label]["Dice"] for case in cases], dtype=float) for label in labels}

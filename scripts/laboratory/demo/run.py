@@ -13,7 +13,7 @@ import torch
 from laboratory.demo.options import parse_arguments
 from laboratory.demo.phantoms import write_phantoms
 from laboratory.demo.picture import draw_case, reverse_steps
-from laboratory.demo.pipeline import Job, dice_scores, draw_samples, plan, predict_and_score, ranges_that_hold, train
+from laboratory.demo.pipeline import Job, draw_samples, plan, predict_and_score, ranges_that_hold, train
 from laboratory.raw_data import RawDataError, check_masks, hold_out, read_raw
 from nnunetv2_diffusion.agreement import CAUTION
 from nnunetv2_diffusion.checkpoints import CheckpointError, find_trainer
@@ -75,26 +75,22 @@ def print_scores(scores: dict[str, dict[str, np.ndarray]]) -> dict[str, float]:
 def judge(means: dict[str, float], by_steps: dict[str, float], options: argparse.Namespace) -> bool:
     """Print the bounds and whether they are met; True if all are."""
     good = True
+
+    def check_gain(what: str, gain: float, bound: float) -> None:
+        nonlocal good
+        good &= gain >= -bound
+        verdict = "met" if gain >= -bound else "NOT MET"
+        print(f"{what}: {100 * gain:+.2f} Dice points; bound -{100 * bound}: {verdict}")
+
     if "K = 0" in by_steps:
-        gain = means[options.trainer] - by_steps["K = 0"]
-        good = gain >= -REFINED_MARGIN
-        print(
-            f"\nrefined - prior (K = 0): {100 * gain:+.2f} Dice points; bound -{100 * REFINED_MARGIN}: "
-            f"{'met' if good else 'NOT MET'}"
-        )
-    trainers = list(means)
+        check_gain("\nrefined - prior (K = 0)", means[options.trainer] - by_steps["K = 0"], REFINED_MARGIN)
     if options.raw is None:
         high = all(mean >= BOUND for mean in means.values())
         print(f"\nbound: mean Dice of at least {BOUND} on phantoms: {'met' if high else 'NOT MET'}")
         good &= high
-    if len(trainers) == 2:
-        difference = means[trainers[0]] - means[trainers[1]]
-        close = difference >= -MARGIN
-        print(
-            f"{trainers[0]} - {trainers[1]}: {100 * difference:+.2f} Dice points; bound -{100 * MARGIN}: "
-            f"{'met' if close else 'NOT MET'}"
-        )
-        good &= close
+    if len(means) == 2:
+        (first, own), (second, other) = means.items()
+        check_gain(f"{first} - {second}", own - other, MARGIN)
     return good
 
 
@@ -113,8 +109,7 @@ def spread_of_samples(job: Job, trainer: str) -> dict[str, int] | None:
 
 def seconds_per_case(job: Job) -> dict[str, float]:
     """Of every prediction, start of the command included; printed as well."""
-    ending = json.loads((job.raw / "dataset.json").read_text())["file_ending"]
-    prefix, cases = "predict_", len(list((job.raw / "labelsTs").glob(f"*{ending}")))
+    prefix, cases = "predict_", len(list((job.raw / "labelsTs").glob(f"*{job.ending}")))
     result = {k.removeprefix(prefix): s / cases for k, s in job.seconds.items() if k.startswith(prefix)}
     print("\nseconds per case:", ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.items()))
     return result
@@ -122,41 +117,13 @@ def seconds_per_case(job: Job) -> dict[str, float]:
 
 def draw(job: Job, trainers: list[str]) -> Path:
     """The picture of the first unseen case."""
-    ending = json.loads((job.raw / "dataset.json").read_text())["file_ending"]
-    truth = sorted((job.raw / "labelsTs").glob(f"*{ending}"))[0]
-    case = truth.name.removesuffix(ending)
-    images = sorted((job.raw / "imagesTs").glob(f"{glob.escape(case)}_????{ending}"))
+    truth = sorted((job.raw / "labelsTs").glob(f"*{job.ending}"))[0]
+    case = truth.name.removesuffix(job.ending)
+    images = sorted((job.raw / "imagesTs").glob(f"{glob.escape(case)}_????{job.ending}"))
     steps = reverse_steps(job.model_folder(trainers[0]), images, steps=5, device=job.device)
     masks = {t: job.out / f"predictions_{t}" / truth.name for t in trainers}
-    picture = job.out / "demo.png"
-    draw_case(picture, images, truth, ending, masks, steps)
-    return picture
-
-
-def write_result(
-    job: Job,
-    options: argparse.Namespace,
-    scores: dict[str, dict[str, np.ndarray]],
-    means: dict[str, float],
-    means_by_steps: dict[str, float],
-    spread: dict[str, int] | None,
-) -> None:
-    """Write all numbers, with the options, hardware and versions that they belong to, to ``<out>/result.json``."""
-    result = {
-        "options": {
-            k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k not in ("raw", "out")
-        },
-        "dataset": job.dataset,
-        "mean_dice": means,
-        "mean_dice_by_steps": means_by_steps,
-        "dice_by_class": {t: {k: v.tolist() for k, v in s.items()} for t, s in scores.items()},
-        "spread_of_samples": spread,
-        "seconds": job.seconds,
-        "seconds_per_case": seconds_per_case(job),
-        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {options.device}",
-        "versions": package_versions(),
-    }
-    (job.out / "result.json").write_text(json.dumps(result, indent=2))
+    draw_case(job.out / "demo.png", images, truth, job.ending, masks, steps)
+    return job.out / "demo.png"
 
 
 def check(options: argparse.Namespace, trainers: list[str]) -> dict:
@@ -207,13 +174,24 @@ def run(arguments: list[str] | None) -> int:
     plan(job)
     for trainer in trainers:
         train(job, trainer)
-    scores = {trainer: dice_scores(predict_and_score(job, trainer)) for trainer in trainers}
+    scores = {trainer: predict_and_score(job, trainer) for trainer in trainers}
     if "HiDiff" in options.trainer:
         options.steps = sorted({0, *options.steps})  # the segmentor's own mask beside the refined one
-    by_steps = {f"K = {k}": dice_scores(predict_and_score(job, trainers[0], k)) for k in options.steps}
-    means = print_scores(scores)
-    means_by_steps = print_scores(by_steps)
+    by_steps = {f"K = {k}": predict_and_score(job, trainers[0], k) for k in options.steps}
+    means, means_by_steps = print_scores(scores), print_scores(by_steps)
     good = judge(means, means_by_steps, options)
-    write_result(job, options, scores, means, means_by_steps, spread_of_samples(job, trainers[0]))
+    result = {
+        "options": {k: v for k, v in vars(options).items() if k not in ("raw", "out")},
+        "dataset": job.dataset,
+        "mean_dice": means,
+        "mean_dice_by_steps": means_by_steps,
+        "dice_by_class": {t: {k: v.tolist() for k, v in s.items()} for t, s in scores.items()},
+        "spread_of_samples": spread_of_samples(job, trainers[0]),
+        "seconds": job.seconds,
+        "seconds_per_case": seconds_per_case(job),
+        "hardware": f"{platform.machine()}, {torch.get_num_threads()} threads, {options.device}",
+        "versions": package_versions(),
+    }
+    (out / "result.json").write_text(json.dumps(result, indent=2))
     print(f"\npicture: {draw(job, trainers)}\nnumbers: {out / 'result.json'}")
     return 0 if good else 1

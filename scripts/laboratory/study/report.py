@@ -35,15 +35,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def build(studies: list[StudyResults], stem: str) -> tuple[str, dict[str, bytes]]:
-    """The page and its figures.
-
-    Args:
-        studies: in the order of the page.
-        stem: name of the page without its ending; figures are below a folder of this name beside it.
-
-    Returns:
-        Markdown, and PNGs by their path from the page.
-    """
+    """The page in Markdown, and its figures: PNGs by their path from the page, below a folder named as its ``stem``."""
     figures: dict[str, bytes] = {}
     parts = [MARK, "# Results", ""]
     parts += ["All numbers and figures come from the JSONs that `scripts/study run` writes, one for each training."]
@@ -54,11 +46,7 @@ def build(studies: list[StudyResults], stem: str) -> tuple[str, dict[str, bytes]
 
 
 def write_page(file: Path, page: str, figures: Mapping[str, bytes]) -> None:
-    """Write a page that is new, or was made here before.
-
-    Raises:
-        FileExistsError: if another file is there.
-    """
+    """Write a page that is new, or was made here before; FileExistsError if another file is there."""
     check_page(file, MARK, "scripts/study report")
     file.parent.mkdir(parents=True, exist_ok=True)
     for name, content in figures.items():
@@ -69,11 +57,7 @@ def write_page(file: Path, page: str, figures: Mapping[str, bytes]) -> None:
 
 
 def insert_summaries(file: Path, studies: list[StudyResults]) -> str:
-    """Text of a file with the summaries of studies between its marks.
-
-    Raises:
-        StudyError: if it has marks of no study, or a mark without its end.
-    """
+    """Text of a file with the summaries of studies between its marks; StudyError if a mark or its end is missing."""
     text = file.read_text(encoding="utf-8")
     known = {study.name: study for study in studies}
     before, between = BEGIN.split("NAME")
@@ -157,10 +141,9 @@ def _different(records: list[dict[str, Any]], describe: Any) -> str:
 
 
 def _hardware(record: dict[str, Any]) -> str:
-    hardware = record["hardware"]
-    if hardware["gpu"]:
-        return f"{hardware['gpu']}, {hardware['cpus']} cores of {hardware['cpu']}"
-    return f"no GPU, {hardware['cpus']} cores of {hardware['cpu']} ({hardware['device']})"
+    place = record["hardware"]
+    cores = f"{place['cpus']} cores of {place['cpu']}"
+    return f"{place['gpu']}, {cores}" if place["gpu"] else f"no GPU, {cores} ({place['device']})"
 
 
 def _versions(record: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from laboratory.benchmarking.measure import Stopwatch, Turns, measure, total_byt
 from laboratory.benchmarking.memory import allocated_peak
 from laboratory.benchmarking.problem import BenchmarkError, random_case, synthetic_problem
 from laboratory.benchmarking.report import Target, predict_targets, train_targets
+from nnunetv2_diffusion import checkpoints
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
@@ -252,7 +253,10 @@ def test_real_plans_of_any_kind_of_labels_are_timed(labels, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([*TRAIN, "--trainers", "nnUNetTrainerNobody"], "nnUNetTrainerNobody is not among nnU-Net's trainers"),
+        (
+            [*TRAIN, "--trainers", "nnUNetTrainerNobody"],
+            "--trainers: Could not find requested nnunet trainer",
+        ),
         ([*TRAIN, "--patch", "16x16"], "--patch is 16x16, expected 3 sizes"),
         ([*TRAIN, "--patch", "a"], "expected e.g. 40x56x40"),
         ([*TRAIN, "--classes", "1"], "--classes is 1, expected at least 2"),
@@ -317,24 +321,20 @@ def test_existing_json_is_not_overwritten(tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
 
 
-def _not_found(name):
-    raise RuntimeError(f"Could not find requested nnunet trainer {name}")
-
-
-def test_trainers_of_the_checkout_serve_where_nnunet_finds_none(monkeypatch):
-    monkeypatch.setattr(host, "recursive_find_trainer_class_by_name", _not_found)
-    monkeypatch.setattr(host, "CHECKOUT_TRAINERS", ROOT / "trainers")
-    assert host.find_trainer("nnUNetTrainerRecycleXT").__name__ == "nnUNetTrainerRecycleXT"
+def test_nnunet_is_told_of_the_trainers_of_the_checkout(monkeypatch):
+    monkeypatch.delenv(host.EXTRA, raising=False)
+    with host.temporary_folders():
+        assert os.environ[host.EXTRA] == str(ROOT / "trainers")
+    assert host.EXTRA not in os.environ
 
 
 def test_trainer_that_cannot_be_used_is_not_replaced_by_another(monkeypatch):
     def broken(name):
         raise RuntimeError(f"{name} cannot be used: no torch")
 
-    monkeypatch.setattr(host, "recursive_find_trainer_class_by_name", broken)
-    monkeypatch.setattr(host, "CHECKOUT_TRAINERS", ROOT / "trainers")
+    monkeypatch.setattr(checkpoints, "recursive_find_trainer_class_by_name", broken)
     with pytest.raises(BenchmarkError, match="cannot be used: no torch"):
-        host.find_trainer("nnUNetTrainerRecycleXT")
+        host.build_network("nnUNetTrainerRecycleXT", synthetic_problem(), CPU)
 
 
 def test_all_trainers_get_the_same_cases():
