@@ -81,10 +81,7 @@ def check_cases(source: Path, wanted: Iterable[str]) -> None:
 def read_raw(source: Path) -> tuple[dict, list[str]]:
     """dataset.json and the sorted names of the labelled cases of a raw data set, as nnU-Net finds them.
 
-    How many channels their files hold is checked by nnU-Net, which reads them (``--verify_dataset_integrity``).
-
-    Raises:
-        RawDataError: naming what is missing or of an unexpected form.
+    RawDataError names what is missing or of an unexpected form. How many channels files hold is checked by nnU-Net.
     """
     dataset, cases = _read(source)
     return dataset, sorted(cases)

@@ -16,6 +16,7 @@ WORDS = {
     "datasets/muscle_postprocess": "--component",
     "demo": "--compare TRAINER",
     "gpu_day": "Each part writes OUT/PART.json",
+    "lines": "Lines of code and tests",
     "memory_table": "--refiner-width",
     "study": "There is no seed to",
     "test": "PYTEST OPTIONS",

@@ -21,10 +21,9 @@ DIFFERENT_INPUTS = 4
 
 @dataclass(frozen=True)
 class Subject:
-    """Something that is timed.
+    """Something that is timed, with its name.
 
     Attributes:
-        name: shown and used as key.
         run: the work; its argument selects the input, which is the same for all subjects of a round.
         tensors: what the subject keeps on the device between runs.
         pass_seconds: seconds of each network pass of the last run, None if not known; called after synchronising.
@@ -96,11 +95,7 @@ def total_bytes(tensors: Iterable[torch.Tensor]) -> int:
 class Turns:
     """How subjects take turns, A B C A B C, so that a change of the machine's speed meets all of them.
 
-    Attributes:
-        device: of the subjects.
-        stopwatch: for that device.
-        rounds: measured turns of each.
-        warmup: turns before that are not counted.
+    ``rounds`` turns of each are measured, after ``warmup`` turns that are not counted.
     """
 
     device: torch.device

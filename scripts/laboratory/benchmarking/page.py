@@ -42,38 +42,27 @@ KINDS = {
     "train-step": Kind(
         "Training step",
         "One call of nnU-Net's `train_step`, loss and update included, on the same batches for all trainers.",
-        "scripts/benchmark train-step",
-        report.TRAIN_COLUMNS,
+        "scripts/benchmark train-step", report.TRAIN_COLUMNS,
     ),
     "predict": Kind(
-        "Prediction",
-        "One call `network(image)` as nnU-Net's predictor makes it, with K denoising steps.",
-        "scripts/benchmark predict",
-        report.PREDICT_COLUMNS,
+        "Prediction", "One call `network(image)` as nnU-Net's predictor makes it, with K denoising steps.",
+        "scripts/benchmark predict", report.PREDICT_COLUMNS,
     ),
     "refiner": Kind(
         "Refiner",
         "One pass of HiDiff's segmentor, and one refinement step, real-valued and binarised; operations and sizes are "
-        "counts.",
-        "scripts/benchmark refiner",
-        [*report.REFINER_COLUMNS, *report.COUNT_COLUMNS],
+        "counts.", "scripts/benchmark refiner", [*report.REFINER_COLUMNS, *report.COUNT_COLUMNS],
     ),
     MEMORY: Kind(
         "Memory",
         "What the planners estimate for a training step beside what it takes: bytes saved for the backward pass, and "
-        "the most that is allocated at a time.",
-        "scripts/memory_table",
-        report.MEMORY_COLUMNS,
+        "the most that is allocated at a time.", "scripts/memory_table", report.MEMORY_COLUMNS,
     ),
-}
+}  # fmt: skip
 
 
 def read_runs(folder: Path) -> list[Run]:
-    """All JSONs of a folder, by name.
-
-    Raises:
-        BenchmarkError: if there are none, or one is not of the benchmark; the message names it.
-    """
+    """All JSONs of a folder, by name; BenchmarkError if there are none, or names one that is not of the benchmark."""
     files = sorted(folder.glob("*.json"))
     if not files:
         raise BenchmarkError(f"{folder}: found no file *.json, {EXPECTED}")
@@ -158,11 +147,7 @@ def _facts(run: Run) -> list[str]:
 
 
 def write_page(file: Path, page: str) -> None:
-    """Write a page that is new, or was made here before; whole or not at all.
-
-    Raises:
-        BenchmarkError: if another file is there, or it cannot be written.
-    """
+    """Write a page that is new, or was made here before, whole or not at all; else BenchmarkError."""
     try:
         check_page(file, MARK, "scripts/benchmark page")
         file.parent.mkdir(parents=True, exist_ok=True)

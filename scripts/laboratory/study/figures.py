@@ -9,7 +9,6 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from laboratory.study.results import CellResults, StudyResults, matching, nanmean
-from laboratory.study.tables import sample_rows, step_curves
 from nnunetv2_diffusion.drawing import plt  # chooses a backend without a screen
 
 CURVES = "nnU-Net's pseudo Dice on validation patches by epoch, mean over runs."
@@ -20,15 +19,6 @@ def all_figures(study: StudyResults) -> Iterator[tuple[str, str, Figure]]:
     """Name, caption and figure of all that there are results for, without those of the questions."""
     yield "dice", "Dice of the test cases, mean over runs and foreground classes.", dice_boxes(study)
     yield "curves", CURVES, training_curves(study.cells)
-    curves = step_curves(study)
-    if curves:
-        yield (
-            "steps",
-            "Dice of the estimate after every step of one chain.",
-            line_figure(curves, "reverse step", "Dice"),
-        )
-        caption = "Diversity of samples (1 - pairwise Dice) against Dice; a point a case, crosses are means."
-        yield "diversity", caption, diversity(study)
 
 
 def to_png(figure: Figure) -> bytes:
@@ -62,37 +52,19 @@ def question_boxes(first: CellResults, others: list[CellResults]) -> Figure:
 
 
 def training_curves(cells: list[CellResults]) -> Figure:
-    """Pseudo Dice by epoch."""
-    curves = {}
-    for cell in cells:
-        if not all(r["training"]["curve"] for r in cell.records):
-            continue  # an ensemble
-        runs = [[np.nan if v is None else v for v in r["training"]["curve"]["mean_fg_dice"]] for r in cell.records]
-        shortest = min(map(len, runs))
-        curves[cell.name] = nanmean([run[:shortest] for run in runs], 0)
-    return line_figure(curves, "epoch", "pseudo Dice")
-
-
-def line_figure(curves: dict[str, np.ndarray], x: str, y: str) -> Figure:
-    """A line for each name, from 1."""
+    """Pseudo Dice by epoch; an ensemble has no curve."""
     figure, axes = plt.subplots(figsize=(7, 4))
-    for index, (name, curve) in enumerate(curves.items()):
+    for index, cell in enumerate(c for c in cells if all(r["training"]["curve"] for r in c.records)):
+        runs = [[np.nan if v is None else v for v in r["training"]["curve"]["mean_fg_dice"]] for r in cell.records]
+        curve = nanmean([run[: min(map(len, runs))] for run in runs], 0)
         marker = "o" if len(curve) <= 20 else None
-        axes.plot(range(1, len(curve) + 1), curve, marker=marker, markersize=3, color=COLOURS(index), label=name)
-    return _finish(figure, x, y)
-
-
-def diversity(study: StudyResults) -> Figure:
-    """Diversity of samples against Dice."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for index, cell in enumerate(study.cells):
-        points = sample_rows(cell).reindex(columns=["pairwise_dice", "Dice"]).to_numpy(np.float64)
-        if not np.isfinite(points).any(0).all():  # not analysed, or a single sample
-            continue
-        spread, dice = 1 - points[:, 0], points[:, 1]
-        axes.scatter(spread, dice, s=8, alpha=0.5, color=COLOURS(index))
-        axes.plot(nanmean(spread), nanmean(dice), "X", color=COLOURS(index), markeredgecolor="black", label=cell.name)
-    return _finish(figure, "1 - pairwise Dice of samples", "Dice of their mean", whole=False)
+        axes.plot(range(1, len(curve) + 1), curve, marker=marker, markersize=3, color=COLOURS(index), label=cell.name)
+    axes.set(xlabel="epoch", ylabel="pseudo Dice")
+    axes.grid(alpha=0.3)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.tight_layout()
+    return figure
 
 
 def _boxes(values: list[np.ndarray], labels: list[str], x: str) -> Figure:
@@ -108,17 +80,5 @@ def _boxes(values: list[np.ndarray], labels: list[str], x: str) -> Figure:
     axes.set_yticks(list(places), labels, fontsize=7)
     axes.set_xlabel(x)
     axes.grid(axis="x", alpha=0.3)
-    figure.tight_layout()
-    return figure
-
-
-def _finish(figure: Figure, x: str, y: str, whole: bool = True) -> Figure:
-    """Names of axes, legend beside them; ``whole``: ticks of x at integers only."""
-    axes = figure.axes[0]
-    axes.set(xlabel=x, ylabel=y)
-    axes.grid(alpha=0.3)
-    if whole:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     figure.tight_layout()
     return figure

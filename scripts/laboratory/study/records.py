@@ -82,11 +82,7 @@ def request_of(
 
 
 def is_finished(file: Path, request: Mapping[str, Any]) -> bool:
-    """Whether a training's results are there.
-
-    Raises:
-        StudyError: if the file holds something else, or the results of another request.
-    """
+    """Whether a training's results are there; StudyError if the file holds others, or those of another request."""
     if not file.exists():
         return False
     found = read_record(file)["request"]
@@ -103,11 +99,7 @@ def is_finished(file: Path, request: Mapping[str, Any]) -> bool:
 
 
 def read_record(file: Path) -> dict[str, Any]:
-    """Read one JSON of a training.
-
-    Raises:
-        StudyError: if it is none.
-    """
+    """Read one JSON of a training; StudyError if it is none."""
     record = read_json(file, StudyError)
     if record.get("kind") != CELL or record.get("schema") != SCHEMA:
         raise StudyError(

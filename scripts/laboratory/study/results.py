@@ -41,15 +41,9 @@ class CellResults:
         raise StudyError(f"cell {self.name}: run {run} has no prediction {name}, the first one has")
 
     def values(self, name: str, metric: str, label: str = MEAN) -> np.ndarray:
-        """Scores of a prediction.
+        """Scores of a prediction: (runs, cases), cases in the order of their names, NaN where undefined.
 
-        Args:
-            name: of the prediction.
-            metric: its name.
-            label: key of a class or region, or "mean": per case, over those that have a value.
-
-        Returns:
-            (runs, cases), cases in the order of their names, NaN where undefined.
+        ``label`` is the key of a class or region, or "mean": per case, over those that have a value.
         """
         rows = []
         for run in range(len(self.records)):
@@ -77,12 +71,7 @@ class CellResults:
 
 @dataclass(frozen=True)
 class StudyResults:
-    """A study.
-
-    Attributes:
-        content: of its study.json: name, summary, cells (in order), settings, reference, questions.
-        cells: that have results, in the order of the study.
-    """
+    """The content of a study.json, and the cells that have results, in the order of the study."""
 
     content: dict[str, Any]
     cells: list[CellResults]
@@ -115,8 +104,7 @@ class StudyResults:
 def load_results(folder: Path) -> list[StudyResults]:
     """All studies below a folder, by name.
 
-    Raises:
-        StudyError: if there are none, a file is not of a study, or results do not belong together.
+    StudyError if there are none, a file is not of a study, or results do not belong together.
     """
     if not folder.is_dir():
         raise StudyError(f"{folder}: no such folder, expected results of scripts/study run")

@@ -12,19 +12,8 @@ from typing import Any
 
 from laboratory.commands import CommandError, CommandRunner
 from laboratory.raw_data import RawDataError
-from laboratory.study import StudyError
+from laboratory.study import StudyError, records
 from laboratory.study.definition import Cell, Study, predictions_of, read_study
-from laboratory.study.records import (
-    SCHEMA,
-    STUDY,
-    collect,
-    describe_code,
-    is_finished,
-    note_code,
-    record_file,
-    request_of,
-    to_text,
-)
 from laboratory.study.stages import Training
 from laboratory.study.workplace import Workplace, say
 from nnunetv2_diffusion.checkpoints import CheckpointError, find_trainer
@@ -81,7 +70,7 @@ def open_study(arguments: argparse.Namespace) -> tuple[Workplace, list[Unit]]:
         return place, units
     place.root.mkdir(parents=True, exist_ok=True)
     _copy_study(study, results)
-    code = describe_code()
+    code = records.describe_code()
     if code["commit"] is None or code["dirty"]:
         why = "no git checkout of this package found" if code["commit"] is None else "changes are not committed"
         print(f"warning: {why}; results will not name the code that made them", file=sys.stderr)
@@ -102,9 +91,9 @@ def open_units(place: Workplace, cells: Sequence[Cell], results: Path) -> list[U
         _check(cell, kind)
         predictions = predictions_of(cell, kind)
         for number in range(cell.runs):
-            request = request_of(place.study, cell, number, predictions, kind)
-            file = record_file(results, place.study, cell, number)
-            if is_finished(file, request):
+            request = records.request_of(place.study, cell, number, predictions, kind)
+            file = records.record_file(results, place.study, cell, number)
+            if records.is_finished(file, request):
                 say(f"{cell.name} run {number}: finished, {file}")
             else:
                 training = Training(place, cell, number, predictions, cell.analysis_of(kind), kind is not None)
@@ -175,12 +164,12 @@ def _finish(unit: Unit, units: dict[tuple[str, int], Unit]) -> None:
     training = unit.training
     try:
         _wait_for_sources(training, units)
-        note_code(training)
+        records.note_code(training)
         training.work(unit.trained.set)
     finally:
         unit.trained.set()
     unit.file.parent.mkdir(parents=True, exist_ok=True)
-    text = to_text(collect(training, unit.request)) + "\n"
+    text = records.to_text(records.collect(training, unit.request)) + "\n"
     if unit.file.exists():
         raise StudyError(f"{unit.file} was written by another run in the meantime; it is not overwritten")
     write_whole(unit.file, text)
@@ -204,5 +193,5 @@ def _copy_study(study: Study, results: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     kept = {k: study.content[k] for k in ("name", "summary", "reference", "questions") if k in study.content}
     cells, settings = [cell.name for cell in study.cells], study.content.get("settings", {})
-    record = {"schema": SCHEMA, "kind": STUDY, **kept, "cells": cells, "settings": settings}
-    write_whole(folder / "study.json", to_text(record) + "\n")
+    record = {"schema": records.SCHEMA, "kind": records.STUDY, **kept, "cells": cells, "settings": settings}
+    write_whole(folder / "study.json", records.to_text(record) + "\n")

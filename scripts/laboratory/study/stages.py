@@ -18,15 +18,9 @@ from nnunetv2_diffusion.planning.settings import ENVIRONMENT_PREFIX
 
 @dataclass
 class Training:
-    """One run of a cell.
+    """One run of a cell, counted from 0, with what is predicted and analysed.
 
-    Attributes:
-        place: folder of the study.
-        cell: what is trained.
-        run: number of the training, from 0.
-        predictions: what is predicted.
-        analysis: what the model is analysed for; None for nothing.
-        has_chain: whether the trainer has one; else there is one step and one sample.
+    Without a chain there is one step and one sample.
     """
 
     place: Workplace
@@ -57,13 +51,9 @@ class Training:
         return [str(n) for n in range(len(self.place.sources(self.cell, self.run)))] if self.cell.ensemble else ["0"]
 
     def work(self, trained: Callable[[], None]) -> None:
-        """All stages; those that are finished are left out.
+        """All stages, but for those that are finished; ``trained`` is called when the model is there.
 
-        Args:
-            trained: called when the model is there.
-
-        Raises:
-            CommandError, StudyError: if one fails; the others are kept.
+        CommandError or StudyError if one fails; the others are kept.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder) as descriptors:

@@ -38,15 +38,7 @@ def say(line: str) -> None:
 
 @dataclass
 class Workplace:
-    """Paths, environment and plans of a study in a folder.
-
-    Attributes:
-        root: the folder, absolute.
-        study: that is run.
-        device: as nnU-Net's -device.
-        runner: of the commands.
-        jobs: trainings at once; they share the cores.
-    """
+    """Paths, environment and plans of a study in a folder (absolute); ``jobs`` trainings at once share the cores."""
 
     root: Path
     study: Study
@@ -104,10 +96,9 @@ class Workplace:
         return {**workers, "OMP_WAIT_POLICY": "PASSIVE", **inherited, **folders}
 
     def find_raw(self, given: Path) -> Path:
-        """The raw data set, given itself or by the folder that it is in; it has all cases of the split.
+        """The raw data set, given itself or by the folder that it is in.
 
-        Raises:
-            StudyError, RawDataError: if it is another one, or cases are missing.
+        StudyError or RawDataError if it is another one, or cases of the split are missing.
         """
         source = given.resolve()
         if source.name != self.study.dataset:
@@ -120,9 +111,7 @@ class Workplace:
     def prepare(self, source: Path) -> None:
         """Link the cases of ``find_raw``, plan and preprocess, write fold 0; what is there already is kept.
 
-        Raises:
-            StudyError: if the folder holds another split.
-            CommandError: if nnU-Net cannot preprocess.
+        StudyError if the folder holds another split, CommandError if nnU-Net cannot preprocess.
         """
         with locked(self.root):
             self._link(source)

@@ -167,7 +167,7 @@ def test_the_page_is_the_same_again_and_says_where_it_comes_from(folder):
         assert said in page
     assert "Not answered yet" in page
     assert {Path(path).name for path in figures} == {
-        "made_dice.png", "made_curves.png", "made_steps.png", "made_diversity.png",
+        "made_dice.png", "made_curves.png",
         "made_question_1.png", "made_question_1_curves.png",
     }  # fmt: skip
 
