@@ -1,4 +1,4 @@
-# Sourced by scripts/demo and scripts/test: a Python environment with this package, made on first use.
+# Sourced by the scripts: a Python environment with this package, made on first use.
 #
 #   NNUNETV2_DIFFUSION_ENV=active   use the active environment as it is, install nothing
 #   NNUNETV2_DIFFUSION_ENV=DIR      make and use another folder than .venv
@@ -25,4 +25,16 @@ make_environment() { # $1: what to install, "." or ".[test]"
     # a checkout of the same version may have changed since
     "$folder/bin/python" -m pip install --quiet --no-deps --force-reinstall "$repository"
     export PATH="$folder/bin:$PATH" VIRTUAL_ENV="$folder"
+}
+
+run_laboratory() { # $1: what to install, $2: module below scripts/, then its arguments; --help needs no environment
+    local extra=$1 module=$2 word
+    shift 2
+    # the library of this checkout, also where another version is installed
+    export PYTHONPATH=$repository/scripts:$repository${PYTHONPATH:+:$PYTHONPATH}
+    for word in "$@"; do
+        case "$word" in -h | --help) exec "${PYTHON:-python3}" -m "$module" "$@" ;; esac
+    done
+    make_environment "$extra"
+    exec python -m "$module" "$@"
 }

@@ -1,1 +1,4 @@
-"""What the authors and curious users run from a checkout; it imports the plug-in and is not installed with it."""
+"""What runs from a checkout and is not installed: demo, studies, benchmarks and converters of data sets.
+
+``scripts/`` holds the commands. The laboratory imports the plug-in (``nnunetv2_diffusion``), never the other way round.
+"""

@@ -12,10 +12,9 @@ import torch
 CHECKOUT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(CHECKOUT / "scripts"))
 
+from laboratory.benchmarking.problem import synthetic_problem  # noqa: E402
 from laboratory.gpu_day import masks  # noqa: E402
 from laboratory.gpu_day.trainings import affordable_epochs, write_study  # noqa: E402
-
-from nnunetv2_diffusion.benchmarking.problem import synthetic_problem  # noqa: E402
 from nnunetv2_diffusion.diffusion import ContentNoise  # noqa: E402
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from laboratory.benchmarking.refiner import count_cost, refiner_inputs
 from nnunetv2_diffusion.networks.binary import BinaryConv
 from nnunetv2_diffusion.networks.binary_weights import load_packed, pack, save_packed, unpack
-from nnunetv2_diffusion.networks.cost import count_cost, refiner_inputs
 from nnunetv2_diffusion.networks.refiner import Refiner
 
 

@@ -8,8 +8,8 @@ from hidiff_reference import below, embedding_of, fill_condition, fill_conv_bloc
 from torch import nn
 from torch.nn import functional as F
 
+from laboratory.benchmarking.refiner import refiner_inputs
 from nnunetv2_diffusion.networks.binary import BinaryConv, BlockStyle
-from nnunetv2_diffusion.networks.cost import refiner_inputs
 from nnunetv2_diffusion.networks.refiner import ConcatLayer, ConditionBlock, Refiner, TimeEmbedding
 from nnunetv2_diffusion.networks.time_conditioning import sinusoidal_embedding
 

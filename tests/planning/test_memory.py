@@ -5,9 +5,10 @@ import gc
 import pytest
 import torch
 
-from nnunetv2_diffusion.benchmarking import host
-from nnunetv2_diffusion.benchmarking.memory import SUBJECTS, main, measure_memory, with_settings
-from nnunetv2_diffusion.benchmarking.problem import synthetic_problem
+from laboratory.benchmarking import host
+from laboratory.benchmarking.memory import main, measure_memory
+from laboratory.benchmarking.options import SUBJECTS
+from laboratory.benchmarking.problem import synthetic_problem, with_settings
 from nnunetv2_diffusion.planning.memory import SavedBytes, estimate_memory
 from nnunetv2_diffusion.planning.settings import SettingsError
 

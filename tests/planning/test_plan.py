@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from laboratory.benchmarking.problem import synthetic_problem
 from nnunetv2_diffusion import cli
-from nnunetv2_diffusion.benchmarking.problem import synthetic_problem
 from nnunetv2_diffusion.planning.derive import PlansError, derive_plans
 from nnunetv2_diffusion.planning.settings import ENVIRONMENT_PREFIX
 

@@ -77,10 +77,10 @@ def masks(day: Day) -> None:
     """Masks of the CPU against those of the GPU, for every trainer."""
     import torch
 
+    from laboratory.benchmarking.problem import synthetic_problem
+    from laboratory.benchmarking.report import describe_hardware, describe_versions
     from laboratory.gpu_day.masks import compare_all
     from laboratory.gpu_day.page import page
-    from nnunetv2_diffusion.benchmarking.problem import synthetic_problem
-    from nnunetv2_diffusion.benchmarking.report import describe_hardware, describe_versions
 
     os.environ.update({"nnUNet_compile": "f"})
     device = torch.device(day.device)

@@ -13,8 +13,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from torch import nn
 from tqdm import tqdm
 
-from nnunetv2_diffusion.benchmarking.host import build_network, create_trainer, make_batches, temporary_folders
-from nnunetv2_diffusion.benchmarking.problem import Problem
+from laboratory.benchmarking.host import build_network, create_trainer, make_batches, temporary_folders
+from laboratory.benchmarking.problem import Problem
 from nnunetv2_diffusion.diffusion import ContentNoise
 
 COUNTED = 10  # steps whose mean loss is told, and steps whose synchronisations are counted
