@@ -33,7 +33,7 @@ def load_checkpoint_file(path: str | Path) -> dict:
     Raises:
         CheckpointError: if the file is missing, damaged, or holds more than tensors and plain data.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise CheckpointError(f"{path}: no such file, expected a checkpoint")
     try:
         checkpoint = read_tensor_file(path, mmap=True)

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
             print("\n".join(texts.values()), end="")
         else:
             write_new({file: texts[name] for name, file in files.items()})
-            print("\n".join(map(str, files.values())))
+            print("\n".join([*map(str, files.values()), *lacking_notes(comparison)]))
     except (OSError, ValueError) as error:
         print(f"nnunetv2_diffusion compare: {error}", file=sys.stderr)
         return 1
@@ -191,11 +191,21 @@ def _score_notes(comparison: Comparison) -> list[str]:
                 "there; a method that misses a class may look better for it."
             )
         notes.append(text)
+    notes += lacking_notes(comparison)
     if any(score.left_out for score in comparison.scores):
         notes.append(
             "NaN and infinite values are left out: (n of N) cases have a value. They may not be the same ones."
         )
     return notes
+
+
+def lacking_notes(comparison: Comparison) -> list[str]:
+    """What is left out because not all methods have it, and what to type."""
+    return [
+        f"{metric} is left out: {', '.join(names)} {'has' if len(names) == 1 else 'have'} none. nnunetv2_diffusion "
+        "evaluate GROUND_TRUTH FOLDER --overwrite adds it."
+        for metric, names in comparison.lacking.items()
+    ]
 
 
 def _score_cells(scores: list[Score], alpha: float, decimals: int) -> list[tuple[Score, Cell]]:

@@ -169,7 +169,12 @@ def _add_conventions(group: argparse._ArgumentGroup) -> None:
     percentiles = "; ".join(f"{name}: {text}" for name, text in surface.PERCENTILES.items())
     add = group.add_argument
     add("--empty", choices=EMPTY_RULES, default=defaults.empty, help=f"How empty masks count. {rules}.")
-    add("--no-surface", "--no_surface", action="store_true", help="Leave out distances, which need MONAI and time.")
+    add(
+        "--no-surface",
+        "--no_surface",
+        action="store_true",
+        help="Leave out distances, which take time; without MONAI they are left out.",
+    )
     add(
         "--tolerances",
         type=float,
@@ -210,10 +215,12 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if target.suffix != ".json":
             raise EvaluationError(f"-o is {target}, expected a file that ends with .json")
-        settings = _settings(arguments)
+        settings, note = _without_library(_settings(arguments))
         if not arguments.prediction.is_dir():
             raise EvaluationError(f"{arguments.prediction}: no such folder")
         check_outputs(files, arguments.overwrite)
+        if note:
+            print(f"nnunetv2_diffusion evaluate: {note}; then evaluate again with --overwrite", file=sys.stderr)
         evaluation = evaluate_folders(
             arguments.reference,
             arguments.prediction,
@@ -225,6 +232,8 @@ def run(arguments: argparse.Namespace) -> int:
             processes=arguments.np,
             progress=not arguments.disable_progress_bar,
         )
+        if note:
+            evaluation.summary["conventions"]["surface_distances"] = note
         texts = to_json(evaluation.summary), to_csv(evaluation.results, evaluation.labels)
         write_files(dict(zip(files, texts, strict=True)), arguments.overwrite)
     except (EvaluationError, OSError) as error:
@@ -234,6 +243,20 @@ def run(arguments: argparse.Namespace) -> int:
     print(_table(evaluation))
     print(f"{len(evaluation.results)} cases: {files[0]}, {files[1]}")
     return 0
+
+
+def _without_library(settings: EvaluationSettings) -> tuple[EvaluationSettings, str | None]:
+    """The settings, without surface distances where MONAI is missing and nobody asked for them, and a note on that.
+
+    Raises:
+        EvaluationError: options of distances are given, and MONAI is missing.
+    """
+    missing, default = surface.missing_library() if settings.surface else None, EvaluationSettings()
+    if missing is None:
+        return settings, None
+    if (settings.tolerances, settings.percentile) != (default.tolerances, default.percentile):
+        surface.library_version()
+    return replace(settings, surface=False), f"HD, HD95, ASSD and NSD are left out: {missing}"
 
 
 def _warn_of_changed(evaluation: Evaluation, prediction: Path) -> None:

@@ -25,6 +25,9 @@ def scan_labels(datasets: Iterable[Any], show_progress: bool, cache: Path | None
 
     Returns:
         case -> labels; -1 marks voxels outside of the cropped image.
+
+    Raises:
+        ValueError: a segmentation has colours, naming the case.
     """
     known = _read(cache)
     found, fresh = {}, {}
@@ -35,7 +38,14 @@ def scan_labels(datasets: Iterable[Any], show_progress: bool, cache: Path | None
         if key and remembered and remembered[:2] == stamp:
             found[case] = set(remembered[2])
             continue
-        found[case] = _label_values(dataset.load_case(case)[1])
+        segmentation = dataset.load_case(case)[1]
+        if len(segmentation) != 1:
+            raise ValueError(
+                f"case {case}: the segmentation has {len(segmentation)} channels, expected one, of labels. nnU-Net "
+                "reads masks with a palette (PNG of mode P) as colours: save labelsTr as grey values (see the README) and "
+                "preprocess again."
+            )
+        found[case] = _label_values(segmentation)
         if key:
             fresh[key] = [*stamp, sorted(found[case])]
     if cache is not None and fresh:

@@ -3,6 +3,7 @@
 import csv
 import json
 import multiprocessing.dummy
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -538,15 +539,32 @@ def test_at_least_one_process_works(processes, make):
         evaluate_folders(*make(), NO_SURFACE, processes=processes)
 
 
-def test_missing_library_is_an_error_before_the_work(make, verb, monkeypatch):
-    def missing():
-        raise EvaluationError("no library. Type: pip install")
+def test_without_the_library_the_same_call_scores_the_rest_and_says_what_to_type(make, verb, monkeypatch):
+    def version(name):
+        raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(surface, "library_version", missing)
+    monkeypatch.setattr(surface, "version", version)
     gt, pred = make()
-    status, _, message = verb(gt, pred)
-    assert (status, message) == (1, "nnunetv2_diffusion evaluate: no library. Type: pip install\n")
-    assert verb(gt, pred, "--no-surface")[0] == 0
+    status, out, message = verb(gt, pred, "--disable_progress_bar")
+    assert status == 0
+    assert "Dice" in out
+    assert "HD95" not in out
+    assert message.startswith("nnunetv2_diffusion evaluate: HD, HD95, ASSD and NSD are left out: surface distances")
+    assert "Type: pip install 'monai" in message
+    assert message.endswith("evaluate again with --overwrite\n")
+    written = json.loads((pred / "summary.json").read_text())
+    assert written["conventions"]["surface_distances"].startswith("HD, HD95, ASSD and NSD are left out")
+    assert "Dice" in written["foreground_mean"]
+    assert verb(gt, pred, "--no-surface", "--overwrite", "--disable_progress_bar")[2] == ""
+
+
+@pytest.mark.parametrize("asked", [("--percentile", "pooled"), ("--tolerances", 3)])
+def test_who_asks_for_distances_is_told_before_the_work_that_the_library_is_missing(make, verb, monkeypatch, asked):
+    monkeypatch.setattr(surface, "missing_library", lambda: "no library. Type: pip install")
+    gt, pred = make()
+    status, _, message = verb(gt, pred, *asked)
+    assert (status, message.startswith("nnunetv2_diffusion evaluate: no library. Type: pip install")) == (1, True)
+    assert not (pred / "summary.json").exists()
 
 
 def test_pngs_have_no_mm(tmp_path):

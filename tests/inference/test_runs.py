@@ -745,7 +745,7 @@ def test_the_end_is_told_in_one_line_with_words_that_count(models, tmp_path, cap
     images = write_images(tmp_path / "in", 1, (8, 12, 8))
     assert run(models(), images, tmp_path / "out", *PLAIN) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any("1 tile, 1 member, 1.00 network passes a tile" in line for line in lines)
+    assert any("s, 1 mask, 1 tile, 1 pass of the network" in line for line in lines)
     assert lines[-1].startswith("1 case in ")
     assert lines[-1].endswith(f"s, written to {tmp_path / 'out'}")
 

@@ -173,6 +173,13 @@ def test_labels_of_2d_cases_are_seen():
         check_labels([dataset], CLASSES, "folder", False)
 
 
+def test_colours_of_a_palette_are_named_before_training():
+    """What nnU-Net's preprocessing makes of a PNG of mode P; the first channel alone may look like labels."""
+    colours = Dataset({"us_1": np.zeros((3, 1, 8, 9), np.int8)})
+    with pytest.raises(ValueError, match=r"case us_1: the segmentation has 3 channels.*PNG of mode P"):
+        check_labels([colours], CLASSES, "folder", False)
+
+
 def test_labels_of_every_case_are_returned():
     found = check_labels([make_dataset(1), Dataset({"z": np.zeros((1, 2, 3, 4), np.int8)})], CLASSES, "folder", False)
     assert found == {"a": {-1, 0, 1, 2}, "z": {0}}
@@ -541,8 +548,9 @@ def test_a_zip_with_a_damaged_pickle_is_named(tmp_path, content):
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    for path in (tmp_path / "missing.pth", tmp_path):
-        with pytest.raises(CheckpointError, match=re.escape(f"{path}: no such file")):
+    found = {tmp_path / "missing.pth": "no such file", tmp_path: "a folder, expected the file of a checkpoint"}
+    for path, what in found.items():
+        with pytest.raises(CheckpointError, match=re.escape(f"{path}: {what}")):
             load_checkpoint_file(path)
 
 
