@@ -12,7 +12,8 @@ import scipy
 from nnunetv2_diffusion import __version__
 from nnunetv2_diffusion.evaluation.comparison import DEFAULT_METRICS, Comparison, Options, Score, compare
 from nnunetv2_diffusion.evaluation.summaries import FILE, FOREGROUND
-from nnunetv2_diffusion.evaluation.tables import ENDINGS, RENDERERS, Cell, Table, write_new
+from nnunetv2_diffusion.evaluation.tables import ENDINGS, RENDERERS, Cell, Table
+from nnunetv2_diffusion.files import write_all
 
 MISSING = "n/a"
 
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.output is None:
             print("\n".join(texts.values()), end="")
         else:
-            write_new({file: texts[name] for name, file in files.items()})
+            write_all({file: texts[name] for name, file in files.items()})
             print("\n".join([*map(str, files.values()), *lacking_notes(comparison)]))
     except (OSError, ValueError) as error:
         print(f"nnunetv2_diffusion compare: {error}", file=sys.stderr)

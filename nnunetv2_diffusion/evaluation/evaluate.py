@@ -30,22 +30,21 @@ from nnunetv2_diffusion.evaluation.files import (
     find_pairs,
     find_reader,
     load_case,
-    read_json,
 )
 from nnunetv2_diffusion.evaluation.labels import LabelSet, read_labels
 from nnunetv2_diffusion.evaluation.metrics import EMPTY_RULES, count, overlap_scores, volume_scores
 from nnunetv2_diffusion.evaluation.results import (
     MEANS,
     CaseResult,
-    check_outputs,
     summarise,
     to_csv,
     to_json,
-    write_files,
 )
 from nnunetv2_diffusion.evaluation.run_ids import changed_masks, check_one_run
 from nnunetv2_diffusion.evaluation.summaries import listed
+from nnunetv2_diffusion.files import check_target, read_json, write_all
 
+OVERWRITE = "; use --overwrite, or -o for another file"
 SHOWN = ("Dice", "IoU", "HD95", "ASSD", "NSD")  # columns of the table that is printed
 
 
@@ -218,7 +217,8 @@ def run(arguments: argparse.Namespace) -> int:
         settings, note = _without_library(_settings(arguments))
         if not arguments.prediction.is_dir():
             raise EvaluationError(f"{arguments.prediction}: no such folder")
-        check_outputs(files, arguments.overwrite)
+        for file in files:
+            check_target(file, arguments.overwrite, OVERWRITE)
         if note:
             print(f"nnunetv2_diffusion evaluate: {note}; then evaluate again with --overwrite", file=sys.stderr)
         evaluation = evaluate_folders(
@@ -235,7 +235,7 @@ def run(arguments: argparse.Namespace) -> int:
         if note:
             evaluation.summary["conventions"]["surface_distances"] = note
         texts = to_json(evaluation.summary), to_csv(evaluation.results, evaluation.labels)
-        write_files(dict(zip(files, texts, strict=True)), arguments.overwrite)
+        write_all(dict(zip(files, texts, strict=True)), arguments.overwrite, OVERWRITE)
     except (EvaluationError, OSError) as error:
         print(f"nnunetv2_diffusion evaluate: {error}", file=sys.stderr)
         return 1
@@ -418,13 +418,13 @@ def _jobs(
     dataset_file = dataset_json or prediction / "dataset.json"
     if dataset_json is None and prediction.is_dir() and not dataset_file.is_file():
         raise EvaluationError(f"{dataset_file}: missing, expected dataset.json there; or name it with -djfile")
-    dataset = read_json(dataset_file)
+    dataset = read_json(dataset_file, EvaluationError, "dataset.json of nnU-Net")
     if not isinstance(dataset.get("file_ending"), str):
         raise EvaluationError(
             f"{dataset_file}: 'file_ending' is {dataset.get('file_ending')!r}, expected such as '.nii.gz'"
         )
     plans = plans or (prediction / "plans.json" if (prediction / "plans.json").is_file() else None)
-    labels = read_labels(dataset, None if plans is None else read_json(plans), str(dataset_file))
+    labels = read_labels(dataset, plans and read_json(plans, EvaluationError, "plans of nnU-Net"), str(dataset_file))
     ending = dataset["file_ending"]
     pairs = find_pairs(reference, prediction, ending, settings.chill)
     if samples is None:

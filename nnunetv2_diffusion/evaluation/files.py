@@ -1,7 +1,6 @@
 """Pairs of references and predictions in folders, read and checked."""
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -144,21 +143,6 @@ class Case:
         mask = read_segmentation(self.reader, file, self.labels, ignore)
         check_geometry(self.reference, mask, self.ignore_geometry)
         return mask.values
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Content of a JSON file that is a mapping.
-
-    Raises:
-        EvaluationError: if it is missing or something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{file}: cannot be read: {_reason(error)}") from error
-    if not isinstance(content, dict):
-        raise EvaluationError(f"{file}: holds a {type(content).__name__}, expected a mapping")
-    return content
 
 
 def find_reader(dataset_json: Mapping[str, Any], example: Path) -> BaseReaderWriter:

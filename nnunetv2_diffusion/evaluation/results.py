@@ -2,17 +2,15 @@
 
 import csv
 import io
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from math import isnan, nan
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nnunetv2_diffusion.evaluation import EvaluationError, strata
+from nnunetv2_diffusion import files
+from nnunetv2_diffusion.evaluation import strata
 from nnunetv2_diffusion.evaluation.labels import LabelSet
 
 NNUNET_KEYS = ("Dice", "IoU", "FP", "TP", "FN", "TN", "n_pred", "n_ref")
@@ -105,50 +103,8 @@ def to_csv(results: Sequence[CaseResult], labels: LabelSet) -> str:
 
 
 def to_json(summary: Mapping[str, Any]) -> str:
-    """As nnU-Net writes it: sorted keys, NaN as NaN."""
-    return json.dumps(summary, sort_keys=True, indent=4)
-
-
-def check_outputs(files: Sequence[Path], overwrite: bool) -> None:
-    """Raise unless files can be written, before the work is done.
-
-    Raises:
-        EvaluationError: if one exists and must not be overwritten, or its folder is missing or cannot be written to.
-    """
-    for file in files:
-        if file.is_dir() or (file.exists() and not overwrite):
-            raise EvaluationError(f"{file} exists and is not overwritten; use --overwrite, or -o for another file")
-        part = _part(file)
-        try:
-            part.touch()
-            part.unlink()
-        except OSError as error:
-            raise EvaluationError(f"{file}: cannot be written: {error}") from error
-
-
-def write_files(contents: Mapping[Path, str], overwrite: bool) -> None:
-    """Write files, each whole or not at all; none if the disk is too full for all of them.
-
-    Raises:
-        EvaluationError: if one cannot be written, or exists and must not be overwritten.
-    """
-    parts = {file: _part(file) for file in contents}
-    try:
-        for file, part in parts.items():
-            part.write_text(contents[file], encoding="utf-8")
-        for file, part in parts.items():
-            if file.exists() and not overwrite:
-                raise EvaluationError(f"{file} exists and is not overwritten; use --overwrite, or -o for another file")
-            os.replace(part, file)
-    except OSError as error:
-        raise EvaluationError(f"{file}: cannot be written: {error}") from error
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-
-
-def _part(file: Path) -> Path:
-    return file.with_name(f".{file.name}.{os.getpid()}.part")
+    """As nnU-Net writes it, with sorted keys; but null where nnU-Net writes NaN, which is no JSON."""
+    return files.to_json(summary, indent=4, sort_keys=True)
 
 
 def _case_entry(result: CaseResult) -> dict[str, Any]:

@@ -2,11 +2,11 @@
 
 import csv
 import io
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+
+from nnunetv2_diffusion.files import write_all as write_new  # noqa: F401, the name that scripts import
 
 ENDINGS = {"text": ".txt", "markdown": ".md", "latex": ".tex", "csv": ".csv"}
 
@@ -129,36 +129,6 @@ def escape_latex(text: str) -> str:
     """Text that LaTeX prints as it is; a minus in front of a number becomes the sign."""
     escaped = "".join(_LATEX.get(character, character) for character in text)
     return re.sub(r"(?<![\w-])-(?=\d)", "$-$", escaped)
-
-
-def write_new(texts: Mapping[Path, str]) -> None:
-    """Write files that do not exist, in UTF-8: all of them, each whole, or none.
-
-    Raises:
-        FileExistsError: if one exists.
-        FileNotFoundError: if a folder does not.
-        OSError: if they cannot be written.
-    """
-    for path in texts:
-        if path.exists():
-            raise FileExistsError(f"{path} exists; it is not overwritten")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path.parent} is no folder; make it, or name another file than {path}")
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in texts}
-    done = []
-    try:
-        for path, part in parts.items():
-            part.write_text(texts[path], encoding="utf-8", newline="\n")
-        for path, part in parts.items():
-            part.rename(path)
-            done.append(path)
-    except BaseException:
-        for path in done:
-            path.unlink(missing_ok=True)
-        raise
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
 
 
 def _one_line(text: str) -> str:

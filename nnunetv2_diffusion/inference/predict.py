@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.compat import package_versions
+from nnunetv2_diffusion.files import write_json
 from nnunetv2_diffusion.inference.arguments import EXAMPLES, add_arguments, model_folder
 from nnunetv2_diffusion.inference.cases import CasePredictor, CaseResult, model_files
 from nnunetv2_diffusion.inference.export import work_folder
@@ -36,7 +37,6 @@ from nnunetv2_diffusion.inference.runs import (
     describe_run,
     open_run,
     write_failures,
-    write_json,
 )
 from nnunetv2_diffusion.locks import LockedError
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError

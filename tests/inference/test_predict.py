@@ -186,6 +186,16 @@ def test_the_json_of_a_case_tells_of_its_samples(everything):
     assert summary["settings"].items() >= summary["settings"]["sampling"].items()
 
 
+def test_every_json_is_as_the_standard_has_it(everything):
+    def refuse(word):
+        raise AssertionError(word)
+
+    found = list(everything.rglob("*.json"))
+    assert len(found) >= 8
+    for file in found:
+        json.loads(file.read_text(), parse_constant=refuse)
+
+
 def test_the_json_tells_what_was_used_and_not_what_was_not_asked_for(models, images, tmp_path):
     out = tmp_path / "out"
     assert predict(models(), images, out, "-device", "cpu", "-npp", 0, "-nps", 0, "--save_uncertainty") == 0

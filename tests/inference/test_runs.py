@@ -398,7 +398,8 @@ def test_leftovers_of_the_dead_are_cleared_and_other_files_are_not(tmp_path):
     (tmp_path / ".unfinished_a").mkdir()
     (tmp_path / ".unfinished_a" / "a.nii.gz").write_text("half")
     (tmp_path / ".unfinished_link").symlink_to(tmp_path / "elsewhere")
-    for name in (".plans.json.123", ".run.json.123.part", ".writable_7", ".lock_0_of_1", ".mine", ".mine.json"):
+    left = (".plans.json.123", ".run.json.123.part", ".long_name.7.part", ".writable_7", ".lock_0_of_1")
+    for name in (*left, ".mine", ".mine.json"):
         (tmp_path / name).write_text("123")
     clear_leftovers(tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {".mine", ".mine.json", ".unfinished_link"}

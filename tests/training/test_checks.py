@@ -20,14 +20,13 @@ from torch import nn
 from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint, load_checkpoint_file
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.planning.settings import SettingsError
-from nnunetv2_diffusion.plans_content import PlansContentError
+from nnunetv2_diffusion.plans_content import PlansContentError, foreground_labels
 from nnunetv2_diffusion.training.checks import (
     absent_classes,
     check_images,
     check_label_numbers,
     check_labels,
     check_plans,
-    head_names,
     never_found,
 )
 from nnunetv2_diffusion.training.label_scan import scan_labels
@@ -234,9 +233,9 @@ def test_regions_of_labels_with_a_hole_pass():
 
 
 def test_names_of_heads_are_in_the_order_of_the_network():
-    assert head_names(LabelManager({"b": 2, "background": 0, "a": 1, "ignore": 3}, None)) == ["a", "b"]
-    assert head_names(LabelManager({"background": 0, "a": [1], "b": 2}, None)) == ["a", "b"]
-    assert head_names(REGIONS) == ["whole", "core"]
+    assert list(foreground_labels({"labels": {"b": 2, "background": 0, "a": 1, "ignore": 3}})) == ["a", "b"]
+    assert list(foreground_labels({"labels": {"background": 0, "a": [1], "b": 2}})) == ["a", "b"]
+    assert list(foreground_labels({"labels": REGIONS.label_dict})) == ["whole", "core"]
 
 
 @pytest.mark.parametrize(
@@ -340,7 +339,7 @@ def test_a_folder_that_cannot_be_written_to_is_looked_at_every_time(stored, tmp_
     def refuse(*_, **__):
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
     for _ in range(2):
         stored.loaded.clear()
         assert scan_labels([stored], False, tmp_path / "label_scan.json") == {"a": {0}, "b": {1}}
