@@ -90,8 +90,12 @@ def check_target(file: Path, replace: bool = False, hint: str = "") -> None:
         raise FileExistsError(f"{file} exists; it is not overwritten{hint}")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{file.parent} is no folder; make it, or name another file than {file.name}")
-    if not os.access(file.parent, os.W_OK):
-        raise PermissionError(f"{file}: cannot be written, its folder is read only")
+    try:
+        part = _part(file)
+        part.touch()
+        part.unlink()
+    except OSError as error:
+        raise _named(error, file) from error
 
 
 @contextmanager
@@ -108,20 +112,31 @@ def written_whole(file: Path, ending: str = "", alone: bool = False) -> Iterator
     Raises:
         OSError: of the same kind as one in the block, naming the file.
     """
-    name = f"{file.name}.part" if alone else f".{file.name[:NAMED]}.{os.getpid()}.part{ending}"
-    part = file.with_name(name)  # not made by mkstemp, whose files others may not read
+    part = file.with_name(f"{file.name}.part") if alone else _part(file, ending)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         yield part
         to_disk(part)
         os.replace(part, file)
     except OSError as error:
-        if error.errno is None:
-            raise OSError(f"{file} cannot be written: {error}") from error
-        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(file)) from error
+        raise _named(error, file) from error
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def _part(file: Path, ending: str = "") -> Path:
+    """A hidden name beside a file; not made by mkstemp, whose files others may not read."""
+    return file.with_name(f".{file.name[:NAMED]}.{os.getpid()}.part{ending}")
+
+
+def _named(error: OSError, file: Path) -> OSError:
+    """The error with the file that was to be written; unchanged if it names one already."""
+    if "cannot be written" in str(error):
+        return error
+    if error.errno is None:
+        return OSError(f"{file} cannot be written: {error}")
+    return OSError(error.errno, f"cannot be written: {error.strerror}", str(file))
 
 
 def write_whole(file: Path, content: str | bytes) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunetv2_diffusion.evaluation import EvaluationError
+from nnunetv2_diffusion.evaluation import EvaluationError, listed
 from nnunetv2_diffusion.evaluation.statistics import PairedComparison, compare_pairs
 from nnunetv2_diffusion.evaluation.summaries import (
     FILE,
@@ -15,7 +15,6 @@ from nnunetv2_diffusion.evaluation.summaries import (
     Summary,
     check_same_cases,
     class_key,
-    listed,
     read_summary,
 )
 
@@ -23,20 +22,8 @@ DEFAULT_METRICS = ("Dice", "HD95")
 # beginnings of the names of metrics, in lower case
 HIGHER_IS_BETTER = ("dice", "iou", "jaccard", "nsd", "recall", "sensitivity", "precision", "specificity", "accuracy")
 HIGHER_IS_BETTER += ("f1", "hungarianiou", "lesion_dice")
-LOWER_IS_BETTER = (
-    "hd",
-    "hausdorff",
-    "assd",
-    "asd",
-    "masd",
-    "ece",
-    "brier",
-    "nll",
-    "ged",
-    "fp",
-    "fn",
-    "volume_error_abs",
-)
+LOWER_IS_BETTER = ("hd", "hausdorff", "assd", "asd", "masd", "ece", "brier", "nll", "ged", "fp", "fn")
+LOWER_IS_BETTER += ("volume_error_abs",)
 
 MOST_RESAMPLES = 1_000_000
 

@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_diffusion.evaluation import EvaluationError
+from nnunetv2_diffusion.evaluation import EvaluationError, listed
 from nnunetv2_diffusion.evaluation.run_ids import check_summary
 from nnunetv2_diffusion.files import read_json, read_json_if_any
 
 FILE = "summary.json"
 FOREGROUND = "mean"  # the class that is the mean over all but the background
 BACKGROUND = "0"
-SHOWN = 10  # names in a message
 
 
 @dataclass(frozen=True)
@@ -89,14 +88,6 @@ def case_name(prediction_file: str) -> str:
     """Name of a case: that of its prediction without folder and ending."""
     name = PureWindowsPath(prediction_file).name  # splits at both kinds of slashes
     return re.sub(r"(?<=.)\.[^.]+(\.gz)?$", "", name)
-
-
-def listed(names: Iterable[str]) -> str:
-    """The first names of a list, and how many there are if not all of them are shown."""
-    names = sorted(names)
-    if not names:
-        return "nothing"
-    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > SHOWN else "")
 
 
 def read_summary(source: Path, name: str) -> Summary:

@@ -3,12 +3,43 @@
 import csv
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from nnunetv2_diffusion.files import write_all as write_new  # noqa: F401, the name that scripts import
 
+MISSING = "n/a"
 ENDINGS = {"text": ".txt", "markdown": ".md", "latex": ".tex", "csv": ".csv"}
+
+
+def number(value: float | None, digits: int, sign: bool = False) -> str:
+    """A number; what is undefined is said so."""
+    if value is None or not np.isfinite(value):
+        return MISSING
+    return f"{value + 0.0:{'+' if sign else ''}.{digits}f}"  # no minus in front of zero
+
+
+def p_value(p: float) -> str:
+    """A p-value in four digits."""
+    return "<0.0001" if p < 0.0001 else number(p, 4)
+
+
+def mean_sd(values: Sequence[float | None], digits: int = 3) -> str:
+    """Mean ± standard deviation (n - 1) of the values that are numbers, and how many are if not all."""
+    found = known(values)
+    if not len(found):
+        return MISSING
+    sd = found.std(ddof=1) if len(found) > 1 else None
+    text = f"{number(found.mean(), digits)} ± {number(sd, digits)}"
+    return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)})"
+
+
+def known(values: Iterable[float | None]) -> np.ndarray:
+    """The values that are numbers, float64, (n,)."""
+    found = np.array(list(values), np.float64)  # None becomes NaN
+    return found[np.isfinite(found)]
 
 
 @dataclass(frozen=True)

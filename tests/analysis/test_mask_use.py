@@ -128,4 +128,4 @@ def test_the_table_has_a_row_for_every_mask_and_a_column_for_every_level():
     ]  # fmt: skip
     table = mask_use_table(Findings(mask_use=rows))
     assert table.columns == ["given mask", "t = 0 T", "t = 0.5 T"]
-    assert table.rows == [[g, "0.600 ± 0.100", "0.600 ± 0.100"] for g in ("true", "drop")]
+    assert table.rows == [[g, "0.600 ± 0.141", "0.600 ± 0.141"] for g in ("true", "drop")]

@@ -411,8 +411,8 @@ def test_source_that_does_not_exist_is_named(folders, refused, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{half", "is no JSON file"),
-        ("[]", "has no cases"),
+        ("{half", "broken.json: not JSON ("),
+        ("[]", "holds list, expected a mapping"),
         ('{"metric_per_case": []}', "has no cases"),
         ('{"metric_per_case": [{"metrics": {}}]}', "metric_per_case[0] has no text 'prediction_file'"),
         (
