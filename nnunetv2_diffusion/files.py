@@ -119,6 +119,8 @@ def written_whole(file: Path, ending: str = "", alone: bool = False) -> Iterator
         to_disk(part)
         os.replace(part, file)
     except OSError as error:
+        if "cannot be written" in str(error):  # of another file in the block
+            raise
         raise _named(error, file) from error
     finally:
         with suppress(OSError):
@@ -131,9 +133,7 @@ def _part(file: Path, ending: str = "") -> Path:
 
 
 def _named(error: OSError, file: Path) -> OSError:
-    """The error with the file that was to be written; unchanged if it names one already."""
-    if "cannot be written" in str(error):
-        return error
+    """An error with the file that was to be written."""
     if error.errno is None:
         return OSError(f"{file} cannot be written: {error}")
     return OSError(error.errno, f"cannot be written: {error.strerror}", str(file))
