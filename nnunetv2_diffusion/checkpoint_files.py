@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nnunetv2_diffusion.checkpoints import CheckpointError, load_checkpoint_file
-from nnunetv2_diffusion.pages import to_disk
+from nnunetv2_diffusion.files import to_disk, written_whole
 from nnunetv2_diffusion.tensor_files import nnunet_types
 
 NAMES = ("checkpoint_final.pth", "checkpoint_latest.pth", "checkpoint_best.pth")  # nnU-Net's
@@ -25,12 +25,10 @@ def write_whole(file: str | Path, write: Callable[[str], None]) -> None:
         CheckpointError: if it cannot be written, for example because the disk is full; what was there is unchanged.
     """
     file = Path(file)
-    part = file.with_name(file.name + ".part")
     before = "the one from before is unchanged" if file.exists() else "no part of it was kept"
     try:
-        write(str(part))
-        to_disk(part)
-        os.replace(part, file)
+        with written_whole(file, alone=True) as part:
+            write(str(part))
         if os.name == "posix":  # elsewhere folders cannot be opened
             to_disk(file.parent)
     except (OSError, RuntimeError) as error:  # torch's writer raises the latter when a disk is full
@@ -38,8 +36,6 @@ def write_whole(file: str | Path, write: Callable[[str], None]) -> None:
         raise CheckpointError(
             f"{file}: could not be written, {before} ({reason}). Make room on that disk and continue with --c"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def is_whole(file: str | Path) -> bool:

@@ -1,6 +1,5 @@
 """Reading nnU-Net's checkpoints, plans and dataset.json without running code from them."""
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import nn
 
 from nnunetv2_diffusion.architecture import check_configuration
+from nnunetv2_diffusion.files import read_json
 from nnunetv2_diffusion.networks.heads import describe_mismatch
 from nnunetv2_diffusion.out_of_memory import is_out_of_memory
 from nnunetv2_diffusion.plans_content import PlansContentError, check_channels_and_labels, check_plans_content
@@ -34,7 +34,7 @@ def load_checkpoint_file(path: str | Path) -> dict:
     Raises:
         CheckpointError: if the file is missing, damaged, or holds more than tensors and plain data.
     """
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise CheckpointError(f"{path}: no such file, expected a checkpoint")
     try:
         checkpoint = read_tensor_file(path, mmap=True)
@@ -111,15 +111,7 @@ def read_model_json(file: Path) -> dict:
     Raises:
         CheckpointError: if it is missing, no JSON, or no mapping.
     """
-    if not file.is_file():
-        raise CheckpointError(f"{file}: no such file, expected beside the folds of a trained model")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise CheckpointError(f"{file}: cannot be read as JSON ({str(error).splitlines()[0]})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds {type(content).__name__}, expected a mapping as nnU-Net writes it")
-    return content
+    return read_json(file, CheckpointError, "as nnU-Net writes it, beside the folds of a trained model")
 
 
 def check_checkpoint(path: str | Path, trainer_name: str, num_heads: int) -> None:

@@ -17,7 +17,7 @@ VERBS = {
     "plan": ("nnunetv2_diffusion.planning.plan", "derive plans from existing ones, by preset and settings"),
     "warm-start": (
         "nnunetv2_diffusion.planning.warm_start",
-        "make weights for nnUNetv2_train -pretrained_weights from an ordinary nnU-Net checkpoint",
+        "make weights for nnUNetv2_train -pretrained_weights from a checkpoint of nnU-Net's trainers or of one here",
     ),
     "predict": ("nnunetv2_diffusion.inference.predict", "predict as nnU-Net does, with samples and uncertainty"),
     "evaluate": ("nnunetv2_diffusion.evaluation.evaluate", "score predictions, with surface distances and calibration"),

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nnunetv2_diffusion.checkpoints import CheckpointError, checkpoint_network, load_checkpoint_file
+from nnunetv2_diffusion.files import check_target, written_whole
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.binary_weights import pack, read_packed, unpack
 
@@ -114,11 +115,6 @@ def unpack_checkpoint(source: Path, target: Path) -> None:
 
 def write_new(content: dict, target: Path) -> None:
     """Write a file that does not exist, whole or not at all."""
-    if target.exists():
-        raise FileExistsError(f"{target} exists; it is not overwritten")
-    part = target.with_name(target.name + ".part")
-    try:
+    check_target(target)
+    with written_whole(target) as part:
         torch.save(content, part)
-        part.rename(target)
-    finally:
-        part.unlink(missing_ok=True)

@@ -1,23 +1,10 @@
-"""Files that commands write whole, and pages that they make again."""
+"""Pages that commands make again."""
 
-import os
 from pathlib import Path
 
+from nnunetv2_diffusion.files import to_disk, write_whole
 
-def write_whole(file: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all; one that exists is replaced."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    part.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(part, file)
-
-
-def to_disk(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk: a power cut may else leave an empty file."""
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+__all__ = ["check_page", "to_disk", "write_whole"]
 
 
 def check_page(file: Path, mark: str, command: str) -> None:

@@ -194,3 +194,19 @@ def _check_normalization(plans: dict, configuration: Mapping[str, Any], channels
         for name, value in values.items() if isinstance(values, dict) else ():
             if isinstance(value, int | float) and not math.isfinite(value):
                 raise _bad(where, f"intensity {name} of channel {channel}", value, "a finite number")
+
+
+def foreground_labels(dataset_json: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name -> values of every label or region of a dataset.json but for background and ignore, in the order of heads.
+
+    As in nnU-Net's label manager, heads follow the values of labels, and the order of the file for regions.
+    """
+    values = {
+        name: tuple(int(v) for v in (value if isinstance(value, list | tuple) else [value]))
+        for name, value in dataset_json["labels"].items()
+        if name != "ignore"
+    }
+    foreground = [(name, value) for name, value in values.items() if set(value) != {0}]
+    if all(len(value) == 1 for value in values.values()):
+        foreground.sort(key=lambda item: item[1])
+    return dict(foreground)

@@ -33,10 +33,14 @@ def read_tensor_file(path: str | Path, mmap: bool = False) -> Any:
         mmap: tensors stay on disk until they are used; not for files of PyTorch before 1.6.
 
     Raises:
-        TensorFileError: naming the file and why it was not loaded.
+        TensorFileError: naming the file and why it was not loaded, or the checkpoint that lies within a folder.
         OSError: if it cannot be opened.
     """
-    with Path(path).open("rb") as file:  # PyTorch's own message of a folder or a closed file is of its reader
+    if Path(path).is_dir():
+        inside = sorted(file.relative_to(path).as_posix() for file in Path(path).glob("**/*.pth"))
+        hint = f"; {inside[0]} lies within it" if inside else ""
+        raise TensorFileError(f"{path}: a folder, expected the file of a checkpoint{hint}")
+    with Path(path).open("rb") as file:  # PyTorch's own message of a closed file is of its reader
         start = file.read(2)
     try:
         with nnunet_types(), warnings.catch_warnings():

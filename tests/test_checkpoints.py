@@ -565,3 +565,14 @@ def test_content_of_the_host_is_read(tmp_path):
     """numpy's scalars, which nnU-Net's log holds."""
     torch.save({"network_weights": {}, "log": [np.float64(0.5)]}, tmp_path / "x.pth")
     assert copy.copy(tensor_files.read_tensor_file(tmp_path / "x.pth", mmap=True))["log"] == [0.5]
+
+
+def test_a_folder_in_place_of_a_checkpoint_is_named_with_what_lies_in_it(tmp_path, capsys):
+    fold = tmp_path / "model" / "fold_0"
+    fold.mkdir(parents=True)
+    (fold / "checkpoint_final.pth").write_bytes(b"x")
+    for verb in ("pack", "unpack"):
+        assert cli.main([verb, "-i", str(fold.parent), "-o", str(tmp_path / "out.pth")]) == 1
+        message = capsys.readouterr().err
+        assert f"{fold.parent}: a folder, expected the file of a checkpoint" in message
+        assert "fold_0/checkpoint_final.pth lies within it" in message

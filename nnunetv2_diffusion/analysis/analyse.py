@@ -1,7 +1,6 @@
 """Verb ``analyse``: the papers' studies of a diffusion model, on labelled cases."""
 
 import argparse
-import json
 import math
 import platform
 import sys
@@ -23,6 +22,7 @@ from nnunetv2_diffusion.compat import package_versions
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.evaluation import EvaluationError
 from nnunetv2_diffusion.evaluation.tables import to_markdown, to_text
+from nnunetv2_diffusion.files import write_json
 from nnunetv2_diffusion.inference.arguments import add_model_options, model_folder
 from nnunetv2_diffusion.inference.inputs import InputError
 from nnunetv2_diffusion.inference.loading import load_predictor
@@ -144,7 +144,7 @@ def set_patch_size(predictor: DiffusionPredictor, size: list[int] | None) -> Non
 
 def describe(arguments: argparse.Namespace, predictor: DiffusionPredictor, findings: Findings) -> dict[str, Any]:
     """Model, options, versions and hardware."""
-    given = {k: str(v) if isinstance(v, Path) else v for k, v in vars(arguments).items() if k not in ("run", "verb")}
+    given = {k: v for k, v in vars(arguments).items() if k not in ("run", "verb") and v is not None}
     chosen = {name: getattr(arguments, name) for name in ("steps", "sampler", "seed", "step_spacing")}
     predictor.set_options(PredictionOptions(**chosen))
     return {
@@ -174,7 +174,7 @@ def write_results(arguments: argparse.Namespace, findings: Findings, predictor: 
             (arguments.o / f"{name}.csv").write_text(rows_to_csv(rows))
     for name, (_, png) in figures.items():
         (arguments.o / f"{name}.png").write_bytes(png)
-    (arguments.o / "settings.json").write_text(json.dumps(settings, indent=2))
+    write_json(arguments.o / "settings.json", settings)
     (arguments.o / "tables.md").write_text("\n\n".join(to_markdown(table) for table in tables) + "\n")
     title = f"{settings['trainer']} on {settings['data set']}"
     (arguments.o / "report.html").write_text(

@@ -112,8 +112,7 @@ def dice_scores(labels: LabelSet, reference: np.ndarray, mask: np.ndarray) -> di
         )["Dice"]
         for target in labels.targets
     }
-    known = [v for v in scores.values() if not np.isnan(v)]
-    return {**scores, MEAN: float(np.mean(known)) if known else float("nan")}
+    return {**scores, MEAN: mean_over_found(list(scores.values()))}
 
 
 def agreement(labels: LabelSet, masks: list[np.ndarray]) -> float:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from nnunetv2_diffusion.agreement import mean_over_found
 from nnunetv2_diffusion.analysis.cases import MEAN, LabelledCase
 from nnunetv2_diffusion.evaluation.labels import LabelSet
 from nnunetv2_diffusion.evaluation.metrics import EMPTY_RULES
@@ -110,8 +111,5 @@ def error_correlation(labels: LabelSet, case: LabelledCase, mask: np.ndarray, va
 def with_mean(scores: Mapping[str, Mapping[str, float]]) -> Scores:
     """With the mean over classes or regions, those without a value left out."""
     metrics = dict.fromkeys(metric for values in scores.values() for metric in values)
-    means = {}
-    for metric in metrics:
-        known = [values[metric] for values in scores.values() if not np.isnan(values[metric])]
-        means[metric] = float(np.mean(known)) if known else float("nan")
+    means = {metric: mean_over_found([values[metric] for values in scores.values()]) for metric in metrics}
     return {**{name: dict(values) for name, values in scores.items()}, MEAN: means}

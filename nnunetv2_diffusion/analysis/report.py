@@ -2,12 +2,16 @@
 
 from base64 import b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from typing import Any
+
+from jinja2 import Environment
 
 from nnunetv2_diffusion.evaluation.tables import Table
 
-STYLE = """
+PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{{ title }}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 84rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; border-top: 1px solid var(--line); padding-top: 1rem; }
@@ -26,27 +30,23 @@ dt { opacity: 0.75; } dd { margin: 0; overflow-wrap: anywhere; }
   dl { grid-template-columns: 1fr; } dd { margin-bottom: 0.4rem; }
   .figures figure:first-child { overflow-x: auto; } .figures figure:first-child img { min-width: 52rem; }
 }
+</style></head><body><h1>{{ title }}</h1>
+{% for sentence in summary %}<p>{{ sentence }}</p>{% endfor %}
+<div class="figures">
+{% for caption, png in figures %}
+<figure><img alt="{{ caption }}" src="data:image/png;base64,{{ png }}"><figcaption>{{ caption }}</figcaption></figure>
+{% endfor %}
+</div>
+{% for table in tables %}
+<h2>{{ table.title }}</h2><div class="scroll"><table>
+<thead><tr>{% for name in table.columns %}<th>{{ name }}</th>{% endfor %}</tr></thead><tbody>
+{% for row in table.cells() %}<tr>{% for cell in row %}<td>{{ cell.text }}</td>{% endfor %}</tr>{% endfor %}
+</tbody></table></div>
+{% for note in table.notes %}<p class="note">{{ note }}</p>{% endfor %}
+{% endfor %}
+<h2>Settings and versions</h2><dl>{% for key, value in settings %}<dt>{{ key }}</dt><dd>{{ value }}</dd>{% endfor %}</dl>
+</body></html>
 """  # noqa: E501, CSS
-
-
-def html_table(table: Table) -> str:
-    """A table with its title and notes."""
-    head = "".join(f"<th>{escape(c)}</th>" for c in table.columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(c.text)}</td>" for c in row) + "</tr>" for row in table.cells())
-    notes = "".join(f'<p class="note">{escape(note)}</p>' for note in table.notes)
-    return (
-        f"<h2>{escape(table.title)}</h2><div class='scroll'><table><thead><tr>{head}</tr></thead>"
-        f"<tbody>{body}</tbody></table></div>{notes}"
-    )
-
-
-def html_figure(caption: str, png: bytes) -> str:
-    """A figure with its pixels in the page."""
-    data = b64encode(png).decode("ascii")
-    return (
-        f'<figure><img alt="{escape(caption)}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
 
 
 def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -56,12 +56,6 @@ def flat_settings(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tup
             yield from flat_settings(value, f"{prefix}{key}.")
         elif value is not None:
             yield f"{prefix}{key}", " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
-def html_settings(settings: Mapping[str, Any]) -> str:
-    """A list of names and values that can be read at any width."""
-    facts = "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in flat_settings(settings))
-    return f"<h2>Settings and versions</h2><dl>{facts}</dl>"
 
 
 def html_report(
@@ -80,11 +74,8 @@ def html_report(
         settings: name -> value, at the end: model, options, versions.
         summary: sentences at the beginning.
     """
-    content = "".join(f"<p>{escape(sentence)}</p>" for sentence in summary)
-    content += f'<div class="figures">{"".join(html_figure(*figure) for figure in figures)}</div>'
-    content += "".join(html_table(table) for table in tables) + html_settings(settings)
-    return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{STYLE}</style></head><body><h1>{escape(title)}</h1>{content}</body></html>\n"
-    )
+    pictures = [(caption, b64encode(png).decode("ascii")) for caption, png in figures]
+    page = Environment(autoescape=True, trim_blocks=True).from_string(PAGE)
+    return page.render(
+        title=title, figures=pictures, tables=tables, settings=flat_settings(settings), summary=summary
+    )  # fmt: skip

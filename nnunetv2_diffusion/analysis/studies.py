@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from nnunetv2_diffusion.agreement import mean_over_found
 from nnunetv2_diffusion.analysis.cases import LabelledCase, agreement, dice_scores, label_names, label_set
 from nnunetv2_diffusion.analysis.quality import (
     can_measure_distances,
@@ -154,7 +155,7 @@ class Laboratory:
             {
                 "case": case.name,
                 "Dice": dice_scores(self.labels, case.reference, mean)["mean"],
-                "sample_dice": float(np.nanmean(singles)) if not np.isnan(singles).all() else float("nan"),
+                "sample_dice": mean_over_found(singles),
                 "pairwise_dice": agreement(self.labels, masks),
                 "error_correlation": self._error_correlation(case, mean, result),
             }

@@ -1,22 +1,21 @@
 """Tables of the papers from rows of numbers; means are over cases, of the mean over labels. NaN is no number."""
 
-import csv
-import io
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import numpy as np
+import pandas as pd
 
-from nnunetv2_diffusion.agreement import CAUTION
+from nnunetv2_diffusion.agreement import CAUTION, mean_over_found
 from nnunetv2_diffusion.analysis.cases import MEAN
 from nnunetv2_diffusion.analysis.studies import Findings, Row
 from nnunetv2_diffusion.evaluation.comparison import direction
 from nnunetv2_diffusion.evaluation.failure import failure_scores
-from nnunetv2_diffusion.evaluation.tables import Table
+from nnunetv2_diffusion.evaluation.tables import MISSING, Table, known, mean_sd, number
 
-NONE = "none"
 DIGITS = {"HD95": 2}  # of other metrics three
-SPREAD_NOTE = "Mean ± standard deviation over cases; (n of N) have a value. A case without foreground has no Dice."
+SPREAD_NOTE = (
+    "Mean ± standard deviation (n - 1) over cases; (n of N) have a value. A case without foreground has no Dice."
+)
 
 
 def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple, list[Row]]:
@@ -32,30 +31,9 @@ def of_mean(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row["label"] == MEAN]
 
 
-def known(values: Iterable[float | None]) -> np.ndarray:
-    """The values that are numbers, float64, (n,)."""
-    found = np.array([np.nan if v is None else v for v in values], np.float64)
-    return found[np.isfinite(found)]
-
-
 def mean_of(values: Iterable[float | None]) -> float:
     """Mean of the values that are numbers; NaN if none is."""
-    found = known(values)
-    return float(found.mean()) if len(found) else float("nan")
-
-
-def number(value: float, digits: int = 3) -> str:
-    """One number, or a word for none."""
-    return f"{value:.{digits}f}" if np.isfinite(value) else NONE
-
-
-def mean_sd(values: Sequence[float | None], digits: int = 3) -> str:
-    """Mean and standard deviation of the values that are numbers, and how many are if not all."""
-    found = known(values)
-    if not len(found):
-        return NONE
-    text = f"{found.mean():.{digits}f} ± {found.std():.{digits}f}"
-    return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)})"
+    return mean_over_found(list(values))
 
 
 def with_unit(metric: str, unit: str) -> str:
@@ -110,11 +88,11 @@ def gain_table(findings: Findings) -> Table:
         better, digits = direction(metric), DIGITS.get(metric, 3) + 1
         found = gains(findings, metric)
         ordered = sorted((better * v, case) for case, v in found.items() if np.isfinite(v))
-        ends = (
-            [f"{better * v:+.{digits}f} ({case})" for v, case in (ordered[0], ordered[-1])] if ordered else [NONE] * 2
-        )
+        ends = [f"{number(better * v, digits, sign=True)} ({case})" for v, case in (*ordered[:1], *ordered[-1:])]
         gaining = f"{sum(v > 0 for v, _ in ordered)} of {len(ordered)}"
-        rows.append([with_unit(metric, findings.unit), mean_sd(list(found.values()), digits), *ends, gaining])
+        rows.append(
+            [with_unit(metric, findings.unit), mean_sd(list(found.values()), digits), *(ends or [MISSING] * 2), gaining]
+        )
     columns = ["last step minus first", "mean", "worst case", "best case", "cases that gain"]
     notes = ["More Dice and less HD95 are a gain. Cases without a value count in neither column."]
     return Table("What the steps after the first bring", columns, rows, notes)
@@ -132,7 +110,7 @@ def cost_table(rows: Sequence[Row], key: str, title: str, unit: str = "mm") -> T
         of_cases = of_mean(of_setting)
         cells += [mean_sd([r.get(metric) for r in of_cases], DIGITS.get(metric, 3)) for metric in metrics]
         failure = failure_scores([r["soft_dice"] for r in of_cases], [r["Dice"] for r in of_cases])
-        cells += [number(failure["AURC"])]
+        cells += [number(failure["AURC"], 3)]
         cells += [number(mean_of(r["passes_per_tile"] for r in of_cases), 2)]
         cells += [number(mean_of(r["seconds"] for r in of_cases), 1)]
         lines.append([str(value), *cells])
@@ -149,8 +127,8 @@ def sample_table(findings: Findings) -> Table:
     dice, agreement = [r["Dice"] for r in rows], [r["pairwise_dice"] for r in rows]
     failure = failure_scores(agreement, dice)
     cells = [
-        mean_sd(dice), mean_sd([r["sample_dice"] for r in rows]), mean_sd(agreement, 4), number(failure["AURC"]),
-        number(failure["ExcessAURC"]), mean_sd([r["error_correlation"] for r in rows]),
+        mean_sd(dice), mean_sd([r["sample_dice"] for r in rows]), mean_sd(agreement, 4), number(failure["AURC"], 3),
+        number(failure["ExcessAURC"], 3), mean_sd([r["error_correlation"] for r in rows]),
     ]  # fmt: skip
     columns = ["Dice of the mean", "Dice of a sample", "agreement", "AURC", "excess AURC", "variance and errors"]
     notes = [
@@ -199,10 +177,5 @@ def summary(findings: Findings, tta: str = "") -> list[str]:
 
 
 def rows_to_csv(rows: Sequence[Row]) -> str:
-    """Rows as CSV, all digits."""
-    stream = io.StringIO()
-    columns: dict[str, Any] = dict.fromkeys(key for row in rows for key in row)
-    writer = csv.DictWriter(stream, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return stream.getvalue()
+    """Rows as CSV, all digits; what is undefined is nan."""
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False, na_rep="nan", lineterminator="\n")

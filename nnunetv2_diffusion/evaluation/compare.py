@@ -12,10 +12,8 @@ import scipy
 from nnunetv2_diffusion import __version__
 from nnunetv2_diffusion.evaluation.comparison import DEFAULT_METRICS, Comparison, Options, Score, compare
 from nnunetv2_diffusion.evaluation.summaries import FILE, FOREGROUND
-from nnunetv2_diffusion.evaluation.tables import ENDINGS, RENDERERS, Cell, Table, write_new
-
-MISSING = "n/a"
-
+from nnunetv2_diffusion.evaluation.tables import ENDINGS, MISSING, RENDERERS, Cell, Table, number, p_value
+from nnunetv2_diffusion.files import write_all
 
 EXAMPLES = """
 nnunetv2_diffusion compare masks_recycling masks_nnunet --names RecycleXT nnU-Net
@@ -26,13 +24,7 @@ nnunetv2_diffusion compare masks_recycling masks_nnunet --metrics Dice HD95 NSD_
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of the verb."""
     add = parser.add_argument
-    add(
-        "predictions",
-        nargs="+",
-        type=Path,
-        metavar="PREDICTIONS",
-        help=f"Two or more folders with {FILE}, or files.",
-    )
+    add("predictions", nargs="+", type=Path, metavar="PREDICTIONS", help=f"Two or more folders with {FILE}, or files.")
     add("--names", nargs="+", metavar="NAME", help="Names of the methods. Default: those of the folders.")
     add("--metrics", nargs="+", metavar="METRIC", help=f"Default: {' '.join(DEFAULT_METRICS)}, where present.")
     add("--classes", nargs="+", metavar="CLASS", help="mean (over the foreground), 1, 1,2 (a region). Default: all.")
@@ -43,21 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--decimals", type=int, default=3, choices=range(10), metavar="N", help="Digits behind the point; csv has all.")
     add("--higher_is_better", nargs="+", default=(), metavar="METRIC", help="Of metrics unknown here: more is better.")
     add("--lower_is_better", nargs="+", default=(), metavar="METRIC", help="Of metrics unknown here: less is better.")
-    formats = ", ".join(RENDERERS)
-    add(
-        "--format",
-        nargs="+",
-        choices=list(RENDERERS),
-        metavar="FORMAT",
-        help=f"Of {formats}. Default: by -o, or text.",
-    )
-    add(
-        "-o",
-        "--output",
-        type=Path,
-        metavar="FILE",
-        help="New file; for several formats, its ending is replaced.",
-    )
+    known = f"Of {', '.join(RENDERERS)}. Default: by -o, or text."
+    add("--format", nargs="+", choices=list(RENDERERS), metavar="FORMAT", help=known)
+    add("-o", "--output", type=Path, metavar="FILE", help="New file; for several formats, its ending is replaced.")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.output is None:
             print("\n".join(texts.values()), end="")
         else:
-            write_new({file: texts[name] for name, file in files.items()})
-            print("\n".join(map(str, files.values())))
+            write_all({file: texts[name] for name, file in files.items()})
+            print("\n".join([*map(str, files.values()), *lacking_notes(comparison)]))
     except (OSError, ValueError) as error:
         print(f"nnunetv2_diffusion compare: {error}", file=sys.stderr)
         return 1
@@ -132,10 +112,10 @@ def difference_table(comparison: Comparison, decimals: int = 3) -> Table:
     for score in comparison.scores:
         if score.test is not None:
             test = score.test
-            low, high = (_number(value, decimals) for value in test.interval)
+            low, high = (number(value, decimals) for value in test.interval)
             left_out = f"{test.pairs} (-{test.left_out})" if test.left_out else str(test.pairs)
-            difference = [_number(test.difference, decimals), f"[{low}, {high}]"]
-            tests = [_p_value(test.p_t), _p_value(test.p_wilcoxon)]
+            difference = [number(test.difference, decimals), f"[{low}, {high}]"]
+            tests = [p_value(test.p_t), p_value(test.p_wilcoxon)]
             won = MISSING if np.isnan(test.won) else f"{100 * test.won:.1f} %"
             label = comparison.names.get(score.label, score.label)
             rows.append([label, score.metric, score.name, left_out, *difference, *tests, won])
@@ -191,6 +171,7 @@ def _score_notes(comparison: Comparison) -> list[str]:
                 "there; a method that misses a class may look better for it."
             )
         notes.append(text)
+    notes += lacking_notes(comparison)
     if any(score.left_out for score in comparison.scores):
         notes.append(
             "NaN and infinite values are left out: (n of N) cases have a value. They may not be the same ones."
@@ -198,16 +179,25 @@ def _score_notes(comparison: Comparison) -> list[str]:
     return notes
 
 
+def lacking_notes(comparison: Comparison) -> list[str]:
+    """What is left out because not all methods have it, and what to type."""
+    return [
+        f"{metric} is left out: {', '.join(names)} {'has' if len(names) == 1 else 'have'} none. nnunetv2_diffusion "
+        "evaluate GROUND_TRUTH FOLDER --overwrite adds it."
+        for metric, names in comparison.lacking.items()
+    ]
+
+
 def _score_cells(scores: list[Score], alpha: float, decimals: int) -> list[tuple[Score, Cell]]:
     """Cells of all methods for one class and metric."""
-    printed = [_number(score.mean, decimals) for score in scores]
+    printed = [number(score.mean, decimals) for score in scores]
     known = [score.mean for score in scores if score.better and not np.isnan(score.mean)]
-    best = _number(max(known, key=lambda mean: mean * scores[0].better), decimals) if known else None
+    best = number(max(known, key=lambda mean: mean * scores[0].better), decimals) if known else None
     if len(set(printed)) == 1:  # nobody is better
         best = None
     cells = []
     for score, mean in zip(scores, printed, strict=True):
-        text = MISSING if score.cases == 0 else f"{mean} ± {_number(score.sd, decimals)}"
+        text = MISSING if score.cases == 0 else f"{mean} ± {number(score.sd, decimals)}"
         if score.left_out and score.cases:
             text += f" ({score.cases} of {score.cases + score.left_out})"
         if score.label == FOREGROUND and score.undefined and score.cases:
@@ -216,18 +206,6 @@ def _score_cells(scores: list[Score], alpha: float, decimals: int) -> list[tuple
             text += " †"
         cells.append((score, Cell(text, best=mean == best)))
     return cells
-
-
-def _number(value: float, decimals: int) -> str:
-    if np.isnan(value):
-        return MISSING
-    return f"{value + 0.0:.{decimals}f}"  # no sign of zero
-
-
-def _p_value(p: float) -> str:
-    if np.isnan(p):
-        return MISSING
-    return "<0.0001" if p < 0.0001 else f"{p:.4f}"
 
 
 def _all_digits(value: float) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nnunetv2_diffusion.evaluation import EvaluationError
+from nnunetv2_diffusion.evaluation import EvaluationError, listed
 from nnunetv2_diffusion.evaluation.statistics import PairedComparison, compare_pairs
 from nnunetv2_diffusion.evaluation.summaries import (
     FILE,
@@ -15,7 +15,6 @@ from nnunetv2_diffusion.evaluation.summaries import (
     Summary,
     check_same_cases,
     class_key,
-    listed,
     read_summary,
 )
 
@@ -23,20 +22,8 @@ DEFAULT_METRICS = ("Dice", "HD95")
 # beginnings of the names of metrics, in lower case
 HIGHER_IS_BETTER = ("dice", "iou", "jaccard", "nsd", "recall", "sensitivity", "precision", "specificity", "accuracy")
 HIGHER_IS_BETTER += ("f1", "hungarianiou", "lesion_dice")
-LOWER_IS_BETTER = (
-    "hd",
-    "hausdorff",
-    "assd",
-    "asd",
-    "masd",
-    "ece",
-    "brier",
-    "nll",
-    "ged",
-    "fp",
-    "fn",
-    "volume_error_abs",
-)
+LOWER_IS_BETTER = ("hd", "hausdorff", "assd", "asd", "masd", "ece", "brier", "nll", "ged", "fp", "fn")
+LOWER_IS_BETTER += ("volume_error_abs",)
 
 MOST_RESAMPLES = 1_000_000
 
@@ -110,11 +97,19 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Scores by class, then metric, then method, the options without any None, and names of classes."""
+    """Methods on the same cases.
+
+    Attributes:
+        scores: by class, then metric, then method.
+        options: without any None.
+        names: of classes.
+        lacking: metric that is compared where all have it -> names of the methods that lack it, if not all do.
+    """
 
     scores: Sequence[Score]
     options: Options
     names: Mapping[str, str] = field(default_factory=dict)
+    lacking: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def compare(sources: Sequence[Path], names: Sequence[str] | None = None, options: Options | None = None) -> Comparison:
@@ -143,10 +138,10 @@ def compare(sources: Sequence[Path], names: Sequence[str] | None = None, options
     else:
         keys = {name: key for key, name in class_names.items()}
         classes = list(dict.fromkeys(keys.get(name, class_key(name)) for name in options.classes))
-    metrics = _default_metrics(summaries) if options.metrics is None else list(dict.fromkeys(options.metrics))
+    metrics, lacking = (list(dict.fromkeys(options.metrics)), {}) if options.metrics else _default_metrics(summaries)
     options = replace(options, metrics=metrics, classes=classes, reference=reference)
     scores = [s for key in classes for metric in metrics for s in _scores(summaries, foreground, key, metric, options)]
-    return Comparison(scores, options, class_names)
+    return Comparison(scores, options, class_names, lacking)
 
 
 def _common_names(summaries: Sequence[Summary]) -> dict[str, str]:
@@ -200,15 +195,18 @@ def direction(metric: str, higher: Sequence[str] = (), lower: Sequence[str] = ()
     return -1 if metric in lower or name.startswith(LOWER_IS_BETTER) else 0
 
 
-def _default_metrics(summaries: Sequence[Summary]) -> list[str]:
-    common = set.intersection(*(set(summary.metrics()) for summary in summaries))
+def _default_metrics(summaries: Sequence[Summary]) -> tuple[list[str], dict[str, list[str]]]:
+    """Metrics that all have, and those that only some have -> names of the methods that lack them."""
+    found = {summary.name: set(summary.metrics()) for summary in summaries}
+    common = set.intersection(*found.values())
     metrics = [name for name in DEFAULT_METRICS if name in common]
     if not metrics:
         raise EvaluationError(
             f"not all summaries have {' or '.join(DEFAULT_METRICS)}; choose metrics with --metrics: all have "
             f"{listed(common)}"
         )
-    return metrics
+    lacking = {m: [name for name, has in found.items() if m not in has] for m in DEFAULT_METRICS}
+    return metrics, {m: names for m, names in lacking.items() if 0 < len(names) < len(found)}
 
 
 def _scores(

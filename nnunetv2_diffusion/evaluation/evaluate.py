@@ -4,10 +4,10 @@ import argparse
 import multiprocessing
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
 from math import isfinite
@@ -20,9 +20,8 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from tqdm import tqdm
 
 from nnunetv2_diffusion.compat import package_versions
-from nnunetv2_diffusion.evaluation import EvaluationError, sampled, strata, surface
+from nnunetv2_diffusion.evaluation import LISTED, EvaluationError, listed, sampled, strata, surface
 from nnunetv2_diffusion.evaluation.files import (
-    LISTED,
     UNITS,
     Case,
     CaseFiles,
@@ -30,22 +29,21 @@ from nnunetv2_diffusion.evaluation.files import (
     find_pairs,
     find_reader,
     load_case,
-    read_json,
 )
 from nnunetv2_diffusion.evaluation.labels import LabelSet, read_labels
 from nnunetv2_diffusion.evaluation.metrics import EMPTY_RULES, count, overlap_scores, volume_scores
 from nnunetv2_diffusion.evaluation.results import (
     MEANS,
     CaseResult,
-    check_outputs,
     summarise,
     to_csv,
     to_json,
-    write_files,
 )
 from nnunetv2_diffusion.evaluation.run_ids import changed_masks, check_one_run
-from nnunetv2_diffusion.evaluation.summaries import listed
+from nnunetv2_diffusion.evaluation.tables import Table, number, to_text
+from nnunetv2_diffusion.files import check_target, read_json, write_all
 
+OVERWRITE = "; use --overwrite, or -o for another file"
 SHOWN = ("Dice", "IoU", "HD95", "ASSD", "NSD")  # columns of the table that is printed
 
 
@@ -93,14 +91,6 @@ class EvaluationSettings:
 
 CASES_A_PROCESS = 8  # at least
 
-# What further scores are added by: functions at the top of a module, so that worker processes find them.
-# A case -> key of a class or region -> metric -> value; into the metrics of its classes.
-CLASS_SCORERS: list[Callable[[Case, EvaluationSettings], Mapping[str, Mapping[str, float]]]] = [sampled.class_scores]
-# A case -> metric -> value; into its case_metrics.
-CASE_SCORERS: list[Callable[[Case, EvaluationSettings], Mapping[str, float]]] = []
-# All cases, in the order of their names -> entries of the summary.
-FOLDER_SCORERS: list[Callable[[Sequence[CaseResult], EvaluationSettings], Mapping[str, Any]]] = [sampled.folder_scores]
-
 
 @dataclass(frozen=True)
 class Job:
@@ -144,62 +134,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("-o", type=Path, metavar="FILE", help="Result, .json; a .csv is written beside it. Default: PRED/summary.json.")
     add("-djfile", type=Path, metavar="FILE", help="dataset.json of the labels. Default: PRED/dataset.json.")
     add("-pfile", type=Path, metavar="FILE", help="plans.json. Default: PRED/plans.json if it exists.")
-    add(
-        "-np",
-        type=int,
-        default=default_num_processes,
-        metavar="N",
-        help="Most processes; each gets 8 cases at least.",
-    )
+    workers = "Most processes; each gets 8 cases at least."
+    add("-np", type=int, default=default_num_processes, metavar="N", help=workers)
     add("--chill", action="store_true", help="Leave out cases that are in one folder only.")
     add("--overwrite", action="store_true", help="Replace results that exist.")
     add("--disable_progress_bar", action="store_true", help="Show no progress bar.")
     _add_conventions(parser.add_argument_group("conventions, all written to the result"))
-    further = parser.add_argument_group("further input")
-    add = further.add_argument
+    add = parser.add_argument_group("further input").add_argument
     add("--probabilities", action="store_true", help="Also score PRED/CASE.npz of predict --save_probabilities.")
     add("--samples", type=Path, nargs="+", metavar="DIR", help="Folders of samples. Default: all of PRED/samples/.")
     add("--raters", type=Path, nargs="+", default=[], metavar="DIR", help="Folders of further raters' masks.")
 
 
 def _add_conventions(group: argparse._ArgumentGroup) -> None:
-    """Options that change numbers."""
-    defaults = EvaluationSettings()
+    """Options that change numbers; the defaults are those of ``EvaluationSettings``."""
     rules = "; ".join(f"{name}: {rule.reason}" for name, rule in EMPTY_RULES.items())
     percentiles = "; ".join(f"{name}: {text}" for name, text in surface.PERCENTILES.items())
-    add = group.add_argument
-    add("--empty", choices=EMPTY_RULES, default=defaults.empty, help=f"How empty masks count. {rules}.")
-    add("--no-surface", "--no_surface", action="store_true", help="Leave out distances, which need MONAI and time.")
-    add(
-        "--tolerances",
-        type=float,
-        nargs="*",
-        default=defaults.tolerances,
-        metavar="T",
-        help="Tolerances of NSD, in the unit of lengths.",
-    )
-    add(
-        "--percentile",
-        choices=surface.PERCENTILES,
-        default=defaults.percentile,
-        help=f"HD95: {percentiles}.",
-    )
-    add("--unit", choices=UNITS, default=defaults.unit, help="Unit of lengths. auto: mm for volumes, px for 2D images.")
-    add(
-        "--strata",
-        type=int,
-        nargs="+",
-        default=defaults.strata,
-        metavar="SIZE",
-        help="Sizes in voxels that small objects are below.",
-    )
-    add(
-        "--lesion_overlap",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="Share of a lesion that detects it.",
-    )
+    units = "Unit of lengths. auto: mm for volumes, px for 2D images."
+    of_lesion = "Share of a lesion that detects it."
+
+    def add(name: str, *others: str, **options: Any) -> None:
+        group.add_argument(name, *others, default=getattr(EvaluationSettings, name.lstrip("-"), None), **options)
+
+    add("--empty", choices=EMPTY_RULES, help=f"How empty masks count. {rules}.")
+    group.add_argument("--no-surface", "--no_surface", action="store_true", help="Leave out distances: they take time.")
+    add("--tolerances", type=float, nargs="*", metavar="T", help="Tolerances of NSD, in the unit of lengths.")
+    add("--percentile", choices=surface.PERCENTILES, help=f"HD95: {percentiles}.")
+    add("--unit", choices=UNITS, help=units)
+    add("--strata", type=int, nargs="+", metavar="SIZE", help="Sizes in voxels that small objects are below.")
+    add("--lesion_overlap", type=float, metavar="X", help=of_lesion)
     add("--ignore_geometry", action="store_true", help="Do not compare origin and direction of the files.")
 
 
@@ -210,10 +173,13 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if target.suffix != ".json":
             raise EvaluationError(f"-o is {target}, expected a file that ends with .json")
-        settings = _settings(arguments)
+        settings, note = _without_library(_settings(arguments))
         if not arguments.prediction.is_dir():
             raise EvaluationError(f"{arguments.prediction}: no such folder")
-        check_outputs(files, arguments.overwrite)
+        for file in files:
+            check_target(file, arguments.overwrite, OVERWRITE)
+        if note:
+            print(f"nnunetv2_diffusion evaluate: {note}; then evaluate again with --overwrite", file=sys.stderr)
         evaluation = evaluate_folders(
             arguments.reference,
             arguments.prediction,
@@ -225,15 +191,31 @@ def run(arguments: argparse.Namespace) -> int:
             processes=arguments.np,
             progress=not arguments.disable_progress_bar,
         )
+        if note:
+            evaluation.summary["conventions"]["surface_distances"] = note
         texts = to_json(evaluation.summary), to_csv(evaluation.results, evaluation.labels)
-        write_files(dict(zip(files, texts, strict=True)), arguments.overwrite)
+        write_all(dict(zip(files, texts, strict=True)), arguments.overwrite, OVERWRITE)
     except (EvaluationError, OSError) as error:
         print(f"nnunetv2_diffusion evaluate: {error}", file=sys.stderr)
         return 1
     _warn_of_changed(evaluation, arguments.prediction)
     print(_table(evaluation))
-    print(f"{len(evaluation.results)} cases: {files[0]}, {files[1]}")
+    print(f"{files[0]}, {files[1]}")
     return 0
+
+
+def _without_library(settings: EvaluationSettings) -> tuple[EvaluationSettings, str | None]:
+    """The settings, without surface distances where MONAI is missing and nobody asked for them, and a note on that.
+
+    Raises:
+        EvaluationError: options of distances are given, and MONAI is missing.
+    """
+    missing, default = surface.missing_library() if settings.surface else None, EvaluationSettings()
+    if missing is None:
+        return settings, None
+    if (settings.tolerances, settings.percentile) != (default.tolerances, default.percentile):
+        surface.library_version()
+    return replace(settings, surface=False), f"HD, HD95, ASSD and NSD are left out: {missing}"
 
 
 def _warn_of_changed(evaluation: Evaluation, prediction: Path) -> None:
@@ -250,29 +232,18 @@ def _warn_of_changed(evaluation: Evaluation, prediction: Path) -> None:
 
 
 def _settings(arguments: argparse.Namespace) -> EvaluationSettings:
-    return EvaluationSettings(
-        empty=arguments.empty,
-        surface=not arguments.no_surface,
-        tolerances=tuple(arguments.tolerances),
-        percentile=arguments.percentile,
-        unit=arguments.unit,
-        strata=tuple(arguments.strata),
-        lesion_overlap=arguments.lesion_overlap,
-        chill=arguments.chill,
-        ignore_geometry=arguments.ignore_geometry,
-        probabilities=arguments.probabilities,
-    )
+    given = {f.name: getattr(arguments, f.name) for f in fields(EvaluationSettings) if f.name != "surface"}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
+    return EvaluationSettings(surface=not arguments.no_surface, **given)
 
 
 def _table(evaluation: Evaluation) -> str:
     """Means of the main scores, one line a class."""
     mean, over_all = evaluation.summary["mean"], evaluation.summary["foreground_mean"]
     columns = [metric for metric in over_all if metric.startswith(SHOWN)]
-    rows = [("class", columns)]
-    rows += [(t.name, [f"{mean[t.key][m]:.4f}" for m in columns]) for t in evaluation.labels.targets]
-    rows.append(("foreground", [f"{over_all[m]:.4f}" for m in columns]))
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}} " + " ".join(f"{cell:>9}" for cell in cells) for name, cells in rows)
+    found = {**{t.name: mean[t.key] for t in evaluation.labels.targets}, "foreground": over_all}
+    rows = [[name, *(number(scores[metric], 4) for metric in columns)] for name, scores in found.items()]
+    return to_text(Table(f"Means of {len(evaluation.results)} cases", ["class", *columns], rows))
 
 
 # ---- Python API -----------------------------------------------------------------------------------------------------
@@ -316,8 +287,7 @@ def evaluate_folders(
         raise EvaluationError(f"{prediction}: holds volumes and 2D images, expected one kind; or use --unit px")
     labels = jobs[0].labels
     summary = summarise(results, labels, settings.strata)
-    for scorer in FOLDER_SCORERS:
-        summary |= scorer(results, settings)
+    summary |= sampled.folder_scores(results)
     notes = conventions(settings, labels, results[0]) | {"run_id": run_id, "masks_changed_since_run": changed}
     return Evaluation({**summary, "conventions": notes}, results, labels)
 
@@ -345,11 +315,8 @@ def evaluate_case(case: Case, settings: EvaluationSettings) -> CaseResult:
         result.lesions[target.key] = strata.lesion_scores(*masks, settings.lesion_overlap)
         result.slices[target.key] = strata.slice_scores(*masks) if masks[0].ndim == 3 else []
         result.metrics[target.key] = scores | result.lesions[target.key].scores()
-    for scorer in CLASS_SCORERS:
-        for key, scores in scorer(case, settings).items():
-            result.metrics[key] |= scores
-    for scorer in CASE_SCORERS:
-        result.case_metrics |= scorer(case, settings)
+    for key, scores in sampled.class_scores(case).items():
+        result.metrics[key] |= scores
     return result
 
 
@@ -395,13 +362,13 @@ def _jobs(
     dataset_file = dataset_json or prediction / "dataset.json"
     if dataset_json is None and prediction.is_dir() and not dataset_file.is_file():
         raise EvaluationError(f"{dataset_file}: missing, expected dataset.json there; or name it with -djfile")
-    dataset = read_json(dataset_file)
+    dataset = read_json(dataset_file, EvaluationError, "dataset.json of nnU-Net")
     if not isinstance(dataset.get("file_ending"), str):
         raise EvaluationError(
             f"{dataset_file}: 'file_ending' is {dataset.get('file_ending')!r}, expected such as '.nii.gz'"
         )
     plans = plans or (prediction / "plans.json" if (prediction / "plans.json").is_file() else None)
-    labels = read_labels(dataset, None if plans is None else read_json(plans), str(dataset_file))
+    labels = read_labels(dataset, plans and read_json(plans, EvaluationError, "plans of nnU-Net"), str(dataset_file))
     ending = dataset["file_ending"]
     pairs = find_pairs(reference, prediction, ending, settings.chill)
     if samples is None:

@@ -1,7 +1,6 @@
 """Pairs of references and predictions in folders, read and checked."""
 
 import io
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -14,11 +13,10 @@ from nnunetv2.imageio.base_reader_writer import BaseReaderWriter
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_dataset_json
 
-from nnunetv2_diffusion.evaluation import EvaluationError
+from nnunetv2_diffusion.evaluation import EvaluationError, listed
 from nnunetv2_diffusion.evaluation.labels import LabelSet
 
 UNITS = ("auto", "mm", "px")
-LISTED = 5  # names in an error
 
 
 @dataclass(frozen=True)
@@ -146,21 +144,6 @@ class Case:
         return mask.values
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """Content of a JSON file that is a mapping.
-
-    Raises:
-        EvaluationError: if it is missing or something else.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise EvaluationError(f"{file}: cannot be read: {_reason(error)}") from error
-    if not isinstance(content, dict):
-        raise EvaluationError(f"{file}: holds a {type(content).__name__}, expected a mapping")
-    return content
-
-
 def find_reader(dataset_json: Mapping[str, Any], example: Path) -> BaseReaderWriter:
     """The reader that nnU-Net takes for a data set; it tries an example file.
 
@@ -191,7 +174,7 @@ def find_pairs(reference: Path, prediction: Path, ending: str, chill: bool) -> l
     for folder, other, missing in zip(folders[::-1], folders, (names[0] - names[1], names[1] - names[0]), strict=True):
         if missing and not chill:
             raise EvaluationError(
-                f"{folder}: {len(missing)} file(s) missing that are in {other}: {_listed(missing)}. Expected a "
+                f"{folder}: {len(missing)} file(s) missing that are in {other}: {listed(missing)}. Expected a "
                 "prediction for each reference and a reference for each prediction; --chill leaves the others out."
             )
     both = sorted(names[0] & names[1])
@@ -315,11 +298,6 @@ def _shape(mask: Segmentation) -> str:
 
 def _numbers(values: np.ndarray | None) -> str:
     return "missing" if values is None else "(" + ", ".join(f"{value:.6g}" for value in values.ravel()) + ")"
-
-
-def _listed(names: set[str]) -> str:
-    shown = ", ".join(sorted(names)[:LISTED])
-    return shown + (", ..." if len(names) > LISTED else "")
 
 
 def _reason(error: Exception) -> str:

@@ -1,27 +1,23 @@
-"""Scores of all cases in nnU-Net's summary.json and in a CSV, written whole or not at all."""
+"""Scores of all cases, as nnU-Net's summary.json has them and as a CSV."""
 
-import csv
-import io
-import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isnan, nan
-from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
-from nnunetv2_diffusion.evaluation import EvaluationError, strata
+from nnunetv2_diffusion import files
+from nnunetv2_diffusion.evaluation import strata
 from nnunetv2_diffusion.evaluation.labels import LabelSet
 
 NNUNET_KEYS = ("Dice", "IoU", "FP", "TP", "FN", "TN", "n_pred", "n_ref")
 MEANS = {
     "mean": "over the cases where the score is defined",
-    "foreground_mean": f"over the classes' means; {', '.join(NNUNET_KEYS)} as nnU-Net does it: nan if a class has no "
-    "defined score; other scores: over the classes that have one",
+    "foreground_mean": f"over the classes' means; {', '.join(NNUNET_KEYS)} as nnU-Net does it: undefined if a "
+    "class has no defined score; other scores: over the classes that have one",
     "nan_count, nan_ratio": "cases where the score is undefined, and their share; foreground_nan_ratio: their share of "
     "all pairs of case and class",
+    "null": "undefined; nnU-Net writes NaN, which is no JSON",
 }
 
 
@@ -36,7 +32,6 @@ class CaseResult:
         unit: of lengths, mm or px.
         volume_unit: of volumes.
         metrics: key of a class or region -> metric -> value.
-        case_metrics: metric -> value, of the case as a whole.
         lesions: key of a class or region -> its connected components.
         slices: key of a class or region -> its slices; empty for 2D.
     """
@@ -47,9 +42,12 @@ class CaseResult:
     unit: str
     volume_unit: str
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
-    case_metrics: dict[str, float] = field(default_factory=dict)
     lesions: dict[str, strata.Lesions] = field(default_factory=dict)
     slices: dict[str, list[strata.ObjectScore]] = field(default_factory=dict)
+
+    def files(self) -> dict[str, str]:
+        """Those that were compared, by nnU-Net's names."""
+        return {"reference_file": self.reference_file, "prediction_file": self.prediction_file}
 
 
 def summarise(results: Sequence[CaseResult], labels: LabelSet, thresholds: Sequence[int]) -> dict[str, Any]:
@@ -61,119 +59,34 @@ def summarise(results: Sequence[CaseResult], labels: LabelSet, thresholds: Seque
         thresholds: sizes of the strata, voxels.
     """
     keys = [target.key for target in labels.targets]
-    table = {key: _columns([result.metrics[key] for result in results]) for key in keys}
-    summary: dict[str, Any] = {
-        "metric_per_case": [_case_entry(result) for result in results],
-        "mean": {key: _over(columns, np.nanmean) for key, columns in table.items()},
-        "nan_count": {key: _over(columns, lambda v: int(np.isnan(v).sum())) for key, columns in table.items()},
-        "nan_ratio": {key: _over(columns, lambda v: np.isnan(v).mean()) for key, columns in table.items()},
+    table = {key: pd.DataFrame([result.metrics[key] for result in results], dtype=float) for key in keys}
+    means = pd.DataFrame({key: scores.mean() for key, scores in table.items()})  # metrics x classes
+    missing = pd.DataFrame({key: scores.isna().mean() for key, scores in table.items()})
+    host = means.loc[means.index.isin(NNUNET_KEYS)].mean(axis=1, skipna=False)
+    return {
+        "metric_per_case": [{"case": r.name, **r.files(), "metrics": r.metrics} for r in results],
+        "mean": {key: scores.mean().to_dict() for key, scores in table.items()},
+        "nan_count": {key: scores.isna().sum().to_dict() for key, scores in table.items()},
+        "nan_ratio": {key: scores.isna().mean().to_dict() for key, scores in table.items()},
+        "foreground_mean": {**means.mean(axis=1).to_dict(), **host.to_dict()},
+        "foreground_nan_ratio": missing.mean(axis=1).to_dict(),
+        "strata": _strata(results, keys, thresholds),
     }
-    means, ratios = (_columns(list(summary[name].values())) for name in ("mean", "nan_ratio"))
-    summary["foreground_mean"] = {
-        metric: float(values.mean()) if metric in NNUNET_KEYS else _over({metric: values}, np.nanmean)[metric]
-        for metric, values in means.items()
-    }
-    summary["foreground_nan_ratio"] = _over(ratios, np.nanmean)
-    case_columns = _columns([result.case_metrics for result in results])
-    if case_columns:
-        summary["case_mean"] = _over(case_columns, np.nanmean)
-    summary["strata"] = _strata(results, keys, thresholds)
-    return summary
 
 
 def to_csv(results: Sequence[CaseResult], labels: LabelSet) -> str:
-    """One row per case and class; undefined scores are empty. Scores of a case as a whole: a row of label 'case'."""
-    rows = []
-    for result in results:
-        common = {
-            "case": result.name,
-            "reference_file": result.reference_file,
-            "prediction_file": result.prediction_file,
-        }
-        rows += [{**common, "class": t.name, "label": t.key, **result.metrics[t.key]} for t in labels.targets]
-        if result.case_metrics:
-            rows.append({**common, "class": "", "label": "case", **result.case_metrics})
-    files = ["reference_file", "prediction_file"]
-    first = ["case", "class", "label"]
-    metrics = [name for name in dict.fromkeys(name for row in rows for name in row) if name not in first + files]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, first + metrics + files, lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({k: "" if isinstance(v, float) and isnan(v) else v for k, v in row.items()})
-    return text.getvalue()
+    """One row per case and class; undefined scores are empty."""
+    rows = [
+        {"case": result.name, "class": target.name, "label": target.key, **result.metrics[target.key], **result.files()}
+        for result in results
+        for target in labels.targets
+    ]
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
 def to_json(summary: Mapping[str, Any]) -> str:
-    """As nnU-Net writes it: sorted keys, NaN as NaN."""
-    return json.dumps(summary, sort_keys=True, indent=4)
-
-
-def check_outputs(files: Sequence[Path], overwrite: bool) -> None:
-    """Raise unless files can be written, before the work is done.
-
-    Raises:
-        EvaluationError: if one exists and must not be overwritten, or its folder is missing or cannot be written to.
-    """
-    for file in files:
-        if file.is_dir() or (file.exists() and not overwrite):
-            raise EvaluationError(f"{file} exists and is not overwritten; use --overwrite, or -o for another file")
-        part = _part(file)
-        try:
-            part.touch()
-            part.unlink()
-        except OSError as error:
-            raise EvaluationError(f"{file}: cannot be written: {error}") from error
-
-
-def write_files(contents: Mapping[Path, str], overwrite: bool) -> None:
-    """Write files, each whole or not at all; none if the disk is too full for all of them.
-
-    Raises:
-        EvaluationError: if one cannot be written, or exists and must not be overwritten.
-    """
-    parts = {file: _part(file) for file in contents}
-    try:
-        for file, part in parts.items():
-            part.write_text(contents[file], encoding="utf-8")
-        for file, part in parts.items():
-            if file.exists() and not overwrite:
-                raise EvaluationError(f"{file} exists and is not overwritten; use --overwrite, or -o for another file")
-            os.replace(part, file)
-    except OSError as error:
-        raise EvaluationError(f"{file}: cannot be written: {error}") from error
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
-
-
-def _part(file: Path) -> Path:
-    return file.with_name(f".{file.name}.{os.getpid()}.part")
-
-
-def _case_entry(result: CaseResult) -> dict[str, Any]:
-    entry: dict[str, Any] = {
-        "case": result.name,
-        "reference_file": result.reference_file,
-        "prediction_file": result.prediction_file,
-        "metrics": result.metrics,
-    }
-    return {**entry, "case_metrics": result.case_metrics} if result.case_metrics else entry
-
-
-def _columns(rows: Sequence[Mapping[str, float]]) -> dict[str, np.ndarray]:
-    """Metric -> its values in all rows, NaN where a row lacks it."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: np.array([row.get(name, nan) for row in rows], float) for name in names}
-
-
-def _over(columns: Mapping[str, np.ndarray], reduce: Any) -> dict[str, Any]:
-    """Reduce each column; NaN, without a warning, where numpy's nan-functions find no value."""
-    result = {}
-    for name, values in columns.items():
-        value = nan if reduce is np.nanmean and np.isnan(values).all() else reduce(values)
-        result[name] = value if isinstance(value, int) else float(value)
-    return result
+    """As nnU-Net writes it, with sorted keys; but null where nnU-Net writes NaN, which is no JSON."""
+    return files.to_json(summary, indent=4, sort_keys=True)
 
 
 def _strata(results: Sequence[CaseResult], keys: Sequence[str], thresholds: Sequence[int]) -> dict[str, Any]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from nnunetv2_diffusion.evaluation import EvaluationError
 from nnunetv2_diffusion.evaluation.files import CaseFiles
-from nnunetv2_diffusion.inference.runs import ARGUMENTS, FOLDER, fingerprint, read_json, read_records
+from nnunetv2_diffusion.files import read_json_if_any
+from nnunetv2_diffusion.inference.runs import ARGUMENTS, FOLDER, fingerprint, read_records
 
 
 def check_one_run(prediction: Path, cases: Sequence[CaseFiles]) -> str | None:
@@ -17,14 +18,14 @@ def check_one_run(prediction: Path, cases: Sequence[CaseFiles]) -> str | None:
     """
     found: dict[str | None, Path] = {}
     for file in (prediction / ARGUMENTS, *(prediction / "uncertainty" / f"{case.name}.json" for case in cases)):
-        content = read_json(file)
+        content = read_json_if_any(file)
         if content is not None:
             found.setdefault(content.get("run_id"), file)
     if len(found) > 1:
         runs = [f"{file} is of {_named(name)}" for name, file in found.items()]
         raise EvaluationError(f"{runs[0]}, {runs[1]}: one folder holds two runs; predict again into a new one")
     run = next(iter(found), None)
-    if read_json(prediction / FOLDER / "run.json") is not None:
+    if read_json_if_any(prediction / FOLDER / "run.json") is not None:
         records = read_records(prediction)
         for case in cases:
             _check_case(case, prediction, records.get(case.name, {}), run)
@@ -56,7 +57,7 @@ def check_summary(file: Path, content: dict[str, Any]) -> None:
     Raises:
         EvaluationError: naming both runs.
     """
-    conventions, arguments = content.get("conventions"), read_json(file.parent / ARGUMENTS)
+    conventions, arguments = content.get("conventions"), read_json_if_any(file.parent / ARGUMENTS)
     if arguments is None or not isinstance(conventions, dict) or "run_id" not in conventions:
         return
     then, now = conventions["run_id"], arguments.get("run_id")

@@ -21,7 +21,7 @@ CONVENTIONS = {
 }
 
 
-def class_scores(case: Case, settings: object) -> Mapping[str, Mapping[str, float]]:
+def class_scores(case: Case) -> Mapping[str, Mapping[str, float]]:
     """Key of a class or region -> metric -> value; empty without probabilities, samples and raters."""
     probabilities, samples, raters = case.probabilities(), case.samples(), case.raters()
     if probabilities is None and not samples:
@@ -38,7 +38,7 @@ def class_scores(case: Case, settings: object) -> Mapping[str, Mapping[str, floa
     return {target.key: scores[index] for index, target in enumerate(labels.targets)}
 
 
-def folder_scores(results: Sequence[CaseResult], settings: object) -> Mapping[str, Any]:
+def folder_scores(results: Sequence[CaseResult]) -> Mapping[str, Any]:
     """AURC over cases if there are samples."""
     if not any("PairwiseDice" in scores for result in results for scores in result.metrics.values()):
         return {}

@@ -6,12 +6,12 @@ HiDiff (tables VII and VIII) reports organs of less than 500 pixels in a slice, 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from math import nan
 from typing import Any
 
 import numpy as np
 from scipy import ndimage
 
+from nnunetv2_diffusion.agreement import mean_over_found
 from nnunetv2_diffusion.evaluation import EvaluationError
 from nnunetv2_diffusion.evaluation.metrics import union_box
 
@@ -61,7 +61,7 @@ class Lesions:
             "lesions_detected": sum(lesion.detected for lesion in self.found),
             "lesions_pred": self.predicted,
             "lesions_false": len(self.false),
-            "lesion_Dice": _mean([lesion.dice for lesion in self.found]),
+            "lesion_Dice": mean_over_found([lesion.dice for lesion in self.found]),
         }
 
 
@@ -145,7 +145,7 @@ def case_strata(rows: Iterable[Mapping[str, float]], thresholds: Sequence[int]) 
         columns = {metric: [row[metric] for row in members] for metric in (members[0] if members else ())}
         result[name] = {
             "n": len(members),
-            "mean": {metric: _mean(column) for metric, column in columns.items()},
+            "mean": {metric: mean_over_found(column) for metric, column in columns.items()},
             "nan_ratio": {metric: float(np.isnan(column).mean()) for metric, column in columns.items()},
         }
     return result
@@ -162,8 +162,8 @@ def object_strata(objects: Sequence[ObjectScore], thresholds: Sequence[int]) -> 
         name: {
             "n": len(members),
             "detected": sum(item.detected for item in members),
-            "detection_rate": _mean([float(item.detected) for item in members]),
-            "Dice": _mean([item.dice for item in members]),
+            "detection_rate": mean_over_found([float(item.detected) for item in members]),
+            "Dice": mean_over_found([item.dice for item in members]),
         }
         for name, members in groups.items()
     }
@@ -176,10 +176,3 @@ def count_sizes(sizes: Iterable[int], thresholds: Sequence[int]) -> dict[str, in
         for name in [*strata_of(size, thresholds), "all"]:
             counts[name] += 1
     return counts
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Mean of what is not NaN; NaN if nothing is."""
-    values = np.asarray(values, float)
-    defined = values[~np.isnan(values)]
-    return float(defined.mean()) if defined.size else nan

@@ -1,6 +1,5 @@
 """Summary files in nnU-Net's schema: values per case, class and metric."""
 
-import json
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from nnunetv2_diffusion.evaluation import EvaluationError
+from nnunetv2_diffusion.evaluation import EvaluationError, listed
 from nnunetv2_diffusion.evaluation.run_ids import check_summary
+from nnunetv2_diffusion.files import read_json, read_json_if_any
 
 FILE = "summary.json"
 FOREGROUND = "mean"  # the class that is the mean over all but the background
 BACKGROUND = "0"
-SHOWN = 10  # names in a message
 
 
 @dataclass(frozen=True)
@@ -91,14 +90,6 @@ def case_name(prediction_file: str) -> str:
     return re.sub(r"(?<=.)\.[^.]+(\.gz)?$", "", name)
 
 
-def listed(names: Iterable[str]) -> str:
-    """The first names of a list, and how many there are if not all of them are shown."""
-    names = sorted(names)
-    if not names:
-        return "nothing"
-    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > SHOWN else "")
-
-
 def read_summary(source: Path, name: str) -> Summary:
     """Read a summary file, or that of a folder of predictions.
 
@@ -110,11 +101,8 @@ def read_summary(source: Path, name: str) -> Summary:
         if source.is_dir():
             raise EvaluationError(f"{source} has no {FILE}; make it: nnunetv2_diffusion evaluate GROUND_TRUTH {source}")
         raise EvaluationError(f"{source} does not exist; expected a folder of predictions, or its {FILE}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise EvaluationError(f"{path} is no JSON file: {error}") from error
-    entries = content.get("metric_per_case") if isinstance(content, dict) else None
+    content = read_json(path, EvaluationError, "the summary of nnU-Net's evaluation or of ours")
+    entries = content.get("metric_per_case")
     if not isinstance(entries, list) or not entries:
         raise EvaluationError(
             f"{path} has no cases; expected a list 'metric_per_case', as nnU-Net's evaluation writes it"
@@ -132,13 +120,12 @@ def read_summary(source: Path, name: str) -> Summary:
 def _class_names(content: Mapping[str, Any], folder: Path) -> dict[str, str]:
     """Class -> name, of our own summary or of dataset.json in its folder; nothing where neither tells."""
     try:
-        told = content["conventions"]["names"]
-        pairs = [(key, name) for key, name in told.items()]
+        pairs = list(content["conventions"]["names"].items())
     except (KeyError, TypeError, AttributeError):
+        labels = (read_json_if_any(folder / "dataset.json") or {}).get("labels")
         try:
-            labels = json.loads((folder / "dataset.json").read_text(encoding="utf-8"))["labels"]
             pairs = [(str(v if isinstance(v, int) else tuple(v)), name) for name, v in labels.items()]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (TypeError, AttributeError):
             return {}
     return {class_key(key): str(name) for key, name in pairs}
 

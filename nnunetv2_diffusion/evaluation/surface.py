@@ -41,13 +41,21 @@ def library_version() -> str:
     Raises:
         EvaluationError: if it is not installed, with what to type.
     """
+    missing = missing_library()
+    if missing:
+        raise EvaluationError(f"{missing}. Or add --no-surface to leave them out.")
+    return version(LIBRARY)
+
+
+def missing_library() -> str | None:
+    """What to type if MONAI is not installed; None if it is."""
     try:
-        return version(LIBRARY)
+        version(LIBRARY)
     except PackageNotFoundError:
-        raise EvaluationError(
-            f"surface distances need the package {LIBRARY}, which is not installed. Type: pip install '{REQUIREMENT}'. "
-            "Or add --no-surface to leave them out."
-        ) from None
+        return (
+            f"surface distances need the package {LIBRARY}, which is not installed. Type: pip install '{REQUIREMENT}'"
+        )
+    return None
 
 
 @cache

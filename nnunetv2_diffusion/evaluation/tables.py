@@ -2,13 +2,44 @@
 
 import csv
 import io
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+import numpy as np
+
+from nnunetv2_diffusion.files import write_all as write_new  # noqa: F401, the name that scripts import
+
+MISSING = "n/a"
 ENDINGS = {"text": ".txt", "markdown": ".md", "latex": ".tex", "csv": ".csv"}
+
+
+def number(value: float | None, digits: int, sign: bool = False) -> str:
+    """A number; what is undefined is said so."""
+    if value is None or not np.isfinite(value):
+        return MISSING
+    return f"{value + 0.0:{'+' if sign else ''}.{digits}f}"  # no minus in front of zero
+
+
+def p_value(p: float) -> str:
+    """A p-value in four digits."""
+    return "<0.0001" if p < 0.0001 else number(p, 4)
+
+
+def mean_sd(values: Sequence[float | None], digits: int = 3) -> str:
+    """Mean ± standard deviation (n - 1) of the values that are numbers, and how many are if not all."""
+    found = known(values)
+    if not len(found):
+        return MISSING
+    sd = found.std(ddof=1) if len(found) > 1 else None
+    text = f"{number(found.mean(), digits)} ± {number(sd, digits)}"
+    return text if len(found) == len(values) else f"{text} ({len(found)} of {len(values)})"
+
+
+def known(values: Iterable[float | None]) -> np.ndarray:
+    """The values that are numbers, float64, (n,)."""
+    found = np.array(list(values), np.float64)  # None becomes NaN
+    return found[np.isfinite(found)]
 
 
 @dataclass(frozen=True)
@@ -129,36 +160,6 @@ def escape_latex(text: str) -> str:
     """Text that LaTeX prints as it is; a minus in front of a number becomes the sign."""
     escaped = "".join(_LATEX.get(character, character) for character in text)
     return re.sub(r"(?<![\w-])-(?=\d)", "$-$", escaped)
-
-
-def write_new(texts: Mapping[Path, str]) -> None:
-    """Write files that do not exist, in UTF-8: all of them, each whole, or none.
-
-    Raises:
-        FileExistsError: if one exists.
-        FileNotFoundError: if a folder does not.
-        OSError: if they cannot be written.
-    """
-    for path in texts:
-        if path.exists():
-            raise FileExistsError(f"{path} exists; it is not overwritten")
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"{path.parent} is no folder; make it, or name another file than {path}")
-    parts = {path: path.with_name(f".{path.name}.{os.getpid()}.part") for path in texts}
-    done = []
-    try:
-        for path, part in parts.items():
-            part.write_text(texts[path], encoding="utf-8", newline="\n")
-        for path, part in parts.items():
-            part.rename(path)
-            done.append(path)
-    except BaseException:
-        for path in done:
-            path.unlink(missing_ok=True)
-        raise
-    finally:
-        for part in parts.values():
-            part.unlink(missing_ok=True)
 
 
 def _one_line(text: str) -> str:

@@ -154,10 +154,15 @@ def describe(
 ) -> dict[str, Any]:
     """The JSON of a case, but for the volumes of its mask: see ``add_mask_volumes``."""
     shape = [properties["shape_before_cropping"][axis] for axis in predictor.plans_manager.transpose_backward]
+    sampling = asdict(predictor.sampling) if predictor.sampling else {}
+    used = {
+        **asdict(predictor.options),
+        **sampling,
+    }  # what was not asked for is as in the plans
     settings = {
-        **{k: v for k, v in asdict(predictor.options).items() if not k.startswith("save_")},
+        **{k: v for k, v in used.items() if v is not None and not k.startswith("save_")},
         "tiles_at_once": predictor.tiles_at_once,
-        "sampling": asdict(predictor.sampling) if predictor.sampling else None,
+        "sampling": sampling or None,
         "folds": len(predictor.list_of_parameters),
         "trainer": predictor.trainer_name,
     }

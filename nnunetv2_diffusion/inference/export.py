@@ -1,6 +1,5 @@
 """Files of one case: everything is made in a folder of its own and moved when it is whole, the mask last."""
 
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_imag
 from nnunetv2.inference.export_prediction import export_prediction_from_logits
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
+from nnunetv2_diffusion.files import to_disk, write_json
 from nnunetv2_diffusion.inference.maps import (
     check_map_writer,
     check_whole,
@@ -30,7 +30,6 @@ from nnunetv2_diffusion.inference.sample_statistics import (
     foreground_labels,
     mask_volumes,
 )
-from nnunetv2_diffusion.pages import to_disk
 
 MIN_PROBABILITY = 1e-6
 UNCERTAINTY, SAMPLES, STEPS = SIDE_FOLDERS
@@ -202,9 +201,7 @@ def write_summary(case: CaseExport, model: ModelFiles, scales: dict[str, float],
     if scales:
         case.summary["map_scales"] = scales
         case.summary["definitions"] = {**case.summary["definitions"], **SCALES_DEFINITION}
-    file = case.work / UNCERTAINTY / f"{case.name}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(case.summary, indent=2))
+    write_json(case.work / UNCERTAINTY / f"{case.name}.json", case.summary)
 
 
 def export_case(case: CaseExport, model: ModelFiles) -> None:

@@ -1,12 +1,10 @@
 """Float maps (probability, entropy, ...) in the geometry of the input and in files of the input's kind."""
 
 import gzip
-import os
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ import SimpleITK as sitk  # noqa: N813, its usual name
 import tifffile
 import torch
 from acvl_utils.cropping_and_padding.bounding_boxes import insert_crop_into_image
-from batchgenerators.utilities.file_and_folder_operations import save_json
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from nnunetv2.imageio.natural_image_reader_writer import NaturalImage2DIO
 from nnunetv2.imageio.nibabel_reader_writer import NibabelIO, NibabelIOWithReorient
@@ -25,6 +22,7 @@ from nnunetv2.imageio.tif_reader_writer import Tiff3DIO
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from skimage import io
 
+from nnunetv2_diffusion.files import write_json, written_whole
 from nnunetv2_diffusion.inference.running import map_limits
 
 GREY_LEVELS = 65535
@@ -168,31 +166,6 @@ def check_map_writer(reader_writer_class: type, file_ending: str) -> str:
     return file_ending
 
 
-@contextmanager
-def written_whole(path: Path, ending: str) -> Iterator[Path]:
-    """A temporary name next to ``path``, with its ending, that becomes ``path`` if the block succeeds.
-
-    The folder is made if it is missing. If the block fails, the temporary file goes away and ``path`` stays as it was.
-
-    Raises:
-        OSError: of the same kind as one in the block, naming ``path``.
-    """
-    # not made by mkstemp, whose files others may not read
-    # of a long name a part only: together they may be longer than a file system allows
-    part = path.with_name(f".{path.name[: -len(ending)][:50]}.{os.getpid()}.part{ending}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        if error.errno is None:
-            raise OSError(f"{path} cannot be written: {error}") from error
-        raise OSError(error.errno, f"cannot be written: {error.strerror}", str(path)) from error
-    finally:
-        with suppress(OSError):
-            part.unlink()
-
-
 def write_map(
     array: np.ndarray,
     path: Path | str,
@@ -237,8 +210,7 @@ def write_map(
 
 def _write_spacing(path: Path, properties: dict[str, Any]) -> None:
     """The file in which nnU-Net's reader looks for the spacing of a 3D TIFF."""
-    with written_whole(path.with_suffix(".json"), ".json") as part:
-        save_json({"spacing": [float(s) for s in properties["spacing"]]}, str(part))
+    write_json(path.with_suffix(".json"), {"spacing": [float(s) for s in properties["spacing"]]})
 
 
 def _as_grey(array: np.ndarray, scale: float | None, path: Path) -> tuple[np.ndarray, float]:

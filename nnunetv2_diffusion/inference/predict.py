@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.compat import package_versions
+from nnunetv2_diffusion.files import write_json
 from nnunetv2_diffusion.inference.arguments import EXAMPLES, add_arguments, model_folder
 from nnunetv2_diffusion.inference.cases import CasePredictor, CaseResult, model_files
 from nnunetv2_diffusion.inference.export import work_folder
@@ -36,7 +37,6 @@ from nnunetv2_diffusion.inference.runs import (
     describe_run,
     open_run,
     write_failures,
-    write_json,
 )
 from nnunetv2_diffusion.locks import LockedError
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
@@ -247,7 +247,7 @@ def _predict_cases(work: Work, failed: Mapping[str, str], outcome: Outcome, quie
         with export:
             predict_case = CasePredictor(work.predictor, work.run, export)
             cases = prepare_cases(work.predictor, work.cases, work.previous, work.preparing)
-            for case in _with_bar(cases, len(work.cases), quiet or single):
+            for case in _with_bar(cases, len(work.cases), quiet or len(work.cases) < 2):
                 seen.add(case.name)
                 reason = _attempt(predict_case, case, work.sources(case.name))
                 if reason is not None:
@@ -310,9 +310,10 @@ def _keep_failures(run: RunRecord, failed: Mapping[str, str], replacing: bool) -
 
 def _report(name: str, result: CaseResult) -> None:
     passes = result.passes
+    masks = "1 mask" if passes.members == 1 else f"mean of {passes.members} masks"
     tqdm.write(
-        f"{name}: {result.seconds:.1f} s, {_count(passes.tiles, 'tile')}, {_count(passes.members, 'member')}, "
-        f"{passes.per_tile:.2f} network passes a tile"
+        f"{name}: {result.seconds:.1f} s, {masks}, {_count(passes.tiles, 'tile')}, "
+        f"{_count(passes.passes, 'pass')} of the network"
     )
 
 
@@ -332,7 +333,7 @@ def _summarise(outcome: Outcome, out: Path) -> int:
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
+    return f"{number} {what}{'' if number == 1 else 'es' if what.endswith('s') else 's'}"
 
 
 def _tell_of_fold_all(checkpoints: Sequence[Path]) -> None:

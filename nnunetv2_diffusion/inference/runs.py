@@ -11,7 +11,6 @@ of this command has a record, and a case is finished if all of its files are wha
 
 import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nnunetv2_diffusion.compat import package_versions
+from nnunetv2_diffusion.files import read_json_if_any, write_json
 from nnunetv2_diffusion.locks import LockedError, holder, locked
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ START_WAIT = 60.0  # seconds that one part waits for another one to start
 LONGEST_NAME = 120  # characters of a case in names of our own; file systems allow 255 bytes
 LISTED = 3  # names in a message
 HASH = "sha256:"
-TEMPORARY = re.compile(r"\.(.+\.json\.\d+(\.part)?|writable_\d+|lock(_\d+_of_\d+)?)")
+TEMPORARY = re.compile(r"\.(.+\.json\.\d+|.+\.\d+\.part|writable_\d+|lock(_\d+_of_\d+)?)")
 
 
 class RunError(ValueError):
@@ -61,7 +61,7 @@ class RunRecord:
 
     def read(self, name: str) -> dict[str, Any] | None:
         """The record of a case: ``run_id``, ``case``, ``inputs`` and ``files``, or ``failed``; None without one."""
-        return read_json(self._file(name))
+        return read_json_if_any(self._file(name))
 
     def write(self, name: str, work: Path, inputs: Iterable[Path]) -> None:
         """Record the files of a finished case that lie in a work folder and are about to be moved.
@@ -163,28 +163,6 @@ def file_hash(file: Path) -> str:
 def _inputs(files: Iterable[Path]) -> dict[str, str | None]:
     """Hashes of images; None for one that is gone."""
     return {str(f.name): file_hash(f) if f.is_file() else None for f in files}
-
-
-def read_json(file: Path) -> dict[str, Any] | None:
-    """Content of a JSON file; None if it is missing or no mapping."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
-
-
-def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Write a file whole or not at all, also if the machine stops."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")  # several parts may write at the same time
-    try:
-        with part.open("w", encoding="utf-8") as stream:
-            json.dump(content, stream, indent=2)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def describe_run(predictor: "DiffusionPredictor", checkpoints: Sequence[Path], step_size: float) -> dict[str, Any]:
@@ -301,7 +279,7 @@ def _take_part(stack: ExitStack, out: Path, request: Request) -> list[str]:
 def _join(out: Path, request: Request, others: Sequence[str]) -> RunRecord:
     """The run to go on with; another one's files are gone if they are to be replaced."""
     present = _results(out, request)  # before the records: a part that works now writes those first
-    found, records = read_json(out / FOLDER / "run.json"), read_records(out)
+    found, records = read_json_if_any(out / FOLDER / "run.json"), read_records(out)
     differences = None if found is None else _differences(found.get("about", {}), request.about)
     same = differences == []
     if others and not same:
@@ -410,7 +388,7 @@ def _results(out: Path, request: Request) -> set[str]:
 
 def read_records(out: Path) -> dict[str, dict[str, Any]]:
     """Case -> its record, of all that a folder has."""
-    records = [read_json(file) for file in sorted((out / FOLDER / "cases").glob("*.json"))]
+    records = [read_json_if_any(file) for file in sorted((out / FOLDER / "cases").glob("*.json"))]
     return {record["case"]: record for record in records if record is not None and "case" in record}
 
 

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 
 from nnunetv2_diffusion.agreement import CAUTION, DEFINITION, mean_over_found, nearly_alike, pairwise_dice
+from nnunetv2_diffusion.files import json_ready
+from nnunetv2_diffusion.plans_content import foreground_labels  # noqa: F401, the name that scripts import
 
 DEFINITIONS = {
     "volumes": "of the masks as they are written, on the grid of the image: mask: of the mask of the mean; mean and "
@@ -25,22 +27,6 @@ DEFINITIONS = {
 }
 SCALES_DEFINITION = {"map_scales": "value of a map = grey value / 65535 * scale"}
 ONE_SAMPLE = "one sample: spread, pairwise Dice and agreement are not defined"
-
-
-def foreground_labels(dataset_json: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name -> values of every label or region of a dataset.json but for background and ignore, in the order of heads.
-
-    As in nnU-Net's label manager, heads follow the values of labels, and the order of the file for regions.
-    """
-    values = {
-        name: tuple(int(v) for v in (value if isinstance(value, list | tuple) else [value]))
-        for name, value in dataset_json["labels"].items()
-        if name != "ignore"
-    }
-    foreground = [(name, value) for name, value in values.items() if set(value) != {0}]
-    if all(len(value) == 1 for value in values.values()):
-        foreground.sort(key=lambda item: item[1])
-    return dict(foreground)
 
 
 @dataclass(frozen=True)
@@ -216,24 +202,6 @@ def volume_unit(shape: Sequence[int], spacing: Sequence[float]) -> tuple[float, 
     if len(shape) == 2 or (shape[0] == 1 and spacing[0] >= 998 * max(spacing[1:])):
         return 1.0, "px"
     return math.prod(float(s) for s in spacing) / 1000, "ml"
-
-
-def json_ready(value: Any) -> Any:
-    """The value with plain Python's types only: numbers and arrays of numpy and torch, paths and tuples converted.
-
-    NaN and infinities, which JSON does not know, become None.
-    """
-    if isinstance(value, Mapping):
-        return {str(key): json_ready(content) for key, content in value.items()}
-    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
-        return json_ready(value.tolist())
-    if isinstance(value, list | tuple | set | frozenset):
-        return [json_ready(content) for content in value]
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    return str(value)
 
 
 def rounded(value: float) -> float | int:

@@ -107,7 +107,7 @@ class DiffusionUNet(HeadsMixin, DenoisingUNet):
         if self.process is None:
             heads = self._run(image, full_resolution_only=full_resolution_only)
             if not self.training and not torch.is_grad_enabled():
-                self.check_finite(heads[0] if isinstance(heads, list | tuple) else heads)
+                self.check_answer(heads[0] if isinstance(heads, list | tuple) else heads)
             return heads
         if x_t is None:
             return self.predict(image, torch.compiler.is_compiling())

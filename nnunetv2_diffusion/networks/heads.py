@@ -19,7 +19,7 @@ def is_finite(x: torch.Tensor) -> bool:
 
 
 @torch.compiler.disable  # it looks at values
-def check_finite(x: torch.Tensor, network: nn.Module | None = None) -> None:
+def check_answer(x: torch.Tensor, network: nn.Module | None = None) -> None:
     """Raise unless all values of an answer are finite.
 
     Args:
@@ -76,14 +76,14 @@ class HeadsMixin(nn.Module):
         Raises:
             NotFiniteError: if p is not finite: its logits would be an empty mask.
         """
-        self.check_finite(p)
+        self.check_answer(p)
         if self.sigmoid:
             return torch.logit(p, eps=self.min_probability)
         return p.clamp(min=self.min_probability).log()
 
-    def check_finite(self, x: torch.Tensor) -> None:
-        """See the function ``check_finite``; weights that are not finite are named."""
-        check_finite(x, self)
+    def check_answer(self, x: torch.Tensor) -> None:
+        """See the function ``check_answer``; weights that are not finite are named."""
+        check_answer(x, self)
 
     def get_extra_state(self) -> torch.Tensor:
         """Stored with the weights, as a tensor like everything that nnU-Net expects there: heads are regions."""

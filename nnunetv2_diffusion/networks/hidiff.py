@@ -283,7 +283,7 @@ class HiDiffNetwork(HeadsMixin):
         Raises:
             NotFiniteError: for logits that are not finite.
         """
-        self.check_finite(output.logits)
+        self.check_answer(output.logits)
         return output.heads if self._deep_supervision else output.logits
 
     def refine(

@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_diffusion.files import read_json_if_any
 from nnunetv2_diffusion.planning.settings import SECTION, merge_settings, parse_settings
 
 STOCK_PLANS = ("nnUNetPlans*", "nnUNetResEnc*")
@@ -123,31 +124,27 @@ def write_plans(plans: Mapping[str, Any], folder: str | os.PathLike) -> Path:
         The file. One that holds the same plans already is left alone.
 
     Raises:
-        PlansError: for a name of nnU-Net's own, a folder that is missing, or a file that holds anything else.
+        PlansError: for a name of nnU-Net's own, a folder that is missing, a file that holds anything else, or a
+            number that is not finite.
     """
     name = plans.get("plans_name")
     check_plans_name(name)
     file = Path(folder) / f"{name}.json"
     if not file.parent.is_dir():
         raise PlansError(f"{file.parent}: no such folder, expected the data set's folder in nnUNet_preprocessed")
-    text = json.dumps(plans, indent=4)
+    try:
+        text = json.dumps(plans, indent=4, allow_nan=False)
+    except ValueError:
+        raise PlansError(f"{name}: the plans hold NaN or an infinite number; plan and preprocess again") from None
     try:
         with file.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError:
-        if _read_json(file) != json.loads(text):
+        if read_json_if_any(file) != json.loads(text):
             raise PlansError(
                 f"{file} exists and holds other plans, it was not overwritten. Choose another name, or move the file."
             ) from None
     return file
-
-
-def _read_json(file: Path) -> Any:
-    """Content of a JSON file, None if it is none."""
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
 
 
 def _resolve(configurations: Mapping[str, Mapping], name: str, chain: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_diffusion.files import read_json
 from nnunetv2_diffusion.planning.derive import (
     OVERRIDES,
     PlansError,
@@ -123,11 +124,8 @@ def read_plans(folder: Path, name: str) -> dict[str, Any]:
     if not file.is_file():
         found = ", ".join(sorted(f.stem for f in folder.glob("*lans*.json"))) or "none"
         raise PlansError(f"{file}: no such file; plans there: {found}")
-    try:
-        plans = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise PlansError(f"{file}: not JSON ({error})") from None
-    configurations = plans.get("configurations") if isinstance(plans, dict) else None
+    plans = read_json(file, PlansError, "plans of nnU-Net")
+    configurations = plans.get("configurations")
     if not isinstance(configurations, dict) or not all(isinstance(c, dict) for c in configurations.values()):
         raise PlansError(f"{file}: no mapping of configurations, expected plans of nnU-Net")
     if not isinstance(plans.get("plans_name"), str):

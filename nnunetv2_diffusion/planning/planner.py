@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 from nnunetv2.paths import nnUNet_preprocessed
 
 from nnunetv2_diffusion.compat import check_versions
+from nnunetv2_diffusion.files import read_json
 from nnunetv2_diffusion.planning.derive import add_settings, check_plans_name
+from nnunetv2_diffusion.planning.schema import SettingsError
 from nnunetv2_diffusion.planning.settings import SECTION, parse_settings
 
 if TYPE_CHECKING:
@@ -166,7 +168,7 @@ class DiffusionPlannerMixin:
         file = self._file()
         if not file.is_file():
             return {}
-        configurations = json.loads(file.read_text(encoding="utf-8"))["configurations"]
+        configurations = read_json(file, SettingsError, "plans of nnU-Net").get("configurations", {})
         sections = {name: c[SECTION] for name, c in configurations.items() if SECTION in c}
         for name, section in sections.items():
             parse_settings(section, f"configuration {name} of {file}")

@@ -8,6 +8,7 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 
 from nnunetv2_diffusion.networks.heads import HOST_SKIPS
+from nnunetv2_diffusion.plans_content import foreground_labels
 
 Weights = Mapping[str, torch.Tensor]
 Pairs = list[tuple[int, int]]  # index there, index here
@@ -34,10 +35,11 @@ def body_prefix(keys: Mapping) -> str:
 
 def head_names(plans: PlansManager, dataset_json: Mapping) -> tuple[str, ...]:
     """Names of classes or regions in the order of the heads; those of regions say so, as their heads are others."""
-    labels = {name: value for name, value in dataset_json["labels"].items() if name != "ignore"}
+    foreground = foreground_labels(dataset_json)
     if plans.get_label_manager(dataset_json).has_regions:
-        return tuple(f"region {name}" for name in labels if name != "background")
-    return tuple(sorted(labels, key=lambda name: _number(labels[name])))
+        return tuple(f"region {name}" for name in foreground)
+    background = [name for name in dataset_json["labels"] if name not in foreground and name != "ignore"]
+    return (*background, *foreground)
 
 
 def _number(value: int | Sequence[int]) -> int:

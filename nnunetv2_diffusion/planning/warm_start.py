@@ -8,7 +8,6 @@ heads are copied by their names, see ``planning.transfer``. nnU-Net's loader ski
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from nnunetv2_diffusion import shell
 from nnunetv2_diffusion.checkpoints import CheckpointError, build_network, check_weights, load_checkpoint_file
 from nnunetv2_diffusion.diffusion.mask_encoding import AnalogBits
+from nnunetv2_diffusion.files import check_target, read_json
 from nnunetv2_diffusion.networks import DiffusionUNet, HiDiffNetwork, UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.discriminative import UNetSegmentor
 from nnunetv2_diffusion.networks.heads import carry_heads
@@ -98,7 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Write the file; 1 with a message, and nothing written, if it cannot be done."""
     expected = (WarmStartError, PlansError, CheckpointError, SettingsError, UnsupportedArchitectureError, OSError)
     try:
-        _check_output(arguments.o)
+        check_target(arguments.o)
         source = Source(arguments.source)
         target = read_target(dataset_folder(arguments.d), arguments.c, arguments.p, arguments.tr)
         content, report = warm_start(source, target, arguments.heads)
@@ -109,13 +109,6 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     print(f"{arguments.o}: {arguments.o.stat().st_size / 2**20:.1f} MiB. Train with\n  {target.command(arguments.o)}")
     return 0
-
-
-def _check_output(file: Path) -> None:
-    if file.exists():
-        raise FileExistsError(f"{file} exists; it is not overwritten")
-    if not file.parent.is_dir():
-        raise FileNotFoundError(f"{file.parent}: no such folder, expected one to write {file.name} to")
 
 
 class Source:
@@ -236,16 +229,8 @@ class Target:
         )
 
 
-def _read_json(file: Path) -> dict:
-    if not file.is_file():
-        raise WarmStartError(f"{file}: no such file, expected that of a preprocessed data set")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise WarmStartError(f"{file}: {error}, expected JSON") from error
-    if not isinstance(content, dict):
-        raise WarmStartError(f"{file}: holds {type(content).__name__}, expected a mapping as nnU-Net writes it")
-    return content
+def _read(file: Path) -> dict:
+    return read_json(file, WarmStartError, "that of a preprocessed data set, as nnU-Net writes it")
 
 
 def read_target(folder: Path, configuration: str, plans: str, trainer: str) -> Target:
@@ -264,14 +249,14 @@ def read_target(folder: Path, configuration: str, plans: str, trainer: str) -> T
         UnsupportedArchitectureError: if the plans' network cannot be extended.
     """
     file = folder / f"{plans}.json"
-    manager = PlansManager(_read_json(file))
+    manager = PlansManager(_read(file))
     if not isinstance(manager.plans.get("configurations"), dict):
         raise WarmStartError(f"{file}: no mapping of configurations, expected plans of nnU-Net")
     if configuration not in manager.available_configurations:
         raise WarmStartError(
             f"{file}: no configuration {configuration}, expected one of {', '.join(manager.available_configurations)}"
         )
-    settings, dataset_json = manager.get_configuration(configuration), _read_json(folder / "dataset.json")
+    settings, dataset_json = manager.get_configuration(configuration), _read(folder / "dataset.json")
     network = build_network(trainer, manager, settings, dataset_json)
     known = isinstance(getattr(network, "segmentor", None), UNetSegmentor | Merit)
     if not isinstance(network, DiffusionUNet) and not known:

@@ -14,7 +14,7 @@ from nnunetv2_diffusion.architecture import check_configuration
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.denoiser import SUPPORTED
 from nnunetv2_diffusion.planning.settings import SettingsError, read_settings
-from nnunetv2_diffusion.plans_content import check_transposes
+from nnunetv2_diffusion.plans_content import check_transposes, foreground_labels
 from nnunetv2_diffusion.training.label_scan import scan_labels
 
 
@@ -104,16 +104,6 @@ def check_labels(
     return found
 
 
-def head_names(labels: LabelManager) -> list[str]:
-    """Names of the foreground classes or regions, in nnU-Net's order."""
-    numbers = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-    by_number = {}
-    for name, number in labels.label_dict.items():
-        several = isinstance(number, tuple | list)
-        by_number.setdefault(tuple(number) if several and len(number) > 1 else int(np.ravel(number)[0]), name)
-    return [by_number.get(tuple(n) if isinstance(n, tuple | list) else int(n), str(n)) for n in numbers]
-
-
 def absent_classes(found: Iterable[set[int]], labels: LabelManager, folder: str) -> list[str]:
     """Names of classes or regions that none of the cases has.
 
@@ -125,10 +115,9 @@ def absent_classes(found: Iterable[set[int]], labels: LabelManager, folder: str)
     Raises:
         ValueError: if there is no foreground in any case.
     """
-    present = set().union(*found)
-    heads = labels.foreground_regions if labels.has_regions else labels.foreground_labels
-    absent = [name for name, head in zip(head_names(labels), heads, strict=True) if not present & set(np.ravel(head))]
-    if len(absent) == len(heads):
+    present, foreground = set().union(*found), foreground_labels({"labels": labels.label_dict})
+    absent = [name for name, values in foreground.items() if not present & set(values)]
+    if len(absent) == len(foreground):
         raise ValueError(
             f"no training case in {folder} has any foreground: the labels there are {sorted(present - {-1})}, expected "
             f"some of {labels.label_dict}. Check labelsTr, and the fold's split in splits_final.json."

@@ -142,7 +142,7 @@ class HiDiffTrainer(PlannedTrainer):
         self._alone = self.num_epochs // 2 if own.pretraining_epochs is None else own.pretraining_epochs
         self.pretraining_epochs = self._alone
         self.pseudo_dice: dict[str, list] = {"prior": [], "refined": []}
-        self._resuming = False
+        self._resuming = self._untrained = False
 
     @classmethod
     def reads(cls) -> frozenset[str]:
@@ -230,10 +230,7 @@ class HiDiffTrainer(PlannedTrainer):
                 f"random weights would stay. Train -tr {own.segmentor_trainer} first, or set segmentor_checkpoint"
             )
         else:
-            self.print_to_log_file(
-                "segmentor: no checkpoint to start from; it is trained alone for the first "
-                f"{self.pretraining_epochs} of {self.num_epochs} epochs"
-            )
+            self._untrained = True
 
     def configure_optimizers(self) -> tuple[torch.optim.Optimizer, TurnsSchedule]:
         """Two AdamW; without weight decay, which would shrink weights that only count by their sign."""
@@ -259,14 +256,17 @@ class HiDiffTrainer(PlannedTrainer):
         self.pseudo_dice = state["pseudo_dice"]
 
     def on_train_start(self) -> None:
-        """As nnU-Net's; weights of ``-pretrained_weights``, loaded after ``initialize``, may change the plan."""
-        warm_heads = self.inner_network.warm_heads if self.was_initialized else None
+        """As nnU-Net's; tells where the segmentor is from: ``-pretrained_weights`` come after ``initialize``."""
+        if not self.was_initialized:
+            self.initialize()
+        start, warm_heads = "no checkpoint to start from" if self._untrained else None, self.inner_network.warm_heads
         if warm_heads is not None:
             self.pretraining_epochs = 0 if warm_heads else self._alone
-            heads = "heads included; it is not" if warm_heads else "with fresh heads; it is"
+            start = f"from the warm-start file, {'heads included' if warm_heads else 'with fresh heads'}"
+        if start is not None:
+            alone = f"it is trained alone for the first {self.pretraining_epochs} of {self.num_epochs} epochs"
             self.print_to_log_file(
-                f"segmentor: from the warm-start file, {heads} trained alone first ({self.pretraining_epochs} of "
-                f"{self.num_epochs} epochs)"
+                f"segmentor: {start}; {alone if self.pretraining_epochs else 'it is not trained alone first'}"
             )
         super().on_train_start()
 

@@ -37,6 +37,7 @@ from nnunetv2_diffusion.planning.settings import (
     environment_overrides,
     read_settings,
 )
+from nnunetv2_diffusion.plans_content import foreground_labels
 from nnunetv2_diffusion.removed import without_removed
 from nnunetv2_diffusion.training import checks
 from nnunetv2_diffusion.training.divergence import DivergedError, StepGuard, backward_seed, describe_not_finite
@@ -255,7 +256,7 @@ class CommonTrainer(MemoryLog, nnUNetTrainer):
         """As nnU-Net's, then a word about classes that are never found."""
         super().on_train_end()
         recent = self.logger.get_value("dice_per_class_or_region", step=None)[-RECENT_EPOCHS:]
-        lost = checks.never_found(recent, checks.head_names(self.label_manager))
+        lost = checks.never_found(recent, list(foreground_labels(self.dataset_json)))
         if lost:
             self.print_to_log_file(
                 f"Never found in the validation patches of the last {len(recent)} epochs: {', '.join(lost)}. Was the "

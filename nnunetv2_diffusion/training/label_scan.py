@@ -1,7 +1,5 @@
 """Which labels the cases of a data set hold: looked at once, and remembered beside the preprocessed data."""
 
-import json
-import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -9,6 +7,8 @@ from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+
+from nnunetv2_diffusion.files import read_json_if_any, write_json
 
 FILE = "label_scan.json"  # in the data set's folder: nnU-Net allows no other ending among the cases
 ENDINGS = ("_seg.b2nd", "_seg.npy", ".npz")  # where nnU-Net's data sets look for a segmentation, in this order
@@ -25,6 +25,9 @@ def scan_labels(datasets: Iterable[Any], show_progress: bool, cache: Path | None
 
     Returns:
         case -> labels; -1 marks voxels outside of the cropped image.
+
+    Raises:
+        ValueError: a segmentation has colours, naming the case.
     """
     known = _read(cache)
     found, fresh = {}, {}
@@ -35,11 +38,19 @@ def scan_labels(datasets: Iterable[Any], show_progress: bool, cache: Path | None
         if key and remembered and remembered[:2] == stamp:
             found[case] = set(remembered[2])
             continue
-        found[case] = _label_values(dataset.load_case(case)[1])
+        segmentation = dataset.load_case(case)[1]
+        if len(segmentation) != 1:
+            raise ValueError(
+                f"case {case}: the segmentation has {len(segmentation)} channels, expected one, of labels. nnU-Net "
+                "reads masks with a palette (PNG of mode P) as colours: save labelsTr as grey values (see README) and "
+                "preprocess again."
+            )
+        found[case] = _label_values(segmentation)
         if key:
             fresh[key] = [*stamp, sorted(found[case])]
     if cache is not None and fresh:
-        _write(cache, {**known, **fresh})
+        with suppress(OSError):  # a folder that is read only: the next start looks again
+            write_json(cache, {**known, **fresh})
     return found
 
 
@@ -65,11 +76,8 @@ def _label_values(segmentation: Any) -> set[int]:
 
 def _read(cache: Path | None) -> dict[str, list]:
     """What is remembered; entries that cannot be are left out, and looked at again."""
-    try:
-        content = json.loads(cache.read_text(encoding="utf-8")) if cache else {}
-    except (OSError, ValueError):
-        return {}
-    return {key: entry for key, entry in content.items() if _is_entry(entry)} if isinstance(content, dict) else {}
+    content = read_json_if_any(cache) if cache else None
+    return {key: entry for key, entry in (content or {}).items() if _is_entry(entry)}
 
 
 def _is_entry(entry: Any) -> bool:
@@ -80,14 +88,3 @@ def _is_entry(entry: Any) -> bool:
         and isinstance(entry[2], list)
         and all(type(n) is int for n in (*entry[:2], *entry[2]))
     )
-
-
-def _write(cache: Path, content: dict[str, list]) -> None:
-    """Beside its place, then moved there: other trainings may read and write at the same time."""
-    part = cache.with_name(f".{cache.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(content), encoding="utf-8")
-        os.replace(part, cache)
-    except OSError:  # a folder that is read only: the next start looks again
-        with suppress(OSError):
-            part.unlink(missing_ok=True)

@@ -247,8 +247,8 @@ def test_a_case_without_foreground_is_neither_best_nor_worst(order):
         findings.steps[::order] if order == 1 else sorted(findings.steps, key=lambda r: r["case"] != "none")
     )
     (dice, distance) = gain_table(findings).rows
-    assert dice == ["Dice", "0.0500 ± 0.1500 (2 of 3)", "-0.1000 (b)", "+0.2000 (a)", "1 of 2"]
-    assert distance == ["HD95 (px)", "-2.000 ± 0.000 (1 of 3)", "-2.000 (a)", "-2.000 (a)", "1 of 1"]
+    assert dice == ["Dice", "0.0500 ± 0.2121 (2 of 3)", "-0.1000 (b)", "+0.2000 (a)", "1 of 2"]
+    assert distance == ["HD95 (px)", "-2.000 ± n/a (1 of 3)", "-2.000 (a)", "-2.000 (a)", "1 of 1"]
     for metric in ("Dice", "HD95"):
         assert not any("nan" in cell for row in step_table(findings, metric).rows for cell in row)
     assert [row["case"] for row in shown_cases(findings)] == ["a", "b"]
@@ -323,16 +323,16 @@ def test_agreement_that_ranks_errors_has_no_excess_risk():
     lost = {"Dice": 0.0, "sample_dice": 0.0, "pairwise_dice": np.nan, "error_correlation": np.nan}
     table_with_a_loss = sample_table(Findings(samples=[*samples, lost]))
     assert any("leaves out 1 of 4 cases" in note for note in table_with_a_loss.notes)
-    assert by_name["variance and errors"] == "0.200 ± 0.100 (2 of 3)"
+    assert by_name["variance and errors"] == "0.200 ± 0.141 (2 of 3)"
 
 
 def test_costs_are_means_over_cases():
     shared = {"label": "mean", "K": 2, "passes_per_tile": 2.0, "soft_dice": 0.5}
     rows = [{**shared, "case": "a", "Dice": 0.5, "seconds": 1.0}, {**shared, "case": "b", "Dice": 0.7, "seconds": 3.0}]
     (row,) = cost_table(rows, "K", "t").rows
-    assert list(row) == ["2", "0.600 ± 0.100", "0.400", "2.00", "2.0"], "equally sure: AURC is the mean risk"
+    assert list(row) == ["2", "0.600 ± 0.141", "0.400", "2.00", "2.0"], "equally sure: AURC is the mean risk"
     assert rows_to_csv(rows).splitlines()[0] == "label,K,passes_per_tile,soft_dice,case,Dice,seconds"
     measured = [{**row, "HD95": h, "ECE": 0.1} for row, h in zip(rows, (2.0, np.nan), strict=True)]
     table = cost_table(measured, "K", "t")
     by_name = dict(zip(table.columns, table.rows[0], strict=True))
-    assert (by_name["HD95 (mm)"], by_name["ECE"]) == ("2.00 ± 0.00 (1 of 2)", "0.100 ± 0.000")
+    assert (by_name["HD95 (mm)"], by_name["ECE"]) == ("2.00 ± n/a (1 of 2)", "0.100 ± 0.000")

@@ -279,6 +279,23 @@ def test_values_that_the_mean_leaves_out_are_counted_in_its_cell(summary, comman
     assert "[-" not in out
 
 
+def test_a_metric_that_one_folder_lacks_is_named_in_every_output(folders, summary, command, tmp_path):
+    plain = summary("plain", {key: {"Dice": values} for key, values in DICE["base"].items()})
+    note = "HD95 is left out: plain has none. nnunetv2_diffusion evaluate GROUND_TRUTH FOLDER --overwrite adds it."
+    for name in ("text", "markdown", "latex"):
+        status, out, err = command(*folders, plain, "--format", name)
+        assert (status, err) == (0, "")
+        assert "HD95 is left out: plain has none." in out, name
+        assert out.count("HD95") == 1, "it has no column"
+    table = tmp_path / "table.csv"
+    status, out, err = command(*folders, plain, "-o", table)
+    assert (status, out, err) == (0, f"{table}\n{note}\n", "")
+    assert "left out:" not in table.read_text()
+    assert "HD95 is left out" not in command(*folders, plain, "--metrics", "Dice")[1]
+    assert "is left out: " not in command(*folders)[1]
+    assert "is left out: " not in command(plain, plain, "--names", "a", "b")[1], "nobody has it"
+
+
 def test_classes_have_the_names_of_their_labels(folders, command, rows, summary):
     other = summary("other", {key: {"Dice": values, "HD95": [1.0] * 5} for key, values in DICE["base"].items()})
     for folder in folders:
@@ -394,8 +411,8 @@ def test_source_that_does_not_exist_is_named(folders, refused, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{half", "is no JSON file"),
-        ("[]", "has no cases"),
+        ("{half", "broken.json: not JSON ("),
+        ("[]", "holds list, expected a mapping"),
         ('{"metric_per_case": []}', "has no cases"),
         ('{"metric_per_case": [{"metrics": {}}]}', "metric_per_case[0] has no text 'prediction_file'"),
         (

@@ -3,6 +3,8 @@
 import csv
 import json
 import multiprocessing.dummy
+import re
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -89,6 +91,11 @@ def nnunet_summary(gt, pred, dataset, tmp_path, monkeypatch):
 # ---- the file
 
 
+def as_number(value):
+    """nnU-Net writes NaN, which is no JSON."""
+    return np.nan if value is None else value
+
+
 @pytest.mark.filterwarnings("ignore:Mean of empty slice")  # of nnU-Net
 @pytest.mark.parametrize(
     ("dataset", "references"), [(CLASSES, 3), (REGIONS, 3), (IGNORE, 4)], ids=["classes", "regions", "ignore"]
@@ -104,10 +111,24 @@ def test_what_nnunet_writes_is_the_same_here(dataset, references, make, tmp_path
         ]
         assert mine["metrics"].keys() == other["metrics"].keys()
         for key, metrics in other["metrics"].items():
-            np.testing.assert_equal({name: mine["metrics"][key][name] for name in metrics}, metrics)
+            np.testing.assert_equal({name: as_number(mine["metrics"][key][name]) for name in metrics}, metrics)
     for key, metrics in {**theirs["mean"], "foreground": theirs["foreground_mean"]}.items():
         found = {**ours["mean"], "foreground": ours["foreground_mean"]}[key]
-        np.testing.assert_equal({name: found[name] for name in metrics}, metrics)
+        np.testing.assert_equal({name: as_number(found[name]) for name in metrics}, metrics)
+
+
+def test_the_file_is_json_as_its_standard_has_it(make, verb):
+    """Classes that no case has leave means and strata without a value."""
+    gt, pred = make()
+    assert verb(gt, pred, "--no-surface")[0] == 0
+    text = (pred / "summary.json").read_text()
+    assert ": null" in text
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    summary = json.loads(text, parse_constant=refuse)
+    assert summary["strata"]["lesion"]["1"]["<100"]["n"] >= 0
 
 
 def test_file_is_read_by_nnunet_and_by_python(make, verb):
@@ -142,16 +163,16 @@ def test_results_that_exist_are_not_overwritten_unless_asked(name, make, verb, m
         patch.setattr(evaluate, "evaluate_folders", None)  # no work is done in vain
         status, _, message = verb(gt, pred, "--no-surface")
     assert status == 1
-    assert f"{pred / name} exists and is not overwritten; use --overwrite" in message
+    assert f"{pred / name} exists; it is not overwritten; use --overwrite" in message
     assert (pred / name).read_text() == "kept"
     assert verb(gt, pred, "--no-surface", "--overwrite")[0] == 0
     assert (pred / name).read_text() != "kept"
 
 
 def test_results_get_their_names_when_they_are_complete(make, verb, monkeypatch):
-    written, write_text = [], Path.write_text
+    written, write_bytes = [], Path.write_bytes
     gt, pred = make()
-    monkeypatch.setattr(Path, "write_text", lambda self, *a, **k: written.append(self) or write_text(self, *a, **k))
+    monkeypatch.setattr(Path, "write_bytes", lambda self, content: written.append(self) or write_bytes(self, content))
     assert verb(gt, pred, "--no-surface")[0] == 0
     assert [file.suffix for file in written] == [".part"] * 2
 
@@ -159,18 +180,18 @@ def test_results_get_their_names_when_they_are_complete(make, verb, monkeypatch)
 def test_full_disk_leaves_nothing_half_written(make, verb, monkeypatch):
     gt, pred = make()
     before = sorted(pred.iterdir())
-    write_text = Path.write_text
+    write_bytes = Path.write_bytes
 
-    def full(self, text, **options):
+    def full(self, content):
         assert self.suffix == ".part"  # nothing is written under its own name
-        write_text(self, text[:100], **options)
+        write_bytes(self, content[:100])
         if ".csv" in self.name:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     status, _, message = verb(gt, pred, "--no-surface")
     assert status == 1
-    assert "summary.csv: cannot be written: [Errno 28] No space left on device" in message
+    assert re.search(r"cannot be written: No space left on device: '.*summary\.csv'", message)
     assert sorted(pred.iterdir()) == before
 
 
@@ -307,7 +328,7 @@ def test_processes_give_what_one_process_gives(make, monkeypatch):
 # ---- further scores
 
 
-def test_further_scorers_see_the_case_and_reach_the_files(make, verb, monkeypatch, tmp_path):
+def test_scores_of_probabilities_samples_and_raters_reach_the_files(make, verb, tmp_path):
     gt, pred = make(REGIONS)
     for folder in ("pred/samples/000", "pred/samples/001", "other"):
         for case in range(3):
@@ -315,37 +336,25 @@ def test_further_scorers_see_the_case_and_reach_the_files(make, verb, monkeypatc
     for case in range(3):
         np.savez(pred / f"case_{case}.npz", probabilities=np.full((2, *SHAPE), 0.5, np.float32))
 
-    def classes(case, settings):
-        assert settings.probabilities
-        shares = case.probabilities().mean(axis=(1, 2, 3))
-        return {t.key: {"Brier": float(shares[t.head]), "GED": len(case.samples())} for t in case.labels.targets}
-
-    def whole(case, settings):
-        assert case.labels.masks(case.raters()[0]).shape == (2, *SHAPE)
-        return {"agreement": float(case.spacing[0])}
-
-    monkeypatch.setattr(evaluate, "CLASS_SCORERS", [classes])
-    monkeypatch.setattr(evaluate, "CASE_SCORERS", [whole])
-    monkeypatch.setattr(evaluate, "FOLDER_SCORERS", [lambda found, settings: {"failure": {"AURC": len(found)}}])
-    status, _, message = verb(gt, pred, "--no-surface", "--probabilities", "--raters", tmp_path / "other")
+    status, out, message = verb(gt, pred, "--no-surface", "--probabilities", "--raters", tmp_path / "other")
     assert (status, message) == (0, "")
     summary = json.loads((pred / "summary.json").read_text())
-    assert summary["mean"]["(1, 2)"]["Brier"] == 0.5
-    assert summary["metric_per_case"][2]["metrics"]["2"]["GED"] == 2
-    assert summary["metric_per_case"][0]["case_metrics"] == summary["case_mean"] == {"agreement": 3.0}
-    assert summary["failure"] == {"AURC": 3}
+    assert summary["mean"]["(1, 2)"]["Brier"] == pytest.approx(0.25)
+    assert 0 <= summary["metric_per_case"][2]["metrics"]["2"]["GED2"] <= 2
+    assert summary["failure_detection"]["cases"] == 3
     rows = list(csv.DictReader((pred / "summary.csv").open()))
-    assert [row["agreement"] for row in rows if row["label"] == "case"] == ["3.0"] * 3
+    assert all(float(row["ECE"]) == pytest.approx(summary["mean"][row["label"]]["ECE"], abs=1) for row in rows)
+    assert out.splitlines()[0] == "Means of 3 cases"
 
 
-def test_probabilities_of_2d_images_have_the_shape_of_the_masks(tmp_path, monkeypatch):
+def test_probabilities_of_2d_images_have_the_shape_of_the_masks(tmp_path):
     for folder in ("gt", "pred"):
         write(tmp_path / folder / "a.nii.gz", random_mask(0, 3, (12, 14)))
     (tmp_path / "pred/dataset.json").write_text(json.dumps(CLASSES))
     np.savez(tmp_path / "pred/a.npz", probabilities=np.zeros((4, 1, 12, 14)))  # as nnU-Net exports them
-    monkeypatch.setattr(evaluate, "CASE_SCORERS", [lambda case, settings: {"axes": case.probabilities().ndim}])
     settings = EvaluationSettings(surface=False, probabilities=True)
-    assert evaluate_folders(tmp_path / "gt", tmp_path / "pred", settings).summary["case_mean"] == {"axes": 3}
+    mean = evaluate_folders(tmp_path / "gt", tmp_path / "pred", settings).summary["mean"]["1"]
+    assert mean["Brier"] == pytest.approx(mean["ECE"]), "all probabilities are 0"
 
 
 def test_samples_are_those_named(make, tmp_path):
@@ -430,7 +439,7 @@ def break_dataset(gt, pred):
 
 def break_json(gt, pred):
     (pred / "plans.json").write_text("{")
-    return f"{pred / 'plans.json'}: cannot be read: JSONDecodeError"
+    return f"{pred / 'plans.json'}: not JSON ("
 
 
 def break_ending(gt, pred):
@@ -509,20 +518,20 @@ def test_folder_that_cannot_be_written_to_is_found_before_the_work(make, verb, m
     monkeypatch.setattr(evaluate, "evaluate_folders", None)  # not called
     status, _, message = verb(gt, pred, "--no-surface")
     assert status == 1
-    assert f"{pred / 'summary.json'}: cannot be written: [Errno 13] Permission denied" in message
+    assert f"cannot be written: Permission denied: '{pred / 'summary.json'}'" in message
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["-o", "scores.txt"], "-o is scores.txt, expected a file that ends with .json"),
-        (["-o", "missing/scores.json"], "missing/scores.json: cannot be written"),
+        (["-o", "missing/scores.json"], "missing is no folder; make it, or name another file than scores.json"),
         (["--tolerances", "-1"], "tolerances are [-1.0], expected"),
         (["--strata", "5", "5"], "strata: thresholds are [5, 5], expected"),
         (["--lesion_overlap", "2"], "lesion_overlap is 2.0, expected"),
         (["--probabilities"], "case_0.npz: missing"),
-        (["-djfile", "no.json"], "no.json: cannot be read"),
-        (["-pfile", "no.json"], "no.json: cannot be read"),
+        (["-djfile", "no.json"], "no.json: no such file, expected"),
+        (["-pfile", "no.json"], "no.json: no such file, expected"),
     ],
 )
 def test_option_that_cannot_be_used_is_named(options, message, make, verb, tmp_path, monkeypatch):
@@ -538,15 +547,32 @@ def test_at_least_one_process_works(processes, make):
         evaluate_folders(*make(), NO_SURFACE, processes=processes)
 
 
-def test_missing_library_is_an_error_before_the_work(make, verb, monkeypatch):
-    def missing():
-        raise EvaluationError("no library. Type: pip install")
+def test_without_the_library_the_same_call_scores_the_rest_and_says_what_to_type(make, verb, monkeypatch):
+    def version(name):
+        raise PackageNotFoundError(name)
 
-    monkeypatch.setattr(surface, "library_version", missing)
+    monkeypatch.setattr(surface, "version", version)
     gt, pred = make()
-    status, _, message = verb(gt, pred)
-    assert (status, message) == (1, "nnunetv2_diffusion evaluate: no library. Type: pip install\n")
-    assert verb(gt, pred, "--no-surface")[0] == 0
+    status, out, message = verb(gt, pred, "--disable_progress_bar")
+    assert status == 0
+    assert "Dice" in out
+    assert "HD95" not in out
+    assert message.startswith("nnunetv2_diffusion evaluate: HD, HD95, ASSD and NSD are left out: surface distances")
+    assert "Type: pip install 'monai" in message
+    assert message.endswith("evaluate again with --overwrite\n")
+    written = json.loads((pred / "summary.json").read_text())
+    assert written["conventions"]["surface_distances"].startswith("HD, HD95, ASSD and NSD are left out")
+    assert "Dice" in written["foreground_mean"]
+    assert verb(gt, pred, "--no-surface", "--overwrite", "--disable_progress_bar")[2] == ""
+
+
+@pytest.mark.parametrize("asked", [("--percentile", "pooled"), ("--tolerances", 3)])
+def test_who_asks_for_distances_is_told_before_the_work_that_the_library_is_missing(make, verb, monkeypatch, asked):
+    monkeypatch.setattr(surface, "missing_library", lambda: "no library. Type: pip install")
+    gt, pred = make()
+    status, _, message = verb(gt, pred, *asked)
+    assert (status, message.startswith("nnunetv2_diffusion evaluate: no library. Type: pip install")) == (1, True)
+    assert not (pred / "summary.json").exists()
 
 
 def test_pngs_have_no_mm(tmp_path):
@@ -559,10 +585,9 @@ def test_pngs_have_no_mm(tmp_path):
         evaluate_folders(tmp_path / "gt", tmp_path / "pred", EvaluationSettings(surface=False, unit="mm"))
 
 
-def test_probabilities_of_another_shape_are_an_error(make, monkeypatch):
+def test_probabilities_of_another_shape_are_an_error(make):
     gt, pred = make(cases=1)
     np.savez(pred / "case_0.npz", probabilities=np.zeros((2, *SHAPE)))
-    monkeypatch.setattr(evaluate, "CLASS_SCORERS", [lambda case, settings: {"1": {"x": case.probabilities().sum()}}])
     with pytest.raises(EvaluationError, match=r"case_0\.npz: probabilities have shape \(2, .*expected \(4, "):
         evaluate_folders(gt, pred, EvaluationSettings(surface=False, probabilities=True))
 

@@ -7,7 +7,7 @@ import subprocess
 
 import pytest
 
-from nnunetv2_diffusion.evaluation.tables import RENDERERS, Cell, Table, escape_latex, to_csv, write_new
+from nnunetv2_diffusion.evaluation.tables import RENDERERS, Cell, Table, escape_latex, to_csv
 
 NASTY = 'a_b & 50% of $x #1 {y} ~ ^ \\ <z> | "q", *s* [t]'
 
@@ -92,44 +92,3 @@ def test_table_without_rows_and_notes_has_its_head(name):
 def test_row_of_other_length_is_refused():
     with pytest.raises(ValueError, match="row 1 has 1 cells, expected 2"):
         Table("T", ["a", "b"], [["1", "2"], ["3"]])
-
-
-# ---- files
-
-
-def test_files_are_written_in_utf8(tmp_path):
-    write_new({tmp_path / "a.txt": "±\n", tmp_path / "b.txt": "b"})
-    assert (tmp_path / "a.txt").read_bytes() == "±\n".encode()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.txt", "b.txt"]
-
-
-def test_nothing_is_overwritten_and_nothing_written_beside_it(tmp_path):
-    (tmp_path / "b.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"b\.txt exists; it is not overwritten"):
-        write_new({tmp_path / "a.txt": "a", tmp_path / "b.txt": "b"})
-    assert [path.name for path in tmp_path.iterdir()] == ["b.txt"]
-    assert (tmp_path / "b.txt").read_text() == "mine"
-
-
-def test_missing_folder_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="missing is no folder"):
-        write_new({tmp_path / "missing" / "a.txt": "a"})
-
-
-@pytest.mark.parametrize("step", ["write_text", "rename"])
-def test_failure_half_way_leaves_nothing(tmp_path, monkeypatch, step):
-    path_class = type(tmp_path)
-    real, calls = getattr(path_class, step), []
-
-    def fail_second(self, *arguments, **options):
-        calls.append(self)
-        if len(calls) == 2:
-            real_write(self, "half") if step == "write_text" else None
-            raise OSError("disk full")
-        return real(self, *arguments, **options)
-
-    real_write = path_class.write_text
-    monkeypatch.setattr(path_class, step, fail_second)
-    with pytest.raises(OSError, match="disk full"):
-        write_new({tmp_path / "a.txt": "a", tmp_path / "b.txt": "b"})
-    assert list(tmp_path.iterdir()) == []

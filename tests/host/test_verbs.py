@@ -20,7 +20,7 @@ def test_predict_evaluate_compare_and_analyse(recycled):
     common = ("predict", *model, "-i", raw / "imagesTs", "-npp", 0, "-nps", 0, quiet)
     printed = run(*common, "-o", root / "verbs", "--samples", 2, "--save_uncertainty", "--save_samples")
     assert "case_6: " in printed
-    assert "8.00 network passes a tile" in printed
+    assert "mean of 2 masks, " in printed
     run(*common, "-o", root / "verbs_plain", "--tta", "none")
     for case in ("case_6", "case_7"):
         truth = nib.load(raw / "labelsTs" / f"{case}.nii.gz")

@@ -62,6 +62,8 @@ def test_stock_training_starts_with_the_logits_of_the_source(project, tmp_path):
     found = logits_of(trained, "nnUNetTrainerRecycleXT", image)
     torch.testing.assert_close(found.softmax(1), expected.softmax(1), rtol=1e-3, atol=1e-5)
 
-    assert "it is not trained alone first" in logs["nnUNetTrainerHiDiff"]
+    log = logs["nnUNetTrainerHiDiff"]
+    assert "segmentor: from the warm-start file, heads included; it is not trained alone first" in log
+    assert "no checkpoint to start from" not in log
     trained = load_checkpoint_file(checkpoint(project, "nnUNetTrainerHiDiff"))["network_weights"]
     assert all(torch.equal(trained[f"segmentor.{key}"], w) for key, w in stock["network_weights"].items())

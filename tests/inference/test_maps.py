@@ -393,7 +393,7 @@ KINDS = {
     "nibabel": (NibabelIO, "case.nii.gz", "nibabel.save"),
     "png": (NaturalImage2DIO, "case.png", "io.imsave"),
     "tif": (Tiff3DIO, "case.tif", "tifffile.imwrite"),
-    "tif_spacing": (Tiff3DIO, "case.tif", "save_json"),
+    "tif_spacing": (Tiff3DIO, "case.tif", "Path.write_bytes"),
 }
 PROPERTIES = {
     "spacing": (999, 1, 1),

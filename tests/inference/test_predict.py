@@ -183,6 +183,26 @@ def test_the_json_of_a_case_tells_of_its_samples(everything):
     assert summary["settings"]["sampling"] == {
         "steps": 3, "sampler": "ddim", "eta": 0.0, "samples": 2, "seed": 5, "step_spacing": "trailing"
     }  # fmt: skip
+    assert summary["settings"].items() >= summary["settings"]["sampling"].items()
+
+
+def test_every_json_is_as_the_standard_has_it(everything):
+    def refuse(word):
+        raise AssertionError(word)
+
+    found = list(everything.rglob("*.json"))
+    assert len(found) >= 8
+    for file in found:
+        json.loads(file.read_text(), parse_constant=refuse)
+
+
+def test_the_json_tells_what_was_used_and_not_what_was_not_asked_for(models, images, tmp_path):
+    out = tmp_path / "out"
+    assert predict(models(), images, out, "-device", "cpu", "-npp", 0, "-nps", 0, "--save_uncertainty") == 0
+    settings = json.loads((out / "uncertainty" / "case_0.json").read_text())["settings"]
+    assert None not in settings.values()
+    assert settings.items() >= settings["sampling"].items()
+    assert settings["steps"] >= 1
 
 
 def test_the_last_step_is_the_mask(everything):

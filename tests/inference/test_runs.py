@@ -398,7 +398,8 @@ def test_leftovers_of_the_dead_are_cleared_and_other_files_are_not(tmp_path):
     (tmp_path / ".unfinished_a").mkdir()
     (tmp_path / ".unfinished_a" / "a.nii.gz").write_text("half")
     (tmp_path / ".unfinished_link").symlink_to(tmp_path / "elsewhere")
-    for name in (".plans.json.123", ".run.json.123.part", ".writable_7", ".lock_0_of_1", ".mine", ".mine.json"):
+    left = (".plans.json.123", ".run.json.123.part", ".long_name.7.part", ".writable_7", ".lock_0_of_1")
+    for name in (*left, ".mine", ".mine.json"):
         (tmp_path / name).write_text("123")
     clear_leftovers(tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {".mine", ".mine.json", ".unfinished_link"}
@@ -745,7 +746,7 @@ def test_the_end_is_told_in_one_line_with_words_that_count(models, tmp_path, cap
     images = write_images(tmp_path / "in", 1, (8, 12, 8))
     assert run(models(), images, tmp_path / "out", *PLAIN) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert any("1 tile, 1 member, 1.00 network passes a tile" in line for line in lines)
+    assert any("s, 1 mask, 1 tile, 1 pass of the network" in line for line in lines)
     assert lines[-1].startswith("1 case in ")
     assert lines[-1].endswith(f"s, written to {tmp_path / 'out'}")
 

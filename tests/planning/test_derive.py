@@ -217,3 +217,9 @@ def test_plans_that_are_no_json_leave_no_file(plans, tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         write_plans({**plans, "plans_name": "Mine", "extra": object()}, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_plans_with_numbers_that_json_does_not_know_are_refused(plans, tmp_path):
+    with pytest.raises(PlansError, match="Mine: the plans hold NaN or an infinite number"):
+        write_plans({**plans, "plans_name": "Mine", "extra": float("nan")}, tmp_path)
+    assert not list(tmp_path.iterdir())

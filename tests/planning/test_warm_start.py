@@ -554,7 +554,7 @@ def test_stock_weights_are_told_by_their_trainer_and_fitting_ones_pass(site):
         (lambda s: s.checkpoint.unlink(), "stock.pth: no such file, expected a checkpoint"),
         (lambda s: s.checkpoint.write_bytes(b"x"), "stock.pth: damaged"),
         (lambda s: s.plans["configurations"].update(other=s.plans["configurations"].pop("only")), "expected one of"),
-        (lambda s: setattr(s, "output", s.folder / "none" / "warm.pth"), "none: no such folder"),
+        (lambda s: setattr(s, "output", s.folder / "none" / "warm.pth"), "none is no folder; make it"),
         (lambda s: s.plans["configurations"]["only"]["diffusion"].update(stepz=1), "stepz"),
     ],
 )

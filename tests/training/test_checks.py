@@ -20,14 +20,13 @@ from torch import nn
 from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint, load_checkpoint_file
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.planning.settings import SettingsError
-from nnunetv2_diffusion.plans_content import PlansContentError
+from nnunetv2_diffusion.plans_content import PlansContentError, foreground_labels
 from nnunetv2_diffusion.training.checks import (
     absent_classes,
     check_images,
     check_label_numbers,
     check_labels,
     check_plans,
-    head_names,
     never_found,
 )
 from nnunetv2_diffusion.training.label_scan import scan_labels
@@ -173,6 +172,13 @@ def test_labels_of_2d_cases_are_seen():
         check_labels([dataset], CLASSES, "folder", False)
 
 
+def test_colours_of_a_palette_are_named_before_training():
+    """What nnU-Net's preprocessing makes of a PNG of mode P; the first channel alone may look like labels."""
+    colours = Dataset({"us_1": np.zeros((3, 1, 8, 9), np.int8)})
+    with pytest.raises(ValueError, match=r"case us_1: the segmentation has 3 channels.*PNG of mode P"):
+        check_labels([colours], CLASSES, "folder", False)
+
+
 def test_labels_of_every_case_are_returned():
     found = check_labels([make_dataset(1), Dataset({"z": np.zeros((1, 2, 3, 4), np.int8)})], CLASSES, "folder", False)
     assert found == {"a": {-1, 0, 1, 2}, "z": {0}}
@@ -227,9 +233,9 @@ def test_regions_of_labels_with_a_hole_pass():
 
 
 def test_names_of_heads_are_in_the_order_of_the_network():
-    assert head_names(LabelManager({"b": 2, "background": 0, "a": 1, "ignore": 3}, None)) == ["a", "b"]
-    assert head_names(LabelManager({"background": 0, "a": [1], "b": 2}, None)) == ["a", "b"]
-    assert head_names(REGIONS) == ["whole", "core"]
+    assert list(foreground_labels({"labels": {"b": 2, "background": 0, "a": 1, "ignore": 3}})) == ["a", "b"]
+    assert list(foreground_labels({"labels": {"background": 0, "a": [1], "b": 2}})) == ["a", "b"]
+    assert list(foreground_labels({"labels": REGIONS.label_dict})) == ["whole", "core"]
 
 
 @pytest.mark.parametrize(
@@ -333,7 +339,7 @@ def test_a_folder_that_cannot_be_written_to_is_looked_at_every_time(stored, tmp_
     def refuse(*_, **__):
         raise PermissionError("read-only file system")
 
-    monkeypatch.setattr(Path, "write_text", refuse)
+    monkeypatch.setattr(Path, "write_bytes", refuse)
     for _ in range(2):
         stored.loaded.clear()
         assert scan_labels([stored], False, tmp_path / "label_scan.json") == {"a": {0}, "b": {1}}
@@ -541,8 +547,9 @@ def test_a_zip_with_a_damaged_pickle_is_named(tmp_path, content):
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path):
-    for path in (tmp_path / "missing.pth", tmp_path):
-        with pytest.raises(CheckpointError, match=re.escape(f"{path}: no such file")):
+    found = {tmp_path / "missing.pth": "no such file", tmp_path: "a folder, expected the file of a checkpoint"}
+    for path, what in found.items():
+        with pytest.raises(CheckpointError, match=re.escape(f"{path}: {what}")):
             load_checkpoint_file(path)
 
 

@@ -111,7 +111,7 @@ def seconds_per_case(job: Job) -> dict[str, float]:
     """Of every prediction, start of the command included; printed as well."""
     prefix, cases = "predict_", len(list((job.raw / "labelsTs").glob(f"*{job.ending}")))
     result = {k.removeprefix(prefix): s / cases for k, s in job.seconds.items() if k.startswith(prefix)}
-    print("\nseconds per case:", ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.items()))
+    print("\nseconds per case, start included:", ", ".join(f"{name} {seconds:.1f}" for name, seconds in result.items()))
     return result
 
 
