@@ -103,7 +103,7 @@ def fixed_weights(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if not value.is_floating_point():
             weights[name] = value.clone()
             continue
-        n = normal(name, tuple(value.shape))
+        n = normal(name.replace("decoder.encoder.", "encoder."), tuple(value.shape))  # nnU-Net's has two names
         for axis in range(2, value.ndim):  # nearly the same when mirrored, as what was trained with mirroring is
             n = 0.7 * (n + np.flip(n, axis)) + 0.15 * n
         fan_in = value.numel() // max(len(value), 1) if value.ndim else 1
@@ -265,13 +265,17 @@ def train_once(trainer: object, weights: dict, name: str, labels: int, steps: in
         labels: foreground labels in the batch.
         steps: of the optimiser, all with the same batch.
     """
-    trainer.network.load_state_dict(weights)
+    network = trainer.network
+    network.load_state_dict(weights)
+    before = [p.detach().clone() for p in network.parameters()]
     with redirect_stdout(io.StringIO()):
         trainer.on_train_epoch_start()
         torch.manual_seed(3)
         for _ in range(steps):
             output = trainer.train_step(make_batch(trainer, name, labels))
-    moved = [(p.detach() - weights[key]).double().square().sum() for key, p in trainer.network.named_parameters()]
+    moved = [
+        (p.detach() - start).double().square().sum() for p, start in zip(network.parameters(), before, strict=True)
+    ]
     return {
         "loss": float(output["loss"]),
         "moved": float(torch.stack(moved).sum().sqrt()),
