@@ -38,9 +38,11 @@ TRAINERS = {  # of version 0.1, but RecycleMixed, which is announced to go
         *("SelfCondXt", "SelfCondXtPlus1"),
     )
 }
-MOST_VOXELS = 0.004  # share of a mask that another processor's roundings may change
-MEAN_PROBABILITY, ANY_PROBABILITY = 2e-3, 2e-2
-ANY_OF_DRAWN_STATES = 0.5  # states of 0 and 1: a rounding can turn a voxel over, and its neighbours' probabilities
+# Of a mask, of probabilities on average and anywhere, of the numbers that maps and samples are told by. With another
+# instruction set (ATEN_CPU_CAPABILITY=default, ONEDNN_MAX_CPU_ISA=SSE41), masks and maps were the same but for
+# binarised networks, where a rounding turns the sign of an activation over: 0.2 % of voxels, 0.0013 on average.
+EXACT = {"mask": 0.001, "mean": 1e-4, "any": 5e-3, "told": 1e-4}
+SIGNS = {"mask": 0.008, "mean": 4e-3, "any": 0.5, "told": 4e-3}
 LOSS = 1e-4
 
 
@@ -65,10 +67,14 @@ def expected(name: str) -> dict[str, np.ndarray]:
         return {key: arrays[key] for key in arrays.files}
 
 
-def check_mask(found: np.ndarray, wanted: np.ndarray) -> None:
+def tolerance(name: str) -> dict[str, float]:
+    return SIGNS if name.startswith("hidiff") and "paper" not in name else EXACT
+
+
+def check_mask(found: np.ndarray, wanted: np.ndarray, most: float) -> None:
     assert found.shape == wanted.shape
     changed = float((found != wanted).mean())
-    assert changed <= MOST_VOXELS, f"{changed:.2%} of the mask's voxels are others"
+    assert changed <= most, f"{changed:.2%} of the mask's voxels are others"
 
 
 def runs(kind: str) -> list:
@@ -86,31 +92,31 @@ def test_every_trainer_of_version_0_1_is_there_and_behind_the_fence():
 
 @pytest.mark.parametrize(("name", "run"), runs("stock"))
 def test_nnunets_predictor_gives_the_masks_that_it_gave(model, name, run):
-    case, arrays = read_case(name), expected(name)
+    case, arrays, most = read_case(name), expected(name), tolerance(name)
     image = arrays["image"].astype(np.float32)
     found = run_stock(model(name), image, case["spacing"], case["stock"][run])
-    check_mask(found["mask"], arrays[f"stock/{run}/mask"])
+    check_mask(found["mask"], arrays[f"stock/{run}/mask"], most["mask"])
     off = np.abs(found["probabilities"].astype(np.float32) - arrays[f"stock/{run}/probabilities"].astype(np.float32))
-    assert off.mean() <= MEAN_PROBABILITY
-    assert off.max() <= (ANY_OF_DRAWN_STATES if name.startswith("hidiff") else ANY_PROBABILITY)
+    assert off.mean() <= most["mean"]
+    assert off.max() <= most["any"]
 
 
 @pytest.mark.parametrize(("name", "run"), runs("own"))
 def test_predict_image_gives_the_masks_and_maps_that_it_gave(model, name, run):
-    case, arrays = read_case(name), expected(name)
+    case, arrays, most = read_case(name), expected(name), tolerance(name)
     image = arrays["image"].astype(np.float32)
     found, told = run_own(model(name), image, case["spacing"], {"options": case["own"][run]})
-    check_mask(found["mask"], arrays[f"own/{run}/mask"])
-    check_told(told, case["found"][run])
+    check_mask(found["mask"], arrays[f"own/{run}/mask"], most["mask"])
+    check_told(told, case["found"][run], most["told"])
 
 
-def check_told(found: dict, wanted: dict) -> None:
+def check_told(found: dict, wanted: dict, most: float) -> None:
     """Maps by mean, deviation, median and 95th percentile; agreement of samples and their number."""
     assert found["samples"] == wanted["samples"]
-    assert found["agreement"] == pytest.approx(wanted["agreement"], abs=5e-3)
+    assert found["agreement"] == pytest.approx(wanted["agreement"], abs=most)
     assert set(wanted["maps"]) <= set(found["maps"])
     for kind, values in wanted["maps"].items():
-        assert found["maps"][kind] == pytest.approx(values, rel=5e-3, abs=2e-3), kind
+        assert found["maps"][kind] == pytest.approx(values, rel=most, abs=most), kind
 
 
 # --- training --------------------------------------------------------------------------------------------------------
@@ -143,8 +149,9 @@ def test_a_section_of_version_0_1_does_what_it_did(name):
     assert found["parameters"] == wanted["parameters"]
     assert found["lengths"] == wanted["lengths"]
     check_training(found["training"], wanted["training"])
-    check_told(found["prediction"], wanted["prediction"])
-    assert found["prediction"]["foreground"] == pytest.approx(wanted["prediction"]["foreground"], abs=0.01)
+    most = tolerance(name)
+    check_told(found["prediction"], wanted["prediction"], most["told"])
+    assert found["prediction"]["foreground"] == pytest.approx(wanted["prediction"]["foreground"], abs=most["mask"])
 
 
 def test_every_section_makes_a_difference():
