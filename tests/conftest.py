@@ -11,8 +11,9 @@ import torch
 from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
-from nnunetv2_diffusion.diffusion import GaussianDiffusion, SamplingConfig, linear_beta_schedule
+from nnunetv2_diffusion.diffusion import GaussianDiffusion, linear_beta_schedule
 from nnunetv2_diffusion.networks import DiffusionUNet
+from nnunetv2_diffusion.sampling import SamplingConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -149,3 +150,9 @@ def make_segmentor(make_unet: Callable[..., nn.Module]) -> Callable[..., Diffusi
         )
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained() -> GaussianDiffusion:
+    """The chain of the paper: T = 1001, betas 1e-4 .. 0.02."""
+    return GaussianDiffusion(linear_beta_schedule(1001))

@@ -29,7 +29,7 @@ from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.options import BOUNDS, OptionError, PredictionOptions, check_number
 from nnunetv2_diffusion.inference.predict import EXPECTED
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
-from nnunetv2_diffusion.inference.views import TTA
+from nnunetv2_diffusion.sampling.views import TTA
 
 HIDDEN = ("i", "l", "o", "m")  # folders of the machine
 NAMED_BY_M = ("d", "c", "p", "tr")

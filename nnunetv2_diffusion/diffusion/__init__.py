@@ -6,15 +6,7 @@ from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion
 from nnunetv2_diffusion.diffusion.mask_encoding import ENCODINGS, AnalogBits, MaskEncoding, make_encoding
 from nnunetv2_diffusion.diffusion.noise import ContentNoise
 from nnunetv2_diffusion.diffusion.position_noise import PositionNoise
-from nnunetv2_diffusion.diffusion.process import SPACINGS, DiffusionProcess
-from nnunetv2_diffusion.diffusion.sampling import (
-    SAMPLERS,
-    SamplingConfig,
-    bernoulli_reverse_process,
-    bernoulli_reverse_step,
-    gaussian_reverse_step,
-    reverse_process,
-)
+from nnunetv2_diffusion.diffusion.process import SAMPLERS, SPACINGS, DiffusionProcess
 from nnunetv2_diffusion.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule
 from nnunetv2_diffusion.diffusion.time_sampling import (
     TIME_SAMPLERS,
@@ -37,16 +29,11 @@ __all__ = [
     "MaskEncoding",
     "NoiseCalibration",
     "PositionNoise",
-    "SamplingConfig",
     "UniformTimeSampler",
-    "bernoulli_reverse_process",
-    "bernoulli_reverse_step",
     "cosine_beta_schedule",
-    "gaussian_reverse_step",
     "linear_beta_schedule",
     "make_encoding",
     "make_time_sampler",
     "noise_loss",
-    "reverse_process",
     "variational_bound",
 ]

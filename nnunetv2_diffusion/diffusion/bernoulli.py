@@ -8,11 +8,12 @@ comparisons and where are used, which autocast leaves in the dtype they are give
 Derivatives by probabilities reach 1 / MIN_PRIOR, more than float16 holds: make prior and eps in float32 to train.
 """
 
+from collections.abc import Callable
 from functools import reduce
 
 import torch
 
-from nnunetv2_diffusion.diffusion.process import DiffusionProcess
+from nnunetv2_diffusion.diffusion.process import DiffusionProcess, check_sampler
 
 # A prior of exactly 0 or 1 makes some pairs (y_start, y_t) impossible, and their posterior 0/0. This bound makes them
 # improbable instead. It is 17 float32 steps below 1.
@@ -183,3 +184,29 @@ class BernoulliDiffusion(DiffusionProcess):
         """
         y_t, y_start = to_common_float(y_t=y_t, y_start=self.predict_y_start(y_t, eps))
         return y_start + self._at(self.ddim_keep, t, y_t) * (y_t - y_start)
+
+    def reverse_step(
+        self,
+        eps: torch.Tensor,
+        y_t: torch.Tensor,
+        prior: torch.Tensor,
+        t: torch.Tensor,
+        uniform: Callable[[], torch.Tensor],
+        sampler: str = "ddpm",
+    ) -> torch.Tensor:
+        """Draw y_{t-1} by the sampler of a name from y_t and the estimate eps of P(y_t != y_start).
+
+        Args:
+            eps: probabilities, (B, K, *spatial).
+            y_t: state, 0 or 1, same shape.
+            prior: probabilities, same shape.
+            t: LongTensor (B,).
+            uniform: returns draws in [0, 1) of y_t's shape.
+            sampler: "ddpm" (``p_mean``) or "ddim" (``ddim_mean``); both are stochastic.
+
+        Raises:
+            ValueError: for an unknown sampler.
+        """
+        check_sampler(sampler)
+        mean = self.p_mean if sampler == "ddpm" else self.ddim_mean
+        return (uniform() < mean(eps, y_t, prior, t)).to(y_t.dtype)

@@ -1,8 +1,10 @@
 """Gaussian diffusion in x0-parametrisation (Ho et al. 2020, Song et al. 2021, Fu et al. 2024 section 3)."""
 
+from collections.abc import Callable
+
 import torch
 
-from nnunetv2_diffusion.diffusion.process import DiffusionProcess
+from nnunetv2_diffusion.diffusion.process import DiffusionProcess, check_sampler
 
 
 class GaussianDiffusion(DiffusionProcess):
@@ -97,3 +99,22 @@ class GaussianDiffusion(DiffusionProcess):
         if eta > 0:
             x_prev = x_prev + self._at(variance.sqrt(), t, x_t) * noise
         return x_prev
+
+    def reverse_step(
+        self,
+        x_start: torch.Tensor,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        noise: Callable[[], torch.Tensor],
+        sampler: str = "ddpm",
+        eta: float = 0.0,
+    ) -> torch.Tensor:
+        """x_{t-1} by the sampler of a name; noise is called only if it is needed.
+
+        Raises:
+            ValueError: for an unknown sampler.
+        """
+        check_sampler(sampler)
+        if sampler == "ddpm":
+            return self.ddpm_step(x_start, x_t, t, noise())
+        return self.ddim_step(x_start, x_t, t, noise() if eta > 0 else None, eta)

@@ -9,9 +9,16 @@ from typing import TypeVar
 import torch
 
 SPACINGS = ("linspace", "trailing")
+SAMPLERS = ("ddpm", "ddim")
 
 
 Process = TypeVar("Process", bound="DiffusionProcess")
+
+
+def check_sampler(sampler: str) -> None:
+    """Raise ValueError for a name that is not in ``SAMPLERS``."""
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
 
 
 class DiffusionProcess:

@@ -11,7 +11,7 @@ from nnunetv2_diffusion.inference.export import SAMPLES, STEPS, UNCERTAINTY
 from nnunetv2_diffusion.inference.inputs import InputError
 from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
 from nnunetv2_diffusion.inference.runs import FAILED
-from nnunetv2_diffusion.inference.views import TTA
+from nnunetv2_diffusion.sampling.views import TTA
 
 EXAMPLES = """
 nnunetv2_diffusion predict -d 501 -c 3d_fullres -f 0 -i imagesTs -o masks

@@ -1,14 +1,14 @@
 """What can be asked of a prediction."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS, SamplingConfig
-from nnunetv2_diffusion.inference.views import TTA
-from nnunetv2_diffusion.networks import DiffusionUNet, HiDiffNetwork, RecycleScoreUNet
+from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
 from nnunetv2_diffusion.planning.settings import LARGEST_SEED, MOST_SAMPLES, environment_overrides
+from nnunetv2_diffusion.sampling import SamplingConfig
+from nnunetv2_diffusion.sampling.views import TTA
 
 CHOICES = {"sampler": SAMPLERS, "step_spacing": SPACINGS, "tta": TTA}
 BOUNDS = {"steps": (0, 100_000), "samples": (1, MOST_SAMPLES), "seed": (0, LARGEST_SEED)}
@@ -76,25 +76,16 @@ def resolve_sampling(network: nn.Module, options: PredictionOptions) -> Sampling
     """
     given = {k: getattr(options, k) for k in ("steps", "sampler", "samples", "seed", "step_spacing")}
     given = {k: v for k, v in given.items() if v is not None}
-    hidiff = isinstance(network, HiDiffNetwork)
-    gaussian = isinstance(network, DiffusionUNet) and network.process is not None
-    draws = isinstance(network, RecycleScoreUNet)
-    if hidiff:  # steps that somebody asks for are made even if the refiner does not pay
-        network.always_refine = bool(given.get("steps") or environment_overrides().get("steps"))
-    if not hidiff and not gaussian and not draws:
+    if not getattr(network, "has_chain", False):
         return _without_chain(given, "the network of this model has no diffusion process")
-    if given.get("steps", None if network.sampling else 0) == 0:
-        if not hidiff:
-            raise OptionError("--steps is 0: this model needs at least one step; 0 is for HiDiff models")
-        return _without_chain(given, "--steps 0 predicts with HiDiff's segmentor alone")
-    start = network.sampling or SamplingConfig(steps=1, sampler="ddim")
+    if given.get("steps") == 0 and network.least_steps > 0:
+        raise OptionError("--steps is 0: this model needs at least one step; 0 is for HiDiff models")
+    insists = bool(given.get("steps") or environment_overrides().get("steps"))
     try:
-        config = replace(start, **given)
-        if not draws:
-            network.process.respace(config.steps, config.step_spacing)
+        config = network.resolve(given, insists)
     except ValueError as error:
         raise OptionError(f"--steps, --sampler, --step_spacing, --samples or --seed cannot be used: {error}") from error
-    return config
+    return config or _without_chain(given, "--steps 0 predicts with HiDiff's segmentor alone")
 
 
 def _without_chain(given: dict[str, Any], reason: str) -> None:

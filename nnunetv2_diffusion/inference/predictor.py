@@ -14,19 +14,19 @@ from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 from nnunetv2.inference.sliding_window_prediction import compute_gaussian
 from tqdm import tqdm
 
-from nnunetv2_diffusion.diffusion import SamplingConfig
-from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, JoinedNoise, Noise, make_chain
 from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
-from nnunetv2_diffusion.inference.sliding_window import (
-    Blend,
-    Tile,
-    TileEstimator,
-    at_once,
-    make_tiles,
+from nnunetv2_diffusion.inference.sliding_window import Blend, Tile, at_once, make_tiles, tiles_at_once
+from nnunetv2_diffusion.sampling import (
+    BoxNoise,
+    Chain,
+    Estimator,
+    Noise,
+    NoiseByPosition,
+    SamplingConfig,
+    SinglePass,
     run_chain,
-    tiles_at_once,
 )
-from nnunetv2_diffusion.inference.views import Schedule, count_passes, mirror_views, schedules
+from nnunetv2_diffusion.sampling.views import Schedule, count_passes, mirror_views, schedules
 
 
 class Member(NamedTuple):
@@ -122,7 +122,9 @@ class DiffusionPredictor(nnUNetPredictor):
 
     def chain(self) -> Chain:
         """The chain of the loaded network."""
-        return make_chain(self.network, self.sampling, self.label_manager.has_regions)
+        if hasattr(self.network, "make_chain"):
+            return self.network.make_chain(self.sampling)
+        return SinglePass(self.network, self.label_manager.has_regions)  # a stock model
 
     def schedules(self, steps: int) -> list[Schedule]:
         """The chains of a tile."""
@@ -207,8 +209,8 @@ class DiffusionPredictor(nnUNetPredictor):
         blends = [canvas.blend() for _ in range(kept)]
         for tiles in at_once(canvas.tiles, self.tiles_at_once):
             image = torch.stack([canvas.data[tile.index] for tile in tiles]).to(self.device)
-            estimator = TileEstimator(chain, image, count.tick)
-            noise = JoinedNoise(
+            estimator = Estimator(chain, image, count.tick)
+            noise = NoiseByPosition(
                 [self._noise(chain, sample, tile.start, tile.size, self.device, tile.planar) for tile in tiles]
             )
             for blend, p in zip(blends, self._tile_masks(chain, plan, estimator, noise, kept), strict=True):
@@ -216,11 +218,12 @@ class DiffusionPredictor(nnUNetPredictor):
         return [blend.mean() for blend in blends]
 
     def _tile_masks(
-        self, chain: Chain, plan: list[Schedule], estimator: TileEstimator, noise: Noise, kept: int
+        self, chain: Chain, plan: list[Schedule], estimator: Estimator, noise: Noise, kept: int
     ) -> list[torch.Tensor]:
         """Mean over a tile's chains of the last ``kept`` steps."""
         totals: list[torch.Tensor] = []
         for schedule in plan:
-            found = list(deque(run_chain(chain, estimator, schedule, noise), maxlen=kept))
+            steps = deque(run_chain(chain, estimator, schedule, noise), maxlen=kept)
+            found = [step.answer for step in steps]
             totals = [a + b for a, b in zip(totals, found, strict=True)] if totals else found
         return [total / len(plan) for total in totals]

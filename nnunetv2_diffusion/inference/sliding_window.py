@@ -1,12 +1,9 @@
-"""Chains over the tiles of a case, and how tiles are blended."""
+"""Tiles of a case, and how they are blended."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-
-from nnunetv2_diffusion.inference.chains import Chain, Noise, Window
-from nnunetv2_diffusion.inference.views import Schedule, View, mirror
 
 MOST_AT_ONCE = 32  # tiles; a case has hundreds of slices, and more at once are no faster
 
@@ -98,79 +95,3 @@ class Blend:
     def mean(self) -> torch.Tensor:
         """(1, K, *spatial). The blend is used up."""
         return self.total.div_(self.norm)[None]
-
-
-def _seen(x: torch.Tensor | None, view: View) -> torch.Tensor | None:
-    return None if x is None else mirror(x, view)
-
-
-class TileEstimator:
-    """Network passes on one tile, or on several at once.
-
-    Args:
-        chain: of the network.
-        image: the tiles, (B, C, *tile).
-        tick: called after every pass with the number of tiles.
-    """
-
-    def __init__(self, chain: Chain, image: torch.Tensor, tick: Callable[[int], None]):
-        self.chain, self.image, self.tick = chain, image, tick
-        self.windows: dict[View, Window] = {}
-
-    def _window(self, view: View) -> Window:
-        if view not in self.windows:
-            self.windows[view] = self.chain.look(mirror(self.image, view))
-        return self.windows[view]
-
-    def prior(self, views: Sequence[View]) -> torch.Tensor | None:
-        """Mean prior over views, None if the chain has none."""
-        if not self.chain.has_prior:
-            return None
-        return sum(mirror(self._window(view).prior, view) for view in views) / len(views)
-
-    def __call__(
-        self,
-        view: View,
-        state: torch.Tensor | None,
-        prior: torch.Tensor | None,
-        previous: torch.Tensor | None,
-        step: int,
-    ) -> torch.Tensor:
-        """The estimate of a view, turned back."""
-        given = (_seen(x, view) for x in (state, prior, previous))
-        p = mirror(self.chain.estimate(self._window(view), *given, step), view)
-        self.tick(len(self.image))
-        return p
-
-
-def run_chain(chain: Chain, estimator: TileEstimator, schedule: Schedule, noise: Noise) -> Iterator[torch.Tensor]:
-    """Run one chain and yield the answer after every step, (B, K, *spatial).
-
-    The estimate of a step, from which the chain goes on, is the mean of each view's latest estimate, so every view
-    counts once; it is the answer. Where steps are draws that know nothing of each other (``Chain.independent``), the
-    answer is the mean of all passes so far.
-
-    Args:
-        chain: of the network.
-        estimator: of the tiles.
-        schedule: views of every step.
-        noise: of the tiles.
-    """
-    prior = estimator.prior(list(dict.fromkeys(view for step in schedule for view in step)))
-    state = chain.start(prior, noise)
-    latest: dict[View, torch.Tensor] = {}
-    total, passes, previous = 0.0, 0, None
-    for step, seen in enumerate(schedule):
-        if chain.independent:
-            latest.clear()
-        for view in seen:
-            latest[view] = estimator(view, state, prior, previous, step)
-        answer = estimate = sum(latest.values()) / len(latest)
-        if chain.independent:
-            total, passes = total + estimate * len(seen), passes + len(seen)
-            answer = total / passes
-        yield chain.answer(answer)
-        if step + 1 == len(schedule):
-            return
-        state = chain.advance(state, estimate, prior, step, noise)
-        previous = estimate

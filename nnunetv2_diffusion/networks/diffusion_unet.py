@@ -1,21 +1,16 @@
 """The module behind nnU-Net's one call ``network(image) -> logits``."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from itertools import accumulate
+from operator import mul
+from typing import Any
 
 import torch
 from torch import nn
 
-from nnunetv2_diffusion.diffusion import (
-    ContentNoise,
-    GaussianDiffusion,
-    MaskEncoding,
-    SamplingConfig,
-    reverse_process,
-)
-from nnunetv2_diffusion.diffusion.noise import content_hash
+from nnunetv2_diffusion.diffusion import GaussianDiffusion, MaskEncoding
+from nnunetv2_diffusion.networks.chain_network import ChainNetwork
 from nnunetv2_diffusion.networks.denoiser import DenoisingUNet
-from nnunetv2_diffusion.networks.heads import HeadsMixin, average_samples
+from nnunetv2_diffusion.sampling import Chain, GaussianChain, SamplingConfig, SinglePass
 
 
 def to_mask(x: torch.Tensor) -> torch.Tensor:
@@ -28,15 +23,7 @@ def to_x_start(probabilities: torch.Tensor) -> torch.Tensor:
     return 2 * probabilities - 1
 
 
-class ReverseStep(NamedTuple):
-    """One step of a reverse chain: the state it saw (unclipped), its training time, and its logits, finest first."""
-
-    x_t: torch.Tensor
-    t: int
-    heads: list[torch.Tensor]
-
-
-class DiffusionUNet(HeadsMixin, DenoisingUNet):
+class DiffusionUNet(ChainNetwork, DenoisingUNet):
     """A denoising U-Net together with its diffusion process.
 
     ``forward(image, x_t, t)`` is one denoising pass with gradients, for training. ``forward(image)`` is what nnU-Net
@@ -75,7 +62,7 @@ class DiffusionUNet(HeadsMixin, DenoisingUNet):
         self.num_heads = num_heads
         self._run = self.denoise
         if process is not None:
-            process.respace(sampling.steps, sampling.step_spacing)  # raises now rather than at the first prediction
+            self.respace(sampling)  # raises now rather than at the first prediction
 
     def compile_denoiser(self, **kwargs: Any) -> None:
         """torch.compile one pass; the loop stays outside and names in the state dict do not change."""
@@ -129,59 +116,26 @@ class DiffusionUNet(HeadsMixin, DenoisingUNet):
         if self._run == self.denoise:
             self.compile_denoiser()
 
-    @torch.compiler.disable  # with all that it calls: a loop would be compiled anew for every step, up to a limit
-    def predict(self, image: torch.Tensor, compiled: bool = False) -> torch.Tensor | list[torch.Tensor]:
-        """Mean over samples of the reverse process's result, as logits whose softmax or sigmoid is that mean.
+    @property
+    def has_chain(self) -> bool:
+        """See ``ChainNetwork``; NoDiff has none."""
+        return self.process is not None
 
-        Args:
-            image: (B, C, *spatial), finite.
-            compiled: the caller is compiled, so the passes are to be.
+    def make_chain(self, config: SamplingConfig | None) -> Chain:
+        """See ``ChainNetwork``."""
+        return GaussianChain(self, config) if self.has_chain else SinglePass(self, self.sigmoid)
 
-        Returns:
-            fresh float32 logits (B, K, *spatial), |logit| < 14; a list under deep supervision.
-        """
-        if compiled:
-            self.compile_passes()
-        config = self.sampling
-        hashes = content_hash(image)
+    def respace(self, config: SamplingConfig) -> None:
+        """See ``ChainNetwork``."""
+        if self.process is not None:
+            self.process.respace(config.steps, config.step_spacing)
 
-        def draw(sample: int) -> list[torch.Tensor]:
-            noise = ContentNoise(hashes, config.seed, sample, image.device)
-            for step in self.chain(image, noise, config):
-                last = step
-            return [self.probabilities(logits) for logits in last.heads]
-
-        logits = [self.bounded_logits(p) for p in average_samples(draw, config.samples)]
-        return logits if self.decoder.deep_supervision else logits[0]
-
-    def chain(self, image: torch.Tensor, noise: ContentNoise, config: SamplingConfig) -> Iterator[ReverseStep]:
-        """Run one reverse chain from pure noise and yield every step.
-
-        Args:
-            image: (B, C, *spatial).
-            noise: one stream for each image of the batch.
-            config: steps, sampler and eta are used.
-
-        Yields:
-            config.steps steps, noisiest first; only the last one has deep-supervision heads.
-        """
-        process = self.process.respace(config.steps, config.step_spacing)
-        shape = (self.encoding.channels, *image.shape[2:])
-        estimate = None
-        current: ReverseStep
-
-        def predict_x_start(x_t: torch.Tensor, t: torch.Tensor, is_last: bool) -> torch.Tensor:
-            nonlocal estimate, current
-            heads = self._pass(image, x_t, t, estimate, not is_last)
-            current = ReverseStep(x_t, int(t[0]), list(heads) if isinstance(heads, list | tuple) else [heads])
-            if is_last:
-                return x_t  # the chain ends here: nobody uses its state any more
-            code = self.encoding.encode(self.probabilities(current.heads[0]))
-            if self.self_conditioning:
-                estimate = code
-            return to_x_start(code)
-
-        for _ in reverse_process(
-            process, predict_x_start, noise(shape), lambda: noise(shape), config.sampler, config.eta
-        ):
-            yield current
+    def coarse_shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """See ``ChainNetwork``."""
+        if not self.decoder.deep_supervision:
+            return []
+        per_axis = zip(
+            *[s if isinstance(s, list | tuple) else [s] * len(shape) for s in self.encoder.strides], strict=True
+        )
+        strides = zip(*[accumulate(axis, mul) for axis in per_axis], strict=True)
+        return [tuple(-(-n // s) for n, s in zip(shape, stride, strict=True)) for stride in strides][1:-1]

@@ -1,6 +1,6 @@
 """What every module behind ``network(image) -> logits`` shares: the meaning of its heads, and readable errors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -133,15 +133,6 @@ def carry_heads(weights: Mapping[str, torch.Tensor], copied: bool, complete: boo
 def is_carried(key: str) -> bool:
     """A head of nnU-Net's network or of MERIT."""
     return HOST_SKIPS in key or key.startswith("segmentor.heads.")
-
-
-def average_samples(draw: Callable[[int], list[torch.Tensor]], samples: int) -> list[torch.Tensor]:
-    """Mean of ``draw(0) .. draw(samples - 1)``, each a list of tensors, without keeping them all."""
-    mean = draw(0)
-    for sample in range(1, samples):
-        for total, new in zip(mean, draw(sample), strict=True):
-            total += (new - total) / (sample + 1)
-    return mean
 
 
 def describe_mismatch(own: Mapping[str, Any], found: Mapping[str, Any], parts: tuple[str, ...] = ()) -> str | None:

@@ -1,24 +1,18 @@
 """HiDiff behind nnU-Net's one call: a segmentor, and a Bernoulli-diffusion refiner of its mask (Chen et al. 2024)."""
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nnunetv2_diffusion.diffusion import (
-    BernoulliDiffusion,
-    ContentNoise,
-    NoiseCalibration,
-    SamplingConfig,
-    bernoulli_reverse_process,
-)
-from nnunetv2_diffusion.diffusion.noise import content_hash
+from nnunetv2_diffusion.diffusion import BernoulliDiffusion, NoiseCalibration
+from nnunetv2_diffusion.networks.chain_network import ChainNetwork
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput, cumulative_strides
-from nnunetv2_diffusion.networks.heads import HeadsMixin, average_samples
 from nnunetv2_diffusion.networks.refiner import Refiner
+from nnunetv2_diffusion.sampling import BernoulliChain, Chain, Estimator, SamplingConfig, SinglePass, Window
 
 # bits of the extra state beside the lowest, which says that heads are regions; all are 0 in version 0.1
 REFINER_UNUSED = 2  # by the trainer's verdict
@@ -26,14 +20,6 @@ STARTS_FROM_TRAINED_LOSS = 4  # see ``HiDiffNetwork.prior_logits``
 
 MAX_STAGES = 6  # the paper's refiner goes down to 1/32; deeper maps of a 2D network have few voxels left
 FIRST_CONDITION = 2  # features enter from the third stage on, as in the published refiner (1/4 and coarser)
-
-
-class RefinementStep(NamedTuple):
-    """One step of a refinement: the state that it saw, its training time, and its soft estimate of the mask."""
-
-    y_t: torch.Tensor
-    t: int
-    y_start: torch.Tensor
 
 
 def refiner_topology(arch_kwargs: Mapping) -> tuple[list[list[int]], list[list[int]]]:
@@ -70,7 +56,7 @@ def match_features(
     }
 
 
-class HiDiffNetwork(HeadsMixin):
+class HiDiffNetwork(ChainNetwork):
     """Segmentor f, refiner g and the process between f(image) and the mask.
 
     ``forward(image)`` is what nnU-Net calls to predict: the segmentor once, then K refinement steps from
@@ -102,6 +88,7 @@ class HiDiffNetwork(HeadsMixin):
 
     min_probability = 1e-4  # one tile that is too sure must not outvote the others: estimates are nearly binary
     parts = ("segmentor", "refiner")
+    least_steps = 0
 
     def __init__(
         self,
@@ -130,7 +117,7 @@ class HiDiffNetwork(HeadsMixin):
         self.process = process
         self.sampling = sampling
         if sampling is not None:
-            process.respace(sampling.steps, sampling.step_spacing)  # raises now rather than at the first prediction
+            self.respace(sampling)  # raises now rather than at the first prediction
         self.matches = match_features(segmentor.feature_strides, strides)
         self.strides = cumulative_strides(strides)
         channels = {stage: segmentor.feature_channels[index] for stage, index in self.matches.items()}
@@ -300,48 +287,33 @@ class HiDiffNetwork(HeadsMixin):
             ValueError: for an image with NaN or infinite values.
             NotFiniteError: for probabilities that are not finite.
         """
-        hashes = content_hash(image)
-
-        def draw(sample: int) -> list[torch.Tensor]:
-            noise = ContentNoise(hashes, config.seed, sample, image.device)
-            for step in self.chain(image, output, noise, config):
-                last = step
-            return [last.y_start]
-
-        (mean,) = average_samples(draw, config.samples)
-        logits = self.bounded_logits(mean)
+        known = {(): self._window(image, output)}
+        answer = self.answer(Estimator(BernoulliChain(self, config), image, windows=known), config)
         if not self._deep_supervision:
-            return logits
-        return [logits, *[F.interpolate(logits, head.shape[2:]) for head in output.heads[1:]]]
+            return answer
+        return [answer, *[F.interpolate(answer, head.shape[2:]) for head in output.heads[1:]]]
 
-    def chain(
-        self, image: torch.Tensor, output: SegmentorOutput, noise: ContentNoise, config: SamplingConfig
-    ) -> Iterator[RefinementStep]:
-        """Run one refinement from y_T ~ B(f(image)) and yield every step (algorithm 2).
+    def _window(self, image: torch.Tensor, output: SegmentorOutput) -> Window:
+        return Window(image, self.prior(output.logits), output.features)
 
-        Args:
-            image: (B, C, *spatial).
-            output: of the segmentor.
-            noise: one stream for each image of the batch.
-            config: steps and sampler are used.
+    def look(self, image: torch.Tensor) -> Window:
+        """What every step needs of images (B, C, *spatial): prior and features of the segmentor."""
+        return self._window(image, self.segmentor(image))
 
-        Yields:
-            config.steps steps, noisiest first.
-        """
-        process = self.process.respace(config.steps, config.step_spacing)
-        prior = self.prior(output.logits)
-        shape = (self.num_heads, *image.shape[2:])
-        y_t = (noise.uniform(shape) < prior).float()
-        seen: list[tuple[torch.Tensor, int]] = []
+    def make_chain(self, config: SamplingConfig | None) -> Chain:
+        """See ``ChainNetwork``: the refinement from y_T ~ B(f(image)) (algorithm 2), or the segmentor alone."""
+        if config is not None and self.uses_refiner():
+            return BernoulliChain(self, config)
+        return SinglePass(_PriorOnly(self), self.sigmoid, 1 if config is None else config.steps)
 
-        def predict_eps(y_t: torch.Tensor, t: torch.Tensor, is_last: bool) -> torch.Tensor:
-            seen.append((y_t, int(t[0])))
-            return self.noise_probability(image, y_t, prior, t, output.features)
+    def respace(self, config: SamplingConfig) -> None:
+        """See ``ChainNetwork``."""
+        self.process.respace(config.steps, config.step_spacing)
 
-        for y_start in bernoulli_reverse_process(
-            process, predict_eps, y_t, prior, lambda: noise.uniform(shape), config.sampler
-        ):
-            yield RefinementStep(*seen.pop(), y_start)
+    def resolve(self, given: Mapping[str, Any], insist: bool = False) -> SamplingConfig | None:
+        """See ``ChainNetwork``; steps that somebody asks for are made even if the refiner does not pay."""
+        self.always_refine = insist
+        return super().resolve(given, insist)
 
     @property
     def _deep_supervision(self) -> bool:
@@ -352,3 +324,14 @@ class HiDiffNetwork(HeadsMixin):
         """Switch coarse heads of a segmentor that has them as nnU-Net's do."""
         if hasattr(getattr(self.segmentor, "decoder", None), "deep_supervision"):
             self.segmentor.decoder.deep_supervision = enabled
+
+
+class _PriorOnly(nn.Module):
+    """HiDiff's segmentor as a network with one output."""
+
+    def __init__(self, network: HiDiffNetwork):
+        super().__init__()
+        self.network = network
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        return self.network.segmentor(image).logits

@@ -1,14 +1,13 @@
 """RecycleScore's network: one pass turns an image and a code, a few random numbers, into one plausible mask."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from nnunetv2_diffusion.diffusion import ContentNoise, SamplingConfig
-from nnunetv2_diffusion.diffusion.noise import content_hash
 from nnunetv2_diffusion.networks.diffusion_unet import DiffusionUNet
-from nnunetv2_diffusion.networks.heads import average_samples
+from nnunetv2_diffusion.sampling import Chain, CodeChain, Estimator, SamplingConfig
 
 
 class RecycleScoreUNet(DiffusionUNet):
@@ -60,17 +59,19 @@ class RecycleScoreUNet(DiffusionUNet):
             return self.predict(image, torch.compiler.is_compiling())
         return self._run(image, full_resolution_only=full_resolution_only, latent=code)
 
-    @torch.compiler.disable  # as ``DiffusionUNet.predict``
+    @property
+    def has_chain(self) -> bool:
+        """See ``ChainNetwork``: single masks are its steps."""
+        return True
+
+    def make_chain(self, config: SamplingConfig) -> Chain:
+        """See ``ChainNetwork``."""
+        return CodeChain(self, config)
+
+    @torch.compiler.disable  # as ``ChainNetwork.predict``
     def predict(self, image: torch.Tensor, compiled: bool = False) -> torch.Tensor | list[torch.Tensor]:
-        """Mean over samples, as logits whose softmax or sigmoid is that mean; see ``DiffusionUNet.predict``."""
+        """As ``ChainNetwork.predict``, a sample being one mask: its steps are for ``nnunetv2_diffusion predict``."""
         if compiled:
             self.compile_passes()
-        hashes = content_hash(image)
-
-        def draw(sample: int) -> list[torch.Tensor]:
-            noise = ContentNoise(hashes, self.sampling.seed, sample, image.device)
-            heads = self(image, noise((self.latent_channels,)))
-            return [self.probabilities(logits) for logits in (heads if isinstance(heads, list | tuple) else [heads])]
-
-        logits = [self.bounded_logits(p) for p in average_samples(draw, self.sampling.samples)]
-        return logits if self.decoder.deep_supervision else logits[0]
+        config = replace(self.sampling, steps=1)
+        return self.answer(Estimator(self.make_chain(config), image), config)

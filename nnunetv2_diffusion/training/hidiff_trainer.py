@@ -17,7 +17,6 @@ from nnunetv2_diffusion.diffusion import (
     BernoulliDiffusion,
     MaskEncoding,
     NoiseCalibration,
-    SamplingConfig,
     cosine_beta_schedule,
     noise_loss,
     variational_bound,
@@ -31,6 +30,7 @@ from nnunetv2_diffusion.planning.settings import (
     environment_overrides,
     read_settings,
 )
+from nnunetv2_diffusion.sampling import SamplingConfig
 from nnunetv2_diffusion.training import checks
 from nnunetv2_diffusion.training.host import (
     PlannedTrainer,

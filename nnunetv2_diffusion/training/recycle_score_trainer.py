@@ -9,10 +9,10 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
-from nnunetv2_diffusion.diffusion import SamplingConfig
 from nnunetv2_diffusion.networks import RecycleScoreUNet
 from nnunetv2_diffusion.planning.continuing import section_names
 from nnunetv2_diffusion.planning.settings import environment_overrides, read_settings
+from nnunetv2_diffusion.sampling import SamplingConfig
 from nnunetv2_diffusion.training.host import plans_unet, sampling_from_environment
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer
 

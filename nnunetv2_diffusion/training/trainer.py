@@ -8,13 +8,7 @@ from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager
 from torch import distributed as dist
 from torch import nn
 
-from nnunetv2_diffusion.diffusion import (
-    GaussianDiffusion,
-    SamplingConfig,
-    linear_beta_schedule,
-    make_encoding,
-    make_time_sampler,
-)
+from nnunetv2_diffusion.diffusion import GaussianDiffusion, linear_beta_schedule, make_encoding, make_time_sampler
 from nnunetv2_diffusion.networks import DiffusionUNet, to_x_start
 from nnunetv2_diffusion.planning.continuing import GAUSSIAN, LENGTHS, TRANSFORMER
 from nnunetv2_diffusion.planning.settings import (
@@ -22,6 +16,7 @@ from nnunetv2_diffusion.planning.settings import (
     SettingsError,
     read_settings,
 )
+from nnunetv2_diffusion.sampling import SamplingConfig
 from nnunetv2_diffusion.training import checks
 from nnunetv2_diffusion.training.host import (
     CommonTrainer,

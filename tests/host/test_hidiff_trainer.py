@@ -329,7 +329,7 @@ def test_validation_runs_the_segmentor_once_and_samples_as_planned(make_hidiff, 
 
 @pytest.mark.parametrize(("spacing", "kept"), [("linspace", [9, 4, 0]), ("trailing", [9, 6, 2])])
 def test_the_plans_spacing_reaches_both_ways_to_predict(make_hidiff, spacing, kept):
-    from nnunetv2_diffusion.inference.chains import make_chain
+
     from nnunetv2_diffusion.inference.options import PredictionOptions, resolve_sampling
 
     network = make_hidiff(hidiff={"steps": 3}, step_spacing=spacing).network.eval()
@@ -342,7 +342,7 @@ def test_the_plans_spacing_reaches_both_ways_to_predict(make_hidiff, spacing, ke
     with torch.inference_mode():
         network(torch.randn(1, 2, *network_patch(network)))
     assert times == kept
-    chain = make_chain(network, resolve_sampling(network, PredictionOptions()), False)
+    chain = network.make_chain(resolve_sampling(network, PredictionOptions()))
     assert chain.process.timestep_map.flip(0).tolist() == kept
 
 

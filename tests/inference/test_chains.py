@@ -1,21 +1,18 @@
 """Laws of chains taken apart, and of the loop that puts them together."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
-from nnunetv2_diffusion.diffusion import AnalogBits, GaussianDiffusion, SamplingConfig, linear_beta_schedule
-from nnunetv2_diffusion.inference.chains import BoxNoise, Chain, SinglePass, Window, make_chain
+from nnunetv2_diffusion.diffusion import GaussianDiffusion, linear_beta_schedule
 from nnunetv2_diffusion.inference.loading import load_predictor
+from nnunetv2_diffusion.inference.options import PredictionOptions
 from nnunetv2_diffusion.inference.sliding_window import (
     Blend,
-    TileEstimator,
     at_once,
     make_tiles,
-    run_chain,
 )
-from nnunetv2_diffusion.inference.views import mirror, mirror_views, schedules
+from nnunetv2_diffusion.sampling import BoxNoise, Chain, Estimator, SamplingConfig, SinglePass, Window, loop, run_chain
+from nnunetv2_diffusion.sampling.views import mirror, mirror_views, schedules
 
 CPU = torch.device("cpu")
 VIEWS = mirror_views((0, 1, 2))
@@ -54,7 +51,7 @@ def classes(image):
 
 
 def run(chain, image, schedule):
-    return list(run_chain(chain, TileEstimator(chain, image, lambda passes: None), schedule, box(image.shape[2:])))
+    return [step.answer for step in run_chain(chain, Estimator(chain, image), schedule, box(image.shape[2:]))]
 
 
 @pytest.mark.parametrize("tta", ["none", "full", "interleaved"])
@@ -142,59 +139,49 @@ def test_a_gaussian_chain_told_the_truth_returns_it(make_segmentor, sampler):
     network = make_segmentor(steps=5, sampler=sampler)
     truth = torch.nn.functional.one_hot(torch.arange(16 * 20).reshape(1, 16, 20) % 3, 3).movedim(-1, 1).float()
     network.denoise = network._run = lambda *a, **k: 40 * truth - 20
-    chain = make_chain(network, network.sampling, sigmoid=False)
+    chain = network.make_chain(network.sampling)
     noise = BoxNoise(0, 0, 3, (7, 0, 0), (1, 16, 20), True, CPU)
     image = torch.randn(1, 1, 16, 20)
-    *_, last = run_chain(chain, TileEstimator(chain, image, lambda passes: None), [[()]] * 5, noise)
-    torch.testing.assert_close(last, truth, atol=1e-6, rtol=0)
+    *_, last = run_chain(chain, Estimator(chain, image), [[()]] * 5, noise)
+    torch.testing.assert_close(last.answer, truth, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {},
-        {"step_spacing": "trailing"},
-        {"self_conditioning": True},
-        {"self_conditioning": True, "encoding": AnalogBits(3)},
-    ],
-)
-def test_a_gaussian_chain_is_the_networks_own_given_its_noise(make_segmentor, wake, kwargs):
-    network = wake(make_segmentor(steps=3, **kwargs)).eval()
-    image, steps = torch.randn(1, 1, 16, 20), iter(range(9))
-    noise = BoxNoise(0, 0, network.encoding.channels, (0, 0, 0), (1, 16, 20), True, CPU)
-    with torch.inference_mode():
-        own = [
-            network.probabilities(s.heads[0])
-            for s in network.chain(image, lambda _: noise.normal(next(steps)), network.sampling)
-        ]
-        chain = make_chain(network, network.sampling, sigmoid=False)
-        assert chain.channels == network.encoding.channels
-        found = list(run_chain(chain, TileEstimator(chain, image, lambda passes: None), [[()]] * 3, noise))
-    for a, b in zip(found, own, strict=True):
-        assert torch.equal(a, b)
+class BoxStreams:
+    """Noise by position where the stock call takes noise by content; one tile is the whole case."""
+
+    def __init__(self, hashes, seed, sample, shape, device):
+        size = (1,) * (4 - len(shape)) + tuple(shape[1:])
+        self.box = BoxNoise(seed, sample, shape[0], (0, 0, 0), size, len(shape) == 3, device)
+
+    def __getattr__(self, kind):
+        return getattr(self.box, kind)
 
 
+@pytest.mark.parametrize("trainer", ["RecycleXT", "SelfCondXt", "RecycleScore", "HiDiff", "DiffSeg", "NoDiff"])
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-def test_a_bernoulli_chain_is_the_networks_own_given_its_noise(models, sampler):
-    network = load_predictor(models("nnUNetTrainerHiDiff"), progress=False).network
-    image, config = torch.randn(1, 1, 8, 12, 8), SamplingConfig(4, sampler)
-    noise, steps = box((8, 12, 8), channels=3), iter(range(9))
-    feed = SimpleNamespace(uniform=lambda shape: noise.uniform(next(steps)))
+def test_the_stock_call_and_our_predictor_agree_where_their_noise_does(models, monkeypatch, trainer, sampler):
+    folder = models(f"nnUNetTrainer{trainer}")
+    steps = 1 if trainer in ("RecycleScore", "NoDiff") else 3  # the stock call draws one mask of RecycleScore
+    ours = load_predictor(folder, progress=False)
+    samples = 1 if trainer == "NoDiff" else 2
+    given = {} if trainer == "NoDiff" else {"sampler": sampler, "step_spacing": "trailing", "seed": 3}
+    ours.set_options(PredictionOptions(steps=steps, samples=samples, tta="none", **given))
+    image = torch.randn(1, *ours.configuration_manager.patch_size)
+    mean = sum(member.steps[-1] for member in ours.members(image)) / samples
+    monkeypatch.setattr(loop, "NoiseByContent", BoxStreams)
+    ours.network.sampling = ours.sampling
     with torch.inference_mode():
-        own = [step.y_start for step in network.chain(image, network.segmentor(image), feed, config)]
-        own = [p.clamp(min=1e-6) / p.clamp(min=1e-6).sum(1, keepdim=True) for p in own]  # one Bernoulli a class
-        chain = make_chain(network, config, sigmoid=False)
-        found = list(run_chain(chain, TileEstimator(chain, image, lambda passes: None), [[()]] * 4, noise))
-    for a, b in zip(found, own, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
+        stock = ours.network(image[None])
+    assert torch.equal(stock.argmax(1)[0], mean.argmax(0))
+    torch.testing.assert_close(stock.softmax(1)[0], mean, atol=2e-4, rtol=0)
 
 
 def test_the_prior_of_interleaved_views_is_their_mean(models):
     network = load_predictor(models("nnUNetTrainerHiDiff"), progress=False).network
     image = torch.randn(1, 1, 8, 12, 8)
-    chain = make_chain(network, SamplingConfig(2, "ddim"), sigmoid=False)
+    chain = network.make_chain(SamplingConfig(2, "ddim"))
     with torch.inference_mode():
-        found = TileEstimator(chain, image, lambda passes: None).prior(VIEWS)
+        found = Estimator(chain, image).prior(VIEWS)
         expected = [mirror(network.prior(network.segmentor(mirror(image, v)).logits), v) for v in VIEWS]
     torch.testing.assert_close(found, sum(expected) / len(expected))
 
@@ -212,5 +199,5 @@ def test_mirroring_of_a_single_pass_is_nnunets_mean_of_views_in_probabilities(ma
 def test_gaussian_process_of_more_steps_than_trained_is_refused(make_segmentor):
     network = make_segmentor(timesteps=3, steps=3)
     with pytest.raises(ValueError, match="4"):
-        make_chain(network, SamplingConfig(4), sigmoid=False)
+        network.make_chain(SamplingConfig(4))
     assert GaussianDiffusion(linear_beta_schedule(3)).respace(3).num_timesteps == 3

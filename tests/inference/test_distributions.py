@@ -12,15 +12,14 @@ from test_predict import predict
 
 from nnunetv2_diffusion import predict_image
 from nnunetv2_diffusion.inference.cases import draw_case
-from nnunetv2_diffusion.inference.chains import BoxNoise, make_chain
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.options import PredictionOptions
-from nnunetv2_diffusion.inference.sliding_window import TileEstimator, run_chain
+from nnunetv2_diffusion.sampling import BoxNoise, Estimator, run_chain
 
 CHAINS = {
     "RecycleXT": "GaussianChain",
     "HiDiff": "BernoulliChain",
-    "RecycleScore": "RecycleScoreChain",
+    "RecycleScore": "CodeChain",
     "NoDiff": "SinglePass",
     "HiDiff prior only": "SinglePass",
     "HiDiff that does not pay": "SinglePass",
@@ -38,12 +37,12 @@ def answers(network, config, regions, image=None):
     """What a chain yields for one tile, and the chain."""
     torch.manual_seed(0)
     image = torch.randn(1, 1, 8, 12, 8) if image is None else image
-    chain = make_chain(network, config, regions)
+    chain = network.make_chain(config)
     noise = BoxNoise(0, 0, chain.channels, (0, 0, 0), (8, 12, 8), False, torch.device("cpu"))
     schedule = [[(), (0,)]] * chain.steps
     with torch.inference_mode():
-        estimator = TileEstimator(chain, image, lambda passes: None)
-        return chain, list(run_chain(chain, estimator, schedule, noise))
+        estimator = Estimator(chain, image)
+        return chain, [step.answer for step in run_chain(chain, estimator, schedule, noise)]
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -67,7 +66,8 @@ def test_regions_of_every_chain_stay_what_they_are(models, name):
 
 
 def test_classes_that_are_all_improbable_are_a_distribution(models):
-    chain = make_chain(*network_of(models, "HiDiff"), False)
+    network, config = network_of(models, "HiDiff")
+    chain = network.make_chain(config)
     p = torch.tensor([[0.0, 0.0, 0.0], [1.0, 1.0, 1.0], [1e-9, 0.0, 0.2]])[..., None, None]
     found = chain.answer(p)
     torch.testing.assert_close(found.sum(1), torch.ones(3, 1, 1))

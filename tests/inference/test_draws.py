@@ -5,10 +5,10 @@ import itertools
 import pytest
 import torch
 
-from nnunetv2_diffusion.inference.chains import BoxNoise, JoinedNoise
 from nnunetv2_diffusion.inference.loading import load_predictor
 from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
 from nnunetv2_diffusion.inference.predictor import PassCount
+from nnunetv2_diffusion.sampling import BoxNoise, NoiseByPosition
 
 TRAINER = "nnUNetTrainerRecycleScore"
 CPU = torch.device("cpu")
@@ -44,7 +44,7 @@ def test_a_code_is_the_same_everywhere_and_another_for_each_seed_sample_and_step
 
 def test_tiles_that_are_computed_at_once_have_the_code_of_their_case():
     parts = [BoxNoise(0, 2, 8, (n, 0, 0), (4, 5, 6), False, CPU) for n in (0, 4)]
-    joined = JoinedNoise(parts).code(1)
+    joined = NoiseByPosition(parts).code(1)
     assert joined.shape == (2, 8, 4, 5, 6)
     assert torch.equal(joined[0], joined[1])
 

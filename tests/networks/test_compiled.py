@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from nnunetv2_diffusion.diffusion import BernoulliDiffusion, SamplingConfig, cosine_beta_schedule
+from nnunetv2_diffusion.diffusion import BernoulliDiffusion, cosine_beta_schedule
 from nnunetv2_diffusion.networks import HiDiffNetwork, RecycleScoreUNet
 from nnunetv2_diffusion.networks.discriminative import UNetSegmentor
+from nnunetv2_diffusion.sampling import SamplingConfig
 
 
 @pytest.fixture

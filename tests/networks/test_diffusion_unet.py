@@ -1,19 +1,15 @@
 """Laws of the module behind nnU-Net's call ``network(image) -> logits``."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from nnunetv2_diffusion.diffusion import (
-    AnalogBits,
-    ContentNoise,
-    GaussianDiffusion,
-    SamplingConfig,
-    linear_beta_schedule,
-)
+from nnunetv2_diffusion.diffusion import AnalogBits, ContentNoise, GaussianDiffusion, linear_beta_schedule
 from nnunetv2_diffusion.diffusion.noise import content_hash
 from nnunetv2_diffusion.networks import DiffusionUNet, to_mask, to_x_start
+from nnunetv2_diffusion.sampling import Estimator, NoiseByContent, SamplingConfig, run_chain
 
 K = 3
 PATCH = (16, 20)
@@ -293,30 +289,28 @@ def test_a_self_conditioned_network_is_given_the_probabilities_of_the_step_befor
 @torch.inference_mode()
 def test_a_chain_yields_every_step_from_noise_to_the_prediction(make_awake, image, sampling, regions):
     network = make_awake(regions, unet={"deep_supervision": True}, **sampling)
-    config = network.sampling
-    noise = ContentNoise(content_hash(image), config.seed, 0, image.device)
-    steps = list(network.chain(image, noise, config))
-    assert [step.t for step in steps] == network.process.respace(config.steps, config.step_spacing).timestep_map.flip(
-        0
-    ).tolist()
+    config, chain = network.sampling, network.make_chain(network.sampling)
+    noise = NoiseByContent(content_hash(image), config.seed, 0, (K, *PATCH), image.device)
+    steps = list(run_chain(chain, Estimator(chain, image), [[()]] * config.steps, noise))
     start = ContentNoise(content_hash(image), config.seed, 0, image.device)((K, *PATCH))
-    assert torch.equal(steps[0].x_t, start)
-    assert [len(step.heads) for step in steps] == [1] * (config.steps - 1) + [2]
-    for step in steps:
-        t = torch.full((2,), step.t)
-        assert torch.equal(step.heads[0], network(image, step.x_t, t)[0])
+    assert torch.equal(steps[0].state, start)
+    times = network.process.respace(config.steps, config.step_spacing).timestep_map.flip(0).tolist()
+    for step, t in zip(steps, times, strict=True):
+        expected = network(image, step.state, torch.full((2,), t), full_resolution_only=True)
+        torch.testing.assert_close(step.answer, probabilities(expected, regions))
     if config.samples == 1:
         p = probabilities(network(image)[0], regions)
-        torch.testing.assert_close(probabilities(steps[-1].heads[0], regions), p, rtol=0, atol=1e-5)
+        torch.testing.assert_close(steps[-1].answer, p, rtol=0, atol=1e-5)
 
 
 @torch.inference_mode()
-def test_a_chain_that_is_left_early_changes_nothing(make_awake, image):
+def test_coarse_maps_of_a_prediction_are_the_fine_one_on_their_grids(make_awake, image):
     network = make_awake(unet={"deep_supervision": True})
-    expected = network(image)
-    next(network.chain(image, ContentNoise(content_hash(image), 0, 0, image.device), network.sampling))
-    for found, before in zip(network(image), expected, strict=True):
-        assert torch.equal(found, before)
+    shapes = [tuple(logits.shape) for logits in network(image, torch.randn(2, K, *PATCH), torch.zeros(2).long())]
+    found = network(image)
+    assert [tuple(logits.shape) for logits in found] == shapes
+    for coarse in found[1:]:
+        assert torch.equal(coarse, torch.nn.functional.interpolate(found[0], coarse.shape[2:]))
 
 
 # --- one pass --------------------------------------------------------------------------------------------------------
@@ -479,8 +473,10 @@ def test_with_two_classes_bits_and_one_hot_predict_the_same(make_segmentor, wake
 
     def chain(network):
         fields = iter(drawn)
-        last = [*network.chain(image, lambda shape: next(fields).expand(2, *shape), network.sampling)][-1]
-        return network.probabilities(last.heads[0])
+        noise = SimpleNamespace(normal=lambda step: next(fields).expand(2, network.encoding.channels, *PATCH))
+        chain = network.make_chain(network.sampling)
+        *_, last = run_chain(chain, Estimator(chain, image), [[()]] * chain.steps, noise)
+        return last.answer
 
     with torch.inference_mode():
         first, second = chain(bits), chain(one_hot)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from nnunetv2_diffusion.diffusion import BernoulliDiffusion, NoiseCalibration, SamplingConfig, cosine_beta_schedule
+from nnunetv2_diffusion.diffusion import BernoulliDiffusion, NoiseCalibration, cosine_beta_schedule
+from nnunetv2_diffusion.diffusion.noise import content_hash
 from nnunetv2_diffusion.networks.discriminative import UNetSegmentor, cumulative_strides
 from nnunetv2_diffusion.networks.hidiff import HiDiffNetwork, match_features, refiner_topology
+from nnunetv2_diffusion.sampling import Estimator, NoiseByContent, SamplingConfig, run_chain
 
 
 @pytest.fixture
@@ -148,14 +150,11 @@ def test_samples_are_averaged_as_probabilities(make_hidiff, geometries):
     hidiff = make_hidiff(steps=2)
     found = []
     with torch.inference_mode():
-        output = hidiff.segmentor(image)
-        from nnunetv2_diffusion.diffusion import ContentNoise
-        from nnunetv2_diffusion.diffusion.noise import content_hash
-
+        chain = hidiff.make_chain(hidiff.sampling)
         for sample in range(4):
-            noise = ContentNoise(content_hash(image), 0, sample, image.device)
-            *_, last = hidiff.chain(image, output, noise, hidiff.sampling)
-            found.append(last.y_start)
+            noise = NoiseByContent(content_hash(image), 0, sample, (chain.channels, *image.shape[2:]), image.device)
+            *_, last = run_chain(chain, Estimator(chain, image), [[()]] * 2, noise)
+            found.append(last.answer)
         hidiff.sampling = SamplingConfig(2, "ddim", samples=4)
         mean = hidiff(image).exp()
     torch.testing.assert_close(mean, torch.stack(found).mean(0).clamp(min=1e-4))
@@ -174,19 +173,20 @@ def test_prediction_depends_on_content_and_seed_and_not_on_the_batch(make_hidiff
     assert not torch.equal(together, other)
 
 
-def test_a_chain_yields_every_step_with_its_training_time(make_hidiff, geometries):
-    from nnunetv2_diffusion.diffusion import ContentNoise
-
+def test_a_chain_yields_every_step_with_binary_states(make_hidiff, geometries):
     hidiff = make_hidiff()
-    image = image_for(geometries)
+    image, told = image_for(geometries), []
+    noise_probability = hidiff.noise_probability
+    hidiff.noise_probability = lambda *given: told.append(int(given[3][0])) or noise_probability(*given)
+    chain = hidiff.make_chain(SamplingConfig(5, "ddim"))
+    noise = NoiseByContent([1, 2], 0, 0, (chain.channels, *image.shape[2:]), image.device)
     with torch.inference_mode():
-        output = hidiff.segmentor(image)
-        steps = list(hidiff.chain(image, output, ContentNoise([1, 2], 0, 0, image.device), SamplingConfig(5, "ddim")))
-    assert [step.t for step in steps] == [9, 7, 4, 2, 0]
+        steps = list(run_chain(chain, Estimator(chain, image), [[()]] * 5, noise))
+    assert told == [9, 7, 4, 2, 0]
     for step in steps:
-        assert set(step.y_t.unique().tolist()) <= {0.0, 1.0}
-        assert step.y_start.min() >= 0
-        assert step.y_start.max() <= 1
+        assert set(step.state.unique().tolist()) <= {0.0, 1.0}
+        assert step.answer.min() >= 0
+        assert step.answer.max() <= 1
 
 
 def test_deep_supervision_gives_a_list_with_and_without_refinement(make_hidiff, geometries):

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from nnunetv2_diffusion.diffusion import SamplingConfig
 from nnunetv2_diffusion.networks import DenoisingUNet, RecycleScoreUNet
+from nnunetv2_diffusion.sampling import SamplingConfig
 
 CHANNELS = 4
 

@@ -10,10 +10,9 @@ import torch
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-from nnunetv2_diffusion.diffusion import ContentNoise
 from nnunetv2_diffusion.diffusion.noise import content_hash
 from nnunetv2_diffusion.drawing import overlay
-from nnunetv2_diffusion.networks import DiffusionUNet, HiDiffNetwork
+from nnunetv2_diffusion.sampling import Estimator, NoiseByContent, run_chain
 
 
 def reverse_steps(
@@ -46,16 +45,17 @@ def _chain(
     network: torch.nn.Module, patch: torch.Tensor, steps: int
 ) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
     """Training time, noisy mask of the last class in [-1, 1] and probabilities of every step; none without a chain."""
-    if not isinstance(network, HiDiffNetwork | DiffusionUNet) or None in (network.sampling, network.process):
+    if not getattr(network, "has_chain", False) or network.sampling is None or network.process is None:
         return
-    noise = ContentNoise(content_hash(patch), 0, 0, patch.device)
     config = replace(network.sampling, steps=steps)  # sampler and spacing as the model predicts
-    if isinstance(network, HiDiffNetwork):
-        for step in network.chain(patch, network.segmentor(patch), noise, config):
-            yield step.t, 2 * step.y_t[0, -1] - 1, step.y_start
-    else:
-        for step in network.chain(patch, noise, config):
-            yield step.t, step.x_t[0, -1].clamp(-1, 1), network.probabilities(step.heads[0])
+    chain = network.make_chain(config)
+    if not chain.channels:
+        return  # HiDiff's segmentor alone
+    times = network.process.respace(steps, config.step_spacing).timestep_map.flip(0).tolist()
+    noise = NoiseByContent(content_hash(patch), 0, 0, (chain.channels, *patch.shape[2:]), patch.device)
+    for t, step in zip(times, run_chain(chain, Estimator(chain, patch), [[()]] * steps, noise), strict=True):
+        state = 2 * step.state - 1 if chain.has_prior else step.state
+        yield t, state[0, -1].clamp(-1, 1), step.answer
 
 
 def _label_map(probabilities: torch.Tensor, sigmoid: bool) -> torch.Tensor:

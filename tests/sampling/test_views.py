@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nnunetv2_diffusion.inference.views import count_passes, interleave, mirror, mirror_views, schedules
+from nnunetv2_diffusion.sampling.views import count_passes, interleave, mirror, mirror_views, schedules
 
 EIGHT = mirror_views((0, 1, 2))
 

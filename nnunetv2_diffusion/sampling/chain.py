@@ -1,86 +1,16 @@
-"""Reverse processes taken apart, so that views, tiles and samples can be averaged between their steps."""
+"""What a reverse process is, one step at a time: views, tiles and samples can be averaged between the steps."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
-from nnunetv2_diffusion.diffusion import (
-    PositionNoise,
-    SamplingConfig,
-    bernoulli_reverse_step,
-    gaussian_reverse_step,
-)
-from nnunetv2_diffusion.networks import DiffusionUNet, HiDiffNetwork, RecycleScoreUNet, to_x_start
+from nnunetv2_diffusion.diffusion import BernoulliDiffusion, GaussianDiffusion, MaskEncoding
+from nnunetv2_diffusion.sampling.config import SamplingConfig
+from nnunetv2_diffusion.sampling.noise import Noise
 
 LEAST = 1e-6  # probability of a class before a distribution is made of them, as in export: all may be 0
-
-
-@dataclass(frozen=True)
-class BoxNoise:
-    """Noise of one sample in one box of a case; see ``PositionNoise``.
-
-    Attributes:
-        seed: the user's.
-        sample: index of the sample.
-        channels: of a state.
-        start: first voxel of the box along three axes.
-        size: voxels along three axes.
-        planar: leave out the first axis, of size 1: a tile of a 2D network.
-        device: where noise is made.
-    """
-
-    seed: int
-    sample: int
-    channels: int
-    start: tuple[int, int, int]
-    size: tuple[int, int, int]
-    planar: bool
-    device: torch.device
-
-    def _draw(self, kind: str, step: int) -> torch.Tensor:
-        noise = PositionNoise(self.seed, (self.sample, step), self.device)
-        field = getattr(noise, kind)(self.channels, self.start, self.size)
-        return (field[:, 0] if self.planar else field)[None]
-
-    def normal(self, step: int) -> torch.Tensor:
-        """Standard normal noise before a step, (1, C_mask, *spatial)."""
-        return self._draw("normal", step)
-
-    def uniform(self, step: int) -> torch.Tensor:
-        """Uniform noise in (0, 1) before a step, (1, C_mask, *spatial)."""
-        return self._draw("uniform", step)
-
-    def code(self, step: int) -> torch.Tensor:
-        """Standard normal numbers of a sample and step, the same in every box and voxel: (1, channels, *spatial)."""
-        numbers = PositionNoise(self.seed, (self.sample, step), self.device).normal(self.channels, (), ())
-        size = self.size[1:] if self.planar else self.size
-        return numbers.reshape(1, -1, *[1] * len(size)).expand(1, -1, *size)
-
-
-@dataclass(frozen=True)
-class JoinedNoise:
-    """Noise of several boxes that are computed at once: (B, C_mask, *spatial), each as it would be alone."""
-
-    parts: Sequence[BoxNoise]
-
-    def normal(self, step: int) -> torch.Tensor:
-        """See ``BoxNoise``."""
-        return torch.cat([part.normal(step) for part in self.parts])
-
-    def uniform(self, step: int) -> torch.Tensor:
-        """See ``BoxNoise``."""
-        return torch.cat([part.uniform(step) for part in self.parts])
-
-    def code(self, step: int) -> torch.Tensor:
-        """See ``BoxNoise``."""
-        return torch.cat([part.code(step) for part in self.parts])
-
-
-Noise = BoxNoise | JoinedNoise
 
 
 class Window(NamedTuple):
@@ -143,10 +73,47 @@ class Chain(ABC):
         return estimate
 
 
+class Denoiser(Protocol):
+    """A network of a Gaussian process, as its chain calls it."""
+
+    process: GaussianDiffusion
+    encoding: MaskEncoding
+    self_conditioning: bool
+
+    def __call__(
+        self,
+        image: torch.Tensor,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        estimate: torch.Tensor | None,
+        full_resolution_only: bool,
+    ) -> torch.Tensor | list[torch.Tensor]:
+        """Logits (B, K, *spatial) from image, state, training time (B,) and an encoded estimate."""
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of the classes or regions."""
+
+
+class Refining(Protocol):
+    """A network of a Bernoulli process with a prior, as its chain calls it."""
+
+    process: BernoulliDiffusion
+    num_heads: int
+    sigmoid: bool
+
+    def look(self, image: torch.Tensor) -> Window:
+        """Prior and features of images."""
+
+    def noise_probability(
+        self, image: torch.Tensor, y_t: torch.Tensor, prior: torch.Tensor, t: torch.Tensor, features: list | None
+    ) -> torch.Tensor:
+        """P(y_t is wrong), (B, K, *spatial)."""
+
+
 class GaussianChain(Chain):
     """The recycling family: a Gaussian process, its network told about state and time."""
 
-    def __init__(self, network: DiffusionUNet, config: SamplingConfig):
+    def __init__(self, network: Denoiser, config: SamplingConfig):
         self.network, self.config = network, config
         self.steps, self.channels = config.steps, network.encoding.channels
         self.process = network.process.respace(config.steps, config.step_spacing)
@@ -181,20 +148,19 @@ class GaussianChain(Chain):
         self, state: torch.Tensor, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: Noise
     ) -> torch.Tensor:
         """See ``Chain``."""
-        x_start = to_x_start(self.network.encoding.encode(estimate))
-        return gaussian_reverse_step(
-            self.process, x_start, state, self._index(step), lambda: noise.normal(step + 1),
-            self.config.sampler, self.config.eta,
-        )  # fmt: skip
+        x_start = 2 * self.network.encoding.encode(estimate) - 1
+        return self.process.reverse_step(
+            x_start, state, self._index(step), lambda: noise.normal(step + 1), self.config.sampler, self.config.eta
+        )
 
 
 class BernoulliChain(Chain):
-    """HiDiff: a Bernoulli process from the segmentor's mask, its noise estimated by the refiner."""
+    """A Bernoulli process from a prior, of which the network estimates the noise: HiDiff."""
 
     has_prior = True
 
-    def __init__(self, network: HiDiffNetwork, config: SamplingConfig, sigmoid: bool):
-        self.network, self.config, self.sigmoid = network, config, sigmoid
+    def __init__(self, network: Refining, config: SamplingConfig):
+        self.network, self.config = network, config
         self.steps, self.channels = config.steps, network.num_heads
         self.process = network.process.respace(config.steps, config.step_spacing)
 
@@ -203,8 +169,7 @@ class BernoulliChain(Chain):
 
     def look(self, image: torch.Tensor) -> Window:
         """See ``Chain``."""
-        output = self.network.segmentor(image)
-        return Window(image, self.network.prior(output.logits), output.features)
+        return self.network.look(image)
 
     def start(self, prior: torch.Tensor, noise: Noise) -> torch.Tensor:
         """See ``Chain``."""
@@ -228,24 +193,36 @@ class BernoulliChain(Chain):
     ) -> torch.Tensor:
         """See ``Chain``."""
         eps = (state - estimate).abs()  # the same average as of the noise: for a state of 0 or 1, linear
-        return bernoulli_reverse_step(
-            self.process, eps, state, prior, self._index(step), lambda: noise.uniform(step + 1), self.config.sampler
+        return self.process.reverse_step(
+            eps, state, prior, self._index(step), lambda: noise.uniform(step + 1), self.config.sampler
         )
 
     def answer(self, estimate: torch.Tensor) -> torch.Tensor:
         """See ``Chain``: an estimate is a probability for each class by itself, which do not sum to 1."""
-        if self.sigmoid:
+        if self.network.sigmoid:
             return estimate
         estimate = estimate.clamp(min=LEAST)
         return estimate / estimate.sum(1, keepdim=True)
 
 
-class RecycleScoreChain(Chain):
-    """RecycleScore: every step makes a mask of its own from a code of its own, the same for the whole case."""
+class Drawing(Protocol):
+    """A network that makes a mask of an image and a code in one pass."""
+
+    latent_channels: int
+
+    def __call__(self, image: torch.Tensor, code: torch.Tensor, full_resolution_only: bool) -> torch.Tensor:
+        """Logits (B, K, *spatial) from image and code (B, latent_channels)."""
+
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of the classes or regions."""
+
+
+class CodeChain(Chain):
+    """Every step makes a mask of its own from a code of its own, the same for the whole case: RecycleScore."""
 
     independent = True
 
-    def __init__(self, network: RecycleScoreUNet, config: SamplingConfig):
+    def __init__(self, network: Drawing, config: SamplingConfig):
         self.network, self.steps, self.channels = network, config.steps, network.latent_channels
 
     def look(self, image: torch.Tensor) -> Window:
@@ -305,33 +282,3 @@ class SinglePass(Chain):
     def advance(self, state: None, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: Noise) -> None:
         """See ``Chain``."""
         return None
-
-
-class _PriorOnly(nn.Module):
-    """HiDiff's segmentor as a network with one output."""
-
-    def __init__(self, network: HiDiffNetwork):
-        super().__init__()
-        self.network = network
-
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
-        return self.network.segmentor(image).logits
-
-
-def make_chain(network: nn.Module, config: SamplingConfig | None, sigmoid: bool) -> Chain:
-    """The chain of a network.
-
-    Args:
-        network: any network of nnU-Net, in eval mode.
-        config: how to sample; None for HiDiff's segmentor alone.
-        sigmoid: heads are regions.
-    """
-    if isinstance(network, HiDiffNetwork):
-        if config is not None and network.uses_refiner():
-            return BernoulliChain(network, config, sigmoid)
-        return SinglePass(_PriorOnly(network), sigmoid, 1 if config is None else config.steps)
-    if isinstance(network, RecycleScoreUNet):
-        return RecycleScoreChain(network, config)
-    if isinstance(network, DiffusionUNet) and network.process is not None:
-        return GaussianChain(network, config)
-    return SinglePass(network, sigmoid)

@@ -1,16 +1,12 @@
-"""Laws of the reverse process of Bernoulli diffusion."""
+"""Laws of the loop with a Bernoulli process."""
 
 import math
 
 import pytest
 import torch
+from oracles import bernoulli_reverse_process
 
-from nnunetv2_diffusion.diffusion import (
-    SAMPLERS,
-    BernoulliDiffusion,
-    bernoulli_reverse_process,
-    cosine_beta_schedule,
-)
+from nnunetv2_diffusion.diffusion import SAMPLERS, BernoulliDiffusion, cosine_beta_schedule
 
 samplers = pytest.mark.parametrize("sampler", SAMPLERS)
 steps_kept = pytest.mark.parametrize("steps", range(1, 11))
@@ -29,8 +25,8 @@ class Network:
         self.eps = eps
         self.calls = []
 
-    def __call__(self, y_t, t, is_last):
-        self.calls.append((y_t, t, is_last))
+    def __call__(self, y_t, t):
+        self.calls.append((y_t, t))
         return self.eps(y_t, t)
 
 
@@ -55,8 +51,7 @@ def random_mask(*shape):
 
 
 def run(process, network, prior, sampler, uniform=None):
-    y_t = (torch.rand_like(prior) < prior).float()
-    return list(bernoulli_reverse_process(process, network, y_t, prior, uniform or Uniform(prior), sampler))
+    return list(bernoulli_reverse_process(process, network, prior, uniform or Uniform(prior), sampler))
 
 
 # ---- the end of the chain
@@ -81,7 +76,7 @@ def test_with_an_oracle_every_state_has_the_mean_of_q(paper, sampler, steps):
         y_start = torch.full((1, 1, voxels), value)
         network = oracle(y_start)
         run(paper.respace(steps), network, torch.full_like(y_start, prior_value), sampler)
-        for y_t, t, _ in network.calls:
+        for y_t, t in network.calls:
             signal = paper.alphas_cumprod[t].item()
             mean = signal * value + (1 - signal) * prior_value
             error = abs(y_t.double().mean().item() - mean)
@@ -100,7 +95,7 @@ def test_a_saturated_prior_and_an_oracle_that_contradicts_it_end_at_y_start(pape
 def test_without_noise_ddim_keeps_the_state(paper, steps):
     network = Network(lambda y_t, t: torch.zeros_like(y_t))
     results = run(paper.respace(steps), network, torch.rand(1, 2, 200), "ddim")
-    assert all(torch.equal(y_t, network.calls[0][0]) for y_t, _, _ in network.calls)
+    assert all(torch.equal(y_t, network.calls[0][0]) for y_t, _ in network.calls)
     assert all(torch.equal(result, network.calls[0][0]) for result in results)
 
 
@@ -130,18 +125,16 @@ def test_the_optimal_network_of_a_coin_draws_that_coin_with_ddim(paper, steps):
 def test_the_network_is_told_the_training_index_not_the_respaced_one(paper, sampler, steps, expected):
     network = oracle(random_mask(3, 2, 4))
     run(paper.respace(steps), network, torch.rand(3, 2, 4), sampler)
-    assert [t.tolist() for _, t, _ in network.calls] == [[index] * 3 for index in expected]
-    assert all(t.dtype == torch.long for _, t, _ in network.calls)
+    assert [t.tolist() for _, t in network.calls] == [[index] * 3 for index in expected]
+    assert all(t.dtype == torch.long for _, t in network.calls)
 
 
 @samplers
 @steps_kept
-def test_only_the_last_call_is_announced_as_the_last_and_needs_no_draw(paper, sampler, steps):
-    network, prior = oracle(random_mask(1, 1, 4)), torch.rand(1, 1, 4)
-    uniform = Uniform(prior)
-    run(paper.respace(steps), network, prior, sampler, uniform)
-    assert [last for _, _, last in network.calls] == [False] * (steps - 1) + [True]
-    assert len(uniform.draws) == steps - 1
+def test_the_last_step_needs_no_draw(paper, sampler, steps):
+    uniform = Uniform(torch.rand(1, 1, 4))
+    run(paper.respace(steps), oracle(random_mask(1, 1, 4)), torch.rand(1, 1, 4), sampler, uniform)
+    assert len(uniform.draws) == steps  # the first one for the start
 
 
 @samplers
@@ -152,17 +145,17 @@ def test_states_are_draws_of_single_steps_of_the_respaced_chain(paper, sampler):
     network = Network(lambda y_t, t: answers[len(network.calls) - 1])
     results = run(process, network, prior, sampler, uniform)
     means = {"ddpm": process.p_mean, "ddim": process.ddim_mean}
-    for i, (y_t, _, _) in enumerate(network.calls):
+    for i, (y_t, _) in enumerate(network.calls):
         assert torch.equal(results[i], torch.where(y_t == 1, 1 - answers[i], answers[i]))
         assert bool(((y_t == 0) | (y_t == 1)).all())
         if i < 4:
             mean = means[sampler](answers[i], y_t, prior, torch.full((2,), 4 - i))
-            assert torch.equal(network.calls[i + 1][0], (uniform.draws[i] < mean).float())
+            assert torch.equal(network.calls[i + 1][0], (uniform.draws[i + 1] < mean).float())
 
 
 def test_every_estimate_is_yielded_before_the_next_is_asked_for(paper):
     network, prior = oracle(random_mask(1, 1, 4)), torch.rand(1, 1, 4)
-    chain = bernoulli_reverse_process(paper.respace(3), network, random_mask(1, 1, 4), prior, Uniform(prior))
+    chain = bernoulli_reverse_process(paper.respace(3), network, prior, Uniform(prior))
     for expected in (1, 2, 3):
         next(chain)
         assert len(network.calls) == expected
@@ -175,7 +168,7 @@ def test_ddpm_is_the_default(paper):
     for options in ({}, {"sampler": "ddpm"}, {"sampler": "ddim"}):
         torch.manual_seed(3)
         network = Network(lambda y_t, t: 0.3 * y_t + 0.1)
-        chain = bernoulli_reverse_process(paper, network, random_mask(1, 2, 100), prior, Uniform(prior), **options)
+        chain = bernoulli_reverse_process(paper, network, prior, Uniform(prior), **options)
         results.append(list(chain)[-1])
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
@@ -187,7 +180,7 @@ def test_a_network_under_autocast_may_answer_in_half_precision(paper, sampler):
     network = Network(lambda y_t, t: torch.full_like(y_t, 0.25).half())
     results = run(paper, network, prior, sampler)
     assert all(result.dtype == torch.float32 for result in results)
-    assert all(y_t.dtype == torch.float32 for y_t, _, _ in network.calls)
+    assert all(y_t.dtype == torch.float32 for y_t, _ in network.calls)
 
 
 def test_an_unknown_sampler_is_an_error_that_names_the_known_ones(paper):
@@ -208,8 +201,7 @@ def test_whole_chains_match_the_reference(paper, golden, sampler):
         return logits.sigmoid()
 
     network = Network(eps)
-    y_t = (next(uniforms) < prior).float()
-    results = list(bernoulli_reverse_process(paper, network, y_t, prior, lambda: next(uniforms), sampler))
+    results = list(bernoulli_reverse_process(paper, network, prior, lambda: next(uniforms), sampler))
     expected = g[f"{sampler}_samples"]
     for i, result in enumerate(results):
         torch.testing.assert_close(result, g[f"{sampler}_pred_y0"][i], rtol=0, atol=1e-6)
@@ -217,4 +209,4 @@ def test_whole_chains_match_the_reference(paper, golden, sampler):
             assert torch.equal(network.calls[i][0], expected[i - 1])
     torch.testing.assert_close(results[-1], expected[-1], rtol=0, atol=1e-6)
     assert torch.equal(results[-1].argmax(1), g[f"{sampler}_final_argmax"])
-    assert [int(t[0]) for _, t, _ in network.calls] == g["timestep_map"].flip(0).tolist()
+    assert [int(t[0]) for _, t in network.calls] == g["timestep_map"].flip(0).tolist()
