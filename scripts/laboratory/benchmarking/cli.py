@@ -12,7 +12,7 @@ import torch
 from laboratory.benchmarking import report
 from laboratory.benchmarking.options import REFERENCE, build_parser
 from laboratory.benchmarking.problem import BenchmarkError, Problem, read_problem, synthetic_problem
-from nnunetv2_diffusion.diffusion import SamplingConfig
+from nnunetv2_diffusion.sampling import SamplingConfig
 
 
 def main(argv: list[str] | None = None) -> int:

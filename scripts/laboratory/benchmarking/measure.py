@@ -13,8 +13,8 @@ from tqdm import tqdm
 from laboratory.benchmarking.host import build_network, create_trainer, make_batches, make_images
 from laboratory.benchmarking.options import REFERENCE
 from laboratory.benchmarking.problem import BenchmarkError, Problem
-from nnunetv2_diffusion.diffusion import SamplingConfig
 from nnunetv2_diffusion.networks import DiffusionUNet, HiDiffNetwork
+from nnunetv2_diffusion.sampling import SamplingConfig
 
 DIFFERENT_INPUTS = 4
 
