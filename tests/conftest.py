@@ -1,5 +1,8 @@
 """What all tests share: seeds, golden values and tiny networks as nnU-Net plans them."""
 
+import json
+import os
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,3 +159,49 @@ def make_segmentor(make_unet: Callable[..., nn.Module]) -> Callable[..., Diffusi
 def trained() -> GaussianDiffusion:
     """The chain of the paper: T = 1001, betas 1e-4 .. 0.02."""
     return GaussianDiffusion(linear_beta_schedule(1001))
+
+
+# ---- trainers of a tiny data set that has no cases: for their losses and networks, without nnU-Net's loaders
+
+TRAINER_PATCH = (8, 12, 8)
+TRAINER_DATASET = {
+    "channel_names": {"0": "MR"},
+    "labels": {"background": 0, "a": 1, "b": 2},
+    "file_ending": ".nii.gz",
+    "numTraining": 2,
+}
+
+
+@pytest.fixture(scope="session")
+def preprocessed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders with the name of a case, from which nnU-Net tells how cases are stored."""
+    root = tmp_path_factory.mktemp("project")
+    for kind in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        (root / kind).mkdir()
+    folder = root / "nnUNet_preprocessed" / "Dataset903_Random"
+    (folder / "only").mkdir(parents=True)
+    (folder / "dataset.json").write_text(json.dumps(TRAINER_DATASET))
+    (folder / "only" / "case.npz").touch()
+    return root
+
+
+@pytest.fixture
+def make(preprocessed: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Build and initialize a trainer: (class, --c, settings); patches are 8 x 12 x 8, with two classes."""
+    sys.path.insert(0, str(Path(__file__).parent / "inference"))
+    from tiny_model import make_plans  # nnU-Net takes seconds to import, and most tests do without it
+
+    for kind in ("nnUNet_raw", "nnUNet_preprocessed", "nnUNet_results"):
+        monkeypatch.setitem(os.environ, kind, str(preprocessed / kind))
+
+    def build(cls: Any, continue_training: bool = False, **settings: object) -> Any:
+        for log in (preprocessed / "nnUNet_results").rglob("training_log_*"):
+            log.unlink()  # their names tell seconds: two trainers of one would share a file
+        plans = make_plans(TRAINER_PATCH, [1.0] * len(TRAINER_PATCH), **settings)
+        plans["continue_training"] = continue_training
+        torch.manual_seed(1)
+        trainer = cls(plans, "only", "all", TRAINER_DATASET, torch.device("cpu"))
+        trainer.initialize()
+        return trainer
+
+    return build

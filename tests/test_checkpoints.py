@@ -19,12 +19,12 @@ from tiny_model import make_model, write_images
 from nnunetv2_diffusion import checkpoints, cli, tensor_files
 from nnunetv2_diffusion.checkpoints import CheckpointError, load_checkpoint_file
 from nnunetv2_diffusion.inference.loading import load_predictor
+from nnunetv2_diffusion.methods.hidiff import HiDiffTrainer
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.out_of_memory import is_out_of_memory
 from nnunetv2_diffusion.packing import pack_checkpoint, unpack_checkpoint
 from nnunetv2_diffusion.planning.settings import ALLOW
 from nnunetv2_diffusion.training.checks import check_plans
-from nnunetv2_diffusion.training.hidiff_trainer import HiDiffTrainer
 from nnunetv2_diffusion.training.pretrained import load_segmentor
 
 FORBIDDEN = ("weights_only", "arbitrary code", "add_safe_globals", "Traceback", "\x1b")

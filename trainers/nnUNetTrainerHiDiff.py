@@ -1,7 +1,7 @@
 """Trainer: HiDiff (Chen et al. 2024): nnU-Net's own network and a binarised diffusion refiner of its mask."""
 
 try:
-    from nnunetv2_diffusion.training.hidiff_trainer import HiDiffTrainer
+    from nnunetv2_diffusion.methods.hidiff import HiDiffTrainer
 
     class nnUNetTrainerHiDiff(HiDiffTrainer):
         """HiDiff (Chen et al. 2024): nnU-Net's own network and a binarised diffusion refiner of its mask."""

@@ -1,7 +1,7 @@
 """Trainer: HiDiff (Chen et al. 2024) with MERIT as segmentor, 2d only."""
 
 try:
-    from nnunetv2_diffusion.training.merit_trainer import MeritTrainer
+    from nnunetv2_diffusion.methods.hidiff_merit import MeritTrainer
 
     class nnUNetTrainerHiDiffMERIT(MeritTrainer):
         """HiDiff (Chen et al. 2024) with MERIT as segmentor, 2d only."""

@@ -1,7 +1,7 @@
 """Trainer: several plausible masks of an image, each from other random numbers (experimental)."""
 
 try:
-    from nnunetv2_diffusion.training import RecycleScoreTrainer
+    from nnunetv2_diffusion.methods.recycle_score import RecycleScoreTrainer
 
     class nnUNetTrainerRecycleScore(RecycleScoreTrainer):
         """several plausible masks of an image, each from other random numbers (experimental)."""

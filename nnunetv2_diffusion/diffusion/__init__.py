@@ -2,11 +2,11 @@
 
 from nnunetv2_diffusion.diffusion.bernoulli import BernoulliDiffusion
 from nnunetv2_diffusion.diffusion.bernoulli_loss import NoiseCalibration, noise_loss, variational_bound
-from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion
+from nnunetv2_diffusion.diffusion.gaussian import GaussianDiffusion, GaussianProcess, GaussianSteps
 from nnunetv2_diffusion.diffusion.mask_encoding import ENCODINGS, AnalogBits, MaskEncoding, make_encoding
 from nnunetv2_diffusion.diffusion.noise import ContentNoise
 from nnunetv2_diffusion.diffusion.position_noise import PositionNoise
-from nnunetv2_diffusion.diffusion.process import SAMPLERS, SPACINGS, DiffusionProcess
+from nnunetv2_diffusion.diffusion.process import SAMPLERS, SPACINGS, DiffusionProcess, TimeSteps
 from nnunetv2_diffusion.diffusion.schedules import cosine_beta_schedule, linear_beta_schedule
 from nnunetv2_diffusion.diffusion.time_sampling import (
     TIME_SAMPLERS,
@@ -25,10 +25,13 @@ __all__ = [
     "ContentNoise",
     "DiffusionProcess",
     "GaussianDiffusion",
+    "GaussianProcess",
+    "GaussianSteps",
     "ImportanceTimeSampler",
     "MaskEncoding",
     "NoiseCalibration",
     "PositionNoise",
+    "TimeSteps",
     "UniformTimeSampler",
     "cosine_beta_schedule",
     "linear_beta_schedule",

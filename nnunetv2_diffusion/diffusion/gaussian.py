@@ -1,24 +1,26 @@
-"""Gaussian diffusion in x0-parametrisation (Ho et al. 2020, Song et al. 2021, Fu et al. 2024 section 3)."""
+"""Gaussian processes in x0-parametrisation (Ho et al. 2020, Song et al. 2021, Fu et al. 2024 section 3).
+
+x_t = signal_t x_start + spread_t noise. ``GaussianDiffusion`` is the variance-preserving one of the papers, given by
+its betas; ``GaussianProcess`` is any other, given by signal and spread, a straight line (rectified flow) for example.
+"""
 
 from collections.abc import Callable
 
 import torch
 
-from nnunetv2_diffusion.diffusion.process import DiffusionProcess, check_sampler
+from nnunetv2_diffusion.diffusion.process import DiffusionProcess, TimeSteps, check_sampler
 
 
-class GaussianDiffusion(DiffusionProcess):
-    """Noising process q and the reverse steps that an estimate of x_start allows."""
+class GaussianSteps(TimeSteps):
+    """What follows from signal and spread of every step, float64 (T,), and from those of the step before."""
 
-    def _set_posterior(self) -> None:
-        remaining = 1 - self.alphas_cumprod
-        self.posterior_mean_coef_start = self.betas * self.alphas_cumprod_prev.sqrt() / remaining
-        self.posterior_mean_coef_t = (1 - self.betas).sqrt() * (1 - self.alphas_cumprod_prev) / remaining
-        self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) / remaining
-        # q(x_{-1} | x_0, x_start) is a point mass on x_start; set, because 1 - (1 - beta) != beta in floating point
-        self.posterior_mean_coef_start[0] = 1
-        self.posterior_mean_coef_t[0] = 0
-        self.posterior_variance[0] = 0
+    signal: torch.Tensor
+    spread: torch.Tensor
+    signal_prev: torch.Tensor
+    spread_prev: torch.Tensor
+    posterior_mean_coef_start: torch.Tensor
+    posterior_mean_coef_t: torch.Tensor
+    posterior_variance: torch.Tensor
 
     def q_sample(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """Draw x_t ~ q(x_t | x_start), eq. 2.
@@ -31,8 +33,7 @@ class GaussianDiffusion(DiffusionProcess):
         Returns:
             x_t, shape of x_start; not clipped.
         """
-        signal, spread = self.alphas_cumprod.sqrt(), (1 - self.alphas_cumprod).sqrt()
-        return self._at(signal, t, x_start) * x_start + self._at(spread, t, x_start) * noise
+        return self._at(self.signal, t, x_start) * x_start + self._at(self.spread, t, x_start) * noise
 
     def q_posterior(
         self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
@@ -91,10 +92,9 @@ class GaussianDiffusion(DiffusionProcess):
         if eta > 0 and noise is None:
             raise ValueError(f"ddim_step with eta = {eta} needs noise")
         variance = eta**2 * self.posterior_variance
-        # x_{t-1} = sqrt(ab_prev) x_start + sqrt(1 - ab_prev - sigma^2) eps with eps solved from x_t and x_start
-        coef_t = ((1 - self.alphas_cumprod_prev - variance).clamp(min=0)).sqrt()
-        coef_t = coef_t / (1 - self.alphas_cumprod).sqrt()
-        coef_start = self.alphas_cumprod_prev.sqrt() - coef_t * self.alphas_cumprod.sqrt()
+        # x_{t-1} = signal_prev x_start + sqrt(spread_prev^2 - sigma^2) eps with eps solved from x_t and x_start
+        coef_t = (self.spread_prev.square() - variance).clamp(min=0).sqrt() / self.spread
+        coef_start = self.signal_prev - coef_t * self.signal
         x_prev = self._at(coef_start, t, x_t) * x_start + self._at(coef_t, t, x_t) * x_t
         if eta > 0:
             x_prev = x_prev + self._at(variance.sqrt(), t, x_t) * noise
@@ -118,3 +118,56 @@ class GaussianDiffusion(DiffusionProcess):
         if sampler == "ddpm":
             return self.ddpm_step(x_start, x_t, t, noise())
         return self.ddim_step(x_start, x_t, t, noise() if eta > 0 else None, eta)
+
+
+class GaussianDiffusion(DiffusionProcess, GaussianSteps):
+    """Noising process q and the reverse steps that an estimate of x_start allows."""
+
+    def _set_posterior(self) -> None:
+        remaining = 1 - self.alphas_cumprod
+        self.signal, self.spread = self.alphas_cumprod.sqrt(), remaining.sqrt()
+        self.signal_prev, self.spread_prev = self.alphas_cumprod_prev.sqrt(), (1 - self.alphas_cumprod_prev).sqrt()
+        self.posterior_mean_coef_start = self.betas * self.alphas_cumprod_prev.sqrt() / remaining
+        self.posterior_mean_coef_t = (1 - self.betas).sqrt() * (1 - self.alphas_cumprod_prev) / remaining
+        self.posterior_variance = self.betas * (1 - self.alphas_cumprod_prev) / remaining
+        # q(x_{-1} | x_0, x_start) is a point mass on x_start; set, because 1 - (1 - beta) != beta in floating point
+        self.posterior_mean_coef_start[0] = 1
+        self.posterior_mean_coef_t[0] = 0
+        self.posterior_variance[0] = 0
+
+
+class GaussianProcess(GaussianSteps):
+    """A process given by signal and spread instead of betas.
+
+    Args:
+        signal: share of x_start in x_t, float64 (T,), falling, each in [0, 1].
+        spread: standard deviation of the noise in x_t, float64 (T,), rising, each above 0.
+        timestep_map: see ``DiffusionProcess``.
+
+    Raises:
+        ValueError: if they are no process: a step back would need noise of negative variance.
+    """
+
+    def __init__(self, signal: torch.Tensor, spread: torch.Tensor, timestep_map: torch.Tensor | None = None):
+        self.signal, self.spread = (torch.as_tensor(c, dtype=torch.float64) for c in (signal, spread))
+        if self.signal.ndim != 1 or self.signal.shape != self.spread.shape or not len(self.signal):
+            raise ValueError(
+                f"signal has shape {tuple(self.signal.shape)} and spread {tuple(self.spread.shape)}, expected (T,) both"
+            )
+        self._set_steps(len(self.signal), timestep_map)
+        self.signal_prev = torch.cat([self.signal.new_ones(1), self.signal[:-1]])
+        self.spread_prev = torch.cat([self.spread.new_zeros(1), self.spread[:-1]])
+        if not bool(((self.signal >= 0) & (self.signal_prev > 0) & (self.spread > 0)).all()):
+            raise ValueError("signal must be above 0 before the last step and spread above 0 everywhere")
+        kept = self.signal / self.signal_prev
+        added = self.spread.square() - (kept * self.spread_prev).square()  # variance of q(x_t | x_{t-1})
+        if bool((added < 0).any()):
+            raise ValueError("signal and spread are no process: the noise of a step would have a negative variance")
+        self.posterior_mean_coef_start = self.signal_prev * added / self.spread.square()
+        self.posterior_mean_coef_t = kept * self.spread_prev.square() / self.spread.square()
+        self.posterior_variance = added * self.spread_prev.square() / self.spread.square()
+
+    def respace(self, num_timesteps: int, spacing: str = "linspace") -> "GaussianProcess":
+        """See ``TimeSteps``."""
+        kept = self._kept(num_timesteps, spacing)
+        return type(self)(self.signal[kept], self.spread[kept], self.timestep_map[kept])

@@ -12,7 +12,7 @@ SPACINGS = ("linspace", "trailing")
 SAMPLERS = ("ddpm", "ddim")
 
 
-Process = TypeVar("Process", bound="DiffusionProcess")
+Process = TypeVar("Process", bound="TimeSteps")
 
 
 def check_sampler(sampler: str) -> None:
@@ -21,8 +21,60 @@ def check_sampler(sampler: str) -> None:
         raise ValueError(f"sampler is {sampler!r}, expected one of {', '.join(SAMPLERS)}")
 
 
-class DiffusionProcess:
-    """A chain of T steps; subclasses add their equations and keep this constructor.
+class TimeSteps:
+    """T steps of a process, some of which a shorter chain keeps."""
+
+    num_timesteps: int
+    timestep_map: torch.Tensor
+
+    def _set_steps(self, length: int, timestep_map: torch.Tensor | None) -> None:
+        self.num_timesteps = length
+        self.timestep_map = torch.arange(length) if timestep_map is None else timestep_map.long()
+        if self.timestep_map.shape != (length,):
+            raise ValueError(f"timestep_map has shape {tuple(self.timestep_map.shape)}, expected ({length},)")
+
+    def _kept(self, num_timesteps: int, spacing: str) -> torch.Tensor:
+        """Indices of a respaced chain, ascending.
+
+        Raises:
+            ValueError: see ``respace``.
+        """
+        if spacing not in SPACINGS:
+            raise ValueError(f"spacing is {spacing!r}, expected one of {', '.join(SPACINGS)}")
+        if not 1 <= num_timesteps <= self.num_timesteps:
+            raise ValueError(f"number of steps must be in 1 .. {self.num_timesteps}, got {num_timesteps}")
+        last = torch.tensor([self.num_timesteps - 1])
+        if num_timesteps == 1:
+            return last
+        if spacing == "linspace":
+            return torch.linspace(0, int(last), num_timesteps, dtype=torch.float64).round().long()
+        share = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
+        return (share * self.num_timesteps).round().long() - 1
+
+    def _at(self, coefficients: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Coefficients at t (B,), shaped to broadcast over x (B, K, *spatial), in x's dtype and device."""
+        values = coefficients.to(t.device)[t].to(x.dtype).to(x.device)
+        return values.reshape(-1, *[1] * (x.ndim - 1))
+
+    def respace(self: Process, num_timesteps: int, spacing: str = "linspace") -> Process:
+        """Shorter chain over some indices, with the same marginals at them.
+
+        Args:
+            num_timesteps: K in 1 .. T.
+            spacing: "linspace" keeps the first and the last index, K = 1 the last, as in the papers. "trailing" keeps
+                round(T k / K) - 1 for k = 1 .. K (Lin et al. 2024, table 2): the chain ends at T / K and not at 0.
+
+        Returns:
+            process of the same class with K steps; its ``timestep_map`` holds the training indices.
+
+        Raises:
+            ValueError: if K is not in this range, or the spacing is unknown.
+        """
+        raise NotImplementedError
+
+
+class DiffusionProcess(TimeSteps):
+    """A chain of T steps given by its betas; subclasses add their equations and keep this constructor.
 
     Args:
         betas: float64 tensor of shape (T,), each in (0, 1).
@@ -38,10 +90,7 @@ class DiffusionProcess:
         if betas.ndim != 1 or len(betas) == 0 or not bool(((betas > 0) & (betas < 1)).all()):
             raise ValueError(f"betas must be a non-empty 1D tensor in (0, 1), got {betas}")
         self.betas = betas
-        self.num_timesteps = len(betas)
-        self.timestep_map = torch.arange(self.num_timesteps) if timestep_map is None else timestep_map.long()
-        if self.timestep_map.shape != betas.shape:
-            raise ValueError(f"timestep_map has shape {tuple(self.timestep_map.shape)}, expected {tuple(betas.shape)}")
+        self._set_steps(len(betas), timestep_map)
         self._set_alphas_cumprod(torch.cumprod(1 - betas, dim=0))
 
     def _set_alphas_cumprod(self, alphas_cumprod: torch.Tensor) -> None:
@@ -52,39 +101,8 @@ class DiffusionProcess:
     def _set_posterior(self) -> None:
         """Compute a subclass's coefficients from betas and alphas_cumprod."""
 
-    def _kept(self, num_timesteps: int, spacing: str) -> torch.Tensor:
-        """Indices of a respaced chain, ascending."""
-        last = torch.tensor([self.num_timesteps - 1])
-        if num_timesteps == 1:
-            return last
-        if spacing == "linspace":
-            return torch.linspace(0, int(last), num_timesteps, dtype=torch.float64).round().long()
-        share = torch.arange(1, num_timesteps + 1, dtype=torch.float64) / num_timesteps
-        return (share * self.num_timesteps).round().long() - 1
-
-    def _at(self, coefficients: torch.Tensor, t: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Coefficients at t (B,), shaped to broadcast over x (B, K, *spatial), in x's dtype and device."""
-        values = coefficients.to(t.device)[t].to(x.dtype).to(x.device)
-        return values.reshape(-1, *[1] * (x.ndim - 1))
-
     def respace(self: Process, num_timesteps: int, spacing: str = "linspace") -> Process:
-        """Shorter chain over some indices, with the same alphas_cumprod at them.
-
-        Args:
-            num_timesteps: K in 1 .. T.
-            spacing: "linspace" keeps the first and the last index, K = 1 the last, as in the papers. "trailing" keeps
-                round(T k / K) - 1 for k = 1 .. K (Lin et al. 2024, table 2): the chain ends at T / K and not at 0.
-
-        Returns:
-            process of the same class with K steps; its ``timestep_map`` holds the training indices.
-
-        Raises:
-            ValueError: if K is not in this range, or the spacing is unknown.
-        """
-        if spacing not in SPACINGS:
-            raise ValueError(f"spacing is {spacing!r}, expected one of {', '.join(SPACINGS)}")
-        if not 1 <= num_timesteps <= self.num_timesteps:
-            raise ValueError(f"number of steps must be in 1 .. {self.num_timesteps}, got {num_timesteps}")
+        """See ``TimeSteps``; alphas_cumprod stays the same at the kept indices."""
         kept = self._kept(num_timesteps, spacing)
         alphas_cumprod = self.alphas_cumprod[kept]
         previous = torch.cat([alphas_cumprod.new_ones(1), alphas_cumprod[:-1]])

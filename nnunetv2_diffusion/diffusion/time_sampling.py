@@ -11,6 +11,8 @@ TIME_SAMPLERS = ("uniform", "importance", "importance-published")
 class UniformTimeSampler:
     """t uniform over the allowed range, weight 1."""
 
+    learns = False  # from losses
+
     def __init__(self, num_timesteps: int):
         self.num_timesteps = num_timesteps
 
@@ -48,6 +50,8 @@ class ImportanceTimeSampler:
         published: weight by p_t * T as the published code of Fu et al. 2024 does, p_t before it is renormalised. High
             losses then count twice, and the expected gradient is not that of uniform sampling: for comparison only.
     """
+
+    learns = True
 
     def __init__(
         self,

@@ -65,6 +65,8 @@ FREE = frozenset(
         "hidiff.merit_weights",
         "score.weight",
         "score.steps",
+        "berdiff.steps",
+        "flow.steps",
     }
 )
 # of plans: with another value images reach the network otherwise, or the network computes something else
@@ -78,6 +80,7 @@ AXES = ("transpose_forward", "transpose_backward")  # beside the configurations
 # groups that trainers read
 LENGTHS = frozenset({"num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "max_bad_steps"})
 TRANSFORMER = frozenset({"transformer_layers", "transformer_heads", "transformer_width"})
+COMMON = LENGTHS | TRANSFORMER | {"recipe", "samples", "seed", "time_conditioning"}
 GAUSSIAN = frozenset(
     {
         *("timesteps", "beta_start", "beta_end", "training_steps", "time_sampling", "time_conditioning"),

@@ -23,13 +23,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from nnunetv2_diffusion.diffusion import UniformTimeSampler, variational_bound
-from nnunetv2_diffusion.networks.discriminative import SegmentorOutput
+from nnunetv2_diffusion.methods.hidiff import HiDiffTrainer
 from nnunetv2_diffusion.planning.settings import read_settings
 from nnunetv2_diffusion.training import DiffusionTrainer, RecycleXT
-from nnunetv2_diffusion.training.hidiff_trainer import HiDiffTrainer, frozen
-from nnunetv2_diffusion.training.recipes import RECIPES
-from nnunetv2_diffusion.training.trainer import build_process
+from nnunetv2_diffusion.training.host import PlannedTrainer
 
 CONTEXT = 500 * 2**20
 """Bytes of the CUDA context and the libraries' kernels, roughly; torch.cuda.max_memory_allocated leaves them out."""
@@ -249,6 +246,7 @@ class _Rehearsal:
         self.enable_deep_supervision = True
         self._constant: int | None = None
         self._counts: dict[tuple[int, ...], tuple[int, int]] = {}
+        self.settings = read_settings(self.configuration_manager.configuration)
         self.prepare()
         with WithoutContent():
             self.network = self.build_network_architecture(
@@ -264,26 +262,6 @@ class _Rehearsal:
         self.network.sigmoid = self.label_manager.has_regions
         self.optimizer, self.lr_scheduler = self.configure_optimizers()
         self.loss = self._build_loss()
-
-    def prepare(self) -> None:
-        """Set what the trainer's own __init__ adds to nnU-Net's."""
-
-    def rehearse(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> Any:
-        """The step up to its backward pass; returns what holds the graph."""
-        with self._autocast():
-            return self.loss(self.network(image), target)
-
-    def recomputed(self, image: torch.Tensor) -> int:
-        """Bytes of what is computed again in the backward pass, at its start."""
-        return 0
-
-    def held_gradients(self) -> Iterable[nn.Parameter]:
-        """Parameters whose gradients of the step before are still there."""
-        return ()
-
-    def optimizers(self) -> list[torch.optim.Optimizer]:
-        """All of them."""
-        return [self.optimizer]
 
     def _do_i_compile(self) -> bool:
         return False
@@ -318,9 +296,20 @@ class _Rehearsal:
 
     def _count(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> tuple[int, int]:
         with SavedBytes(self.network.parameters()) as saved:
-            self.rehearse(image, target)
+            graph = self.rehearse(image, target)
+        del graph
         logits = 4 * self.label_manager.num_segmentation_heads * image[:, 0].numel()
-        return saved.peak, max(BACKWARD_MAPS * saved.largest, LOSS_MAPS * logits + self.recomputed(image))
+        return saved.peak, max(BACKWARD_MAPS * saved.largest, LOSS_MAPS * logits + self._recomputed_bytes(image))
+
+    def _recomputed_bytes(self, image: torch.Tensor) -> int:
+        again = self.recomputed(image)
+        if again is None:
+            return 0
+        there, compute = again
+        with SavedBytes(there) as saved:
+            graph = compute()
+        del graph
+        return saved.peak
 
     def constant(self, patch: Iterable[int]) -> int:
         """What is saved whatever the batch, and the patch."""
@@ -331,68 +320,33 @@ class _Rehearsal:
 
 
 class _Stock(_Rehearsal, nnUNetTrainer):
-    """nnU-Net's own trainer."""
-
-
-class _Recycling(_Rehearsal, DiffusionTrainer):
-    """RecycleXT, whose two passes need most of its family; the first one keeps nothing and is left out."""
-
-    strategy = RecycleXT()
+    """nnU-Net's own trainer, which knows of no rehearsal."""
 
     def prepare(self) -> None:
-        self.settings = read_settings(self.configuration_manager.configuration)
-        self.recipe = RECIPES[self.settings.recipe]
-        self.enable_deep_supervision = self.recipe.deep_supervision
-        self.process = build_process(self.settings)
-        self.time_sampler = UniformTimeSampler(self.process.num_timesteps)
+        pass
 
     def rehearse(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> Any:
         with self._autocast():
-            return self._training_loss(image, target)
+            return self.loss(self.network(image), target)
 
-    def _first_pass(self, image: torch.Tensor) -> Any:
-        return lambda x, t, samples=None: torch.zeros_like(x)
-
-    def _share_losses(self, t: torch.Tensor, losses: torch.Tensor) -> None:
-        pass
-
-
-class _HiDiff(_Rehearsal, HiDiffTrainer):
-    """HiDiff: the refiner's phase, while the segmentor's graph waits, and the segmentor's phase."""
-
-    def prepare(self) -> None:
-        self.settings = read_settings(self.configuration_manager.configuration)
-
-    def rehearse(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> Any:
-        trains_segmentor = self.settings.hidiff.collaborative
-        with nullcontext() if trains_segmentor else frozen(self.network.segmentor), self._autocast():
-            output = self.network.segmentor(image)
-            loss = self._discriminative_loss(output, target)
-        draw = self._draw(output, target)
-        given = SegmentorOutput(output.logits.detach(), [], [f.detach() for f in output.features])
-        self.diffusion_loss(image, given, draw)  # its graph goes here, as by its backward pass
-        if not trains_segmentor:
-            return loss
-        with frozen(self.network.refiner):
-            return loss + self.diffusion_loss(image, output, draw)
-
-    def recomputed(self, image: torch.Tensor) -> int:
-        shape = (len(image), self.network.refiner.num_heads, *image.shape[2:])
-        eps, prior = (torch.zeros(shape, device=image.device, requires_grad=True) for _ in range(2))
-        state, t = torch.zeros(shape, device=image.device), torch.zeros(len(image), dtype=torch.long)
-        with SavedBytes([eps, prior, state]) as saved:
-            bound = variational_bound(self.process, eps, state, state, prior, t, state[:, :1])
-        del bound
-        return saved.peak
+    def recomputed(self, image: torch.Tensor) -> None:
+        return None
 
     def held_gradients(self) -> Iterable[nn.Parameter]:
-        return self.network.segmentor.parameters()
+        return ()
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [self.optimizer, self.segmentor_optimizer]
+        return [self.optimizer]
 
 
-REHEARSALS: dict[str, type[_Rehearsal]] = {"stock": _Stock, "recycling": _Recycling, "hidiff": _HiDiff}
+class _Recycling(DiffusionTrainer):
+    """Any strategy: RecycleXT's two passes need most of the family."""
+
+    strategy = RecycleXT()
+
+
+FAMILIES: dict[str, type[PlannedTrainer]] = {"recycling": _Recycling, "hidiff": HiDiffTrainer}
+"""Trainers that planners count; a planner class names its own."""
 
 
 def estimate_memory(
@@ -440,7 +394,8 @@ def _rehearsal(family: str, description: str, channels: int, half: bool) -> _Reh
     """A rehearsal; its network serves all patches."""
     configuration, dataset_json = json.loads(description)
     plans = {"plans_name": "plans", "label_manager": "LabelManager", "configurations": {"planned": configuration}}
-    return REHEARSALS[family](plans, "planned", dataset_json, channels, half)
+    rehearsal = _Stock if family == "stock" else type("_Rehearsed", (_Rehearsal, FAMILIES[family]), {})
+    return rehearsal(plans, "planned", dataset_json, channels, half)
 
 
 def _total(tensors: Iterable[torch.Tensor]) -> int:

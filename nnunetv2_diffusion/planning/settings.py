@@ -16,6 +16,8 @@ from typing import Any
 
 from nnunetv2_diffusion.planning.schema import S, Settings, SettingsError, parse, setting
 from nnunetv2_diffusion.removed import removed_option, without_removed
+from nnunetv2_diffusion.settings.berdiff import BerDiffSettings
+from nnunetv2_diffusion.settings.flow import FlowSettings
 
 LOG = logging.getLogger("nnunetv2_diffusion")  # without a handler: warnings go to the standard error stream
 SECTION = "diffusion"
@@ -168,6 +170,10 @@ class DiffusionSettings(Settings):
     score: RecycleScoreSettings = field(
         default_factory=RecycleScoreSettings, metadata={"doc": "settings of nnUNetTrainerRecycleScore"}
     )
+    berdiff: BerDiffSettings = field(
+        default_factory=BerDiffSettings, metadata={"doc": "settings of nnUNetTrainerBerDiff"}
+    )
+    flow: FlowSettings = field(default_factory=FlowSettings, metadata={"doc": "settings of nnUNetTrainerFlow"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -221,7 +227,12 @@ def _has_signal(length: int, first: float, last: float, trained: int | None, ste
 
 
 # sections within the section: name -> its settings
-SUBSECTIONS: dict[str, type[Settings]] = {HIDIFF: HiDiffSettings, "score": RecycleScoreSettings}
+SUBSECTIONS: dict[str, type[Settings]] = {
+    HIDIFF: HiDiffSettings,
+    "score": RecycleScoreSettings,
+    "berdiff": BerDiffSettings,
+    "flow": FlowSettings,
+}
 
 
 def settings_table(cls: type[Settings] = DiffusionSettings) -> str:

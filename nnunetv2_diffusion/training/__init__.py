@@ -4,10 +4,7 @@ from nnunetv2_diffusion.compat import check_versions
 
 check_versions()
 
-from nnunetv2_diffusion.training.recycle_score_trainer import (  # noqa: E402  versions first: a clear error beats a traceback
-    RecycleScoreTrainer,
-)
-from nnunetv2_diffusion.training.strategies import (  # noqa: E402
+from nnunetv2_diffusion.training.strategies import (  # noqa: E402  versions first: a clear error beats a traceback
     RecycleXT,
     RecycleXtPlus1,
     SelfConditionXt,
@@ -24,7 +21,6 @@ __all__ = [
     "BaselineTrainer",
     "DiffusionTrainer",
     "NoDiffTrainer",
-    "RecycleScoreTrainer",
     "RecycleXT",
     "RecycleXtPlus1",
     "SelfConditionXt",

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -370,6 +371,30 @@ class PlannedTrainer(CommonTrainer):
         # before nnU-Net makes folders and log files: a typo in the plans leaves no trace
         checks.check_plans(plans, configuration, dataset_json)
         super().__init__(plans, configuration, fold, dataset_json, device)
+        self.prepare()
+
+    def prepare(self) -> None:
+        """What a method adds to nnU-Net's ``__init__``, from ``self.settings``; the planner calls it as well."""
+
+    def rehearse(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> Any:
+        """One training step up to its backward pass, for the memory planner; returns what holds the graph.
+
+        It is run on tensors without content, so it may not look at values.
+        """
+        with self._autocast():
+            return self._training_loss(image, target)
+
+    def recomputed(self, image: torch.Tensor) -> tuple[list[torch.Tensor], Callable[[], torch.Tensor]] | None:
+        """What the backward pass computes again at its start: tensors that are there, and the computation."""
+        return None
+
+    def held_gradients(self) -> Iterable[nn.Parameter]:
+        """Parameters whose gradients of the step before are still there while activations are at their most."""
+        return ()
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """All that a step updates by."""
+        return [self.optimizer]
 
     @property
     def inner_network(self) -> HeadsMixin:

@@ -2,14 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import distributed as dist
 from torch import nn
 
-from nnunetv2_diffusion.diffusion import GaussianDiffusion, linear_beta_schedule, make_encoding, make_time_sampler
+from nnunetv2_diffusion.diffusion import (
+    GaussianDiffusion,
+    GaussianSteps,
+    UniformTimeSampler,
+    linear_beta_schedule,
+    make_encoding,
+    make_time_sampler,
+)
 from nnunetv2_diffusion.networks import DiffusionUNet, to_x_start
+from nnunetv2_diffusion.networks.chain_network import ChainNetwork
 from nnunetv2_diffusion.planning.continuing import GAUSSIAN, LENGTHS, TRANSFORMER
 from nnunetv2_diffusion.planning.settings import (
     DiffusionSettings,
@@ -35,11 +44,9 @@ from nnunetv2_diffusion.training.strategies import Standard, Strategy
 TIME_SAMPLER_KEY = "diffusion_time_sampler"
 
 
-def build_process(settings: DiffusionSettings) -> GaussianDiffusion:
-    """The trained diffusion process of some settings."""
-    betas = linear_beta_schedule(settings.timesteps, settings.beta_start, settings.beta_end)
-    process = GaussianDiffusion(betas)
-    return process.respace(settings.training_steps) if settings.training_steps else process
+def transformer_options(settings: DiffusionSettings) -> dict[str, Any]:
+    """Of the bottleneck's transformer, for ``DenoisingUNet``."""
+    return {name: getattr(settings, name) for name in ("transformer_layers", "transformer_heads", "transformer_width")}
 
 
 class BaselineTrainer(CommonTrainer):
@@ -56,33 +63,63 @@ class BaselineTrainer(CommonTrainer):
 class DiffusionTrainer(PlannedTrainer):
     """Trains f(image, x_t, t) -> x_0 by a strategy and predicts by the reverse process.
 
-    Subclasses set ``strategy``. Settings come from the plans (``planning.settings``); every hook that is overridden
-    calls nnU-Net's own.
+    A strategy of the recycling family is a subclass that sets ``strategy``. A method with another process, network or
+    loss overrides ``build_process``, ``make_sampling``, ``make_network`` or ``_training_loss``, and says in ``reads``
+    which settings it uses (``methods/``). Every hook of nnU-Net that is overridden calls nnU-Net's own.
     """
 
     strategy: Strategy = Standard()
     uses_mask = True
+    time_sampling: str | None = None  # how t is drawn; None: as the settings say
 
-    def __init__(
-        self,
-        plans: dict,
-        configuration: str,
-        fold: int,
-        dataset_json: dict,
-        device: torch.device = torch.device("cuda"),
-    ):
-        super().__init__(plans, configuration, fold, dataset_json, device)
+    def prepare(self) -> None:
+        """See ``PlannedTrainer``."""
         self.strategy = self._configured(self.strategy)
-        if self.strategy.uses_next_step and self.uses_mask and self.settings.chain_length < 2:
-            raise SettingsError(
-                f"{type(self).__name__} needs a schedule of at least 2 steps, "
-                f"the settings have {self.settings.chain_length}"
-            )
         self.recipe = RECIPES[self.settings.recipe]
         self.enable_deep_supervision = self.recipe.deep_supervision
-        self.process = build_process(self.settings)
-        self.time_sampler = make_time_sampler(self.settings.time_sampling, self.process.num_timesteps)
+        self.process = self.build_process(self.settings)
+        if self.strategy.uses_next_step and self.uses_mask and self.process.num_timesteps < 2:
+            raise SettingsError(
+                f"{type(self).__name__} needs a schedule of at least 2 steps, "
+                f"the settings have {self.process.num_timesteps}"
+            )
+        kind = self.time_sampling or self.settings.time_sampling
+        self.time_sampler = make_time_sampler(kind, self.process.num_timesteps)
         self._iteration = 0
+
+    @classmethod
+    def build_process(cls, settings: DiffusionSettings) -> GaussianSteps:
+        """The diffusion process that training draws from."""
+        betas = linear_beta_schedule(settings.timesteps, settings.beta_start, settings.beta_end)
+        process = GaussianDiffusion(betas)
+        return process.respace(settings.training_steps) if settings.training_steps else process
+
+    @classmethod
+    def make_sampling(cls, settings: DiffusionSettings) -> SamplingConfig:
+        """How predictions are drawn by the plans."""
+        return SamplingConfig(
+            settings.steps, settings.sampler, settings.eta, settings.samples, settings.seed, settings.step_spacing
+        )
+
+    @classmethod
+    def make_network(cls, unet: nn.Module, heads: int, settings: DiffusionSettings) -> ChainNetwork:
+        """The plans' network with what the method adds to it.
+
+        Args:
+            unet: as nnU-Net builds it for the image; it is taken over.
+            heads: K, classes with background, or regions.
+            settings: of the plans.
+        """
+        return DiffusionUNet(
+            unet,
+            cls.build_process(settings) if cls.uses_mask else None,
+            cls.make_sampling(settings),
+            heads,
+            make_encoding(settings.mask_encoding, heads),
+            self_conditioning=cls.uses_mask and cls.strategy.self_conditioning,
+            time_conditioning=cls.uses_mask and settings.time_conditioning,
+            **transformer_options(settings),
+        )
 
     @classmethod
     def reads(cls) -> frozenset[str]:
@@ -121,21 +158,7 @@ class DiffusionTrainer(PlannedTrainer):
         if cls.uses_mask:
             settings = sampling_from_environment(settings)
         unet = plans_unet(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
-        sampling = SamplingConfig(
-            settings.steps, settings.sampler, settings.eta, settings.samples, settings.seed, settings.step_spacing
-        )
-        return DiffusionUNet(
-            unet,
-            build_process(settings) if cls.uses_mask else None,
-            sampling,
-            num_output_channels,
-            make_encoding(settings.mask_encoding, num_output_channels),
-            self_conditioning=cls.uses_mask and cls.strategy.self_conditioning,
-            time_conditioning=cls.uses_mask and settings.time_conditioning,
-            transformer_layers=settings.transformer_layers,
-            transformer_heads=settings.transformer_heads,
-            transformer_width=settings.transformer_width,
-        )
+        return cls.make_network(unet, num_output_channels, settings)
 
     def _compile(self) -> None:
         self.inner_network.compile_denoiser()
@@ -168,7 +191,7 @@ class DiffusionTrainer(PlannedTrainer):
 
     def _build_loss(self) -> nn.Module:
         """nnU-Net's loss, or one that keeps samples apart where the recipe or the time sampling needs it."""
-        needs_samples = self.uses_mask and self.settings.time_sampling != "uniform"
+        needs_samples = self.uses_mask and self.time_sampler.learns
         if self.recipe.host_optimizer and not needs_samples:
             return super()._build_loss()
         loss = SampleDiceCELoss(
@@ -213,7 +236,7 @@ class DiffusionTrainer(PlannedTrainer):
         if not hasattr(self.loss, "per_sample"):
             return self.loss(output, target)
         losses = self.loss.per_sample(output, target)
-        if self.settings.time_sampling != "uniform":
+        if self.time_sampler.learns:
             self._share_losses(t, losses)
         return (losses * weights.to(losses.device)).mean()
 
@@ -234,6 +257,12 @@ class DiffusionTrainer(PlannedTrainer):
                 return network.encoding.encode(network.probabilities(logits))
 
         return predict
+
+    def rehearse(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        """See ``PlannedTrainer``; times are drawn without a history."""
+        self.time_sampler = UniformTimeSampler(self.process.num_timesteps)
+        with self._autocast():
+            return self._training_loss(image, target)
 
     def _share_losses(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """Tell the time sampler the losses of all processes, so that all keep the same history."""

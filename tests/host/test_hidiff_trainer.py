@@ -7,8 +7,8 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 from tiny_project import batch_for
 
 from nnunetv2_diffusion.checkpoints import CheckpointError
+from nnunetv2_diffusion.methods.hidiff import frozen
 from nnunetv2_diffusion.planning.settings import SettingsError
-from nnunetv2_diffusion.training.hidiff_trainer import frozen
 
 SMALL = {"refiner_width": 8}
 JOINT = {**SMALL, "pretraining_epochs": 0}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from nnunetv2_diffusion.methods.mutation_loss import MutationLoss
 from nnunetv2_diffusion.training.losses import SampleDiceCELoss
-from nnunetv2_diffusion.training.mutation_loss import MutationLoss
 
 K = 3
 SPACE = (6, 5)

@@ -122,8 +122,8 @@ def chain_of(trainer: str) -> str | None:
     Raises:
         CheckpointError: if nnU-Net does not find the trainer.
     """
+    from nnunetv2_diffusion.methods.hidiff import HiDiffTrainer
     from nnunetv2_diffusion.training import DiffusionTrainer, RecycleScoreTrainer
-    from nnunetv2_diffusion.training.hidiff_trainer import HiDiffTrainer
 
     found = find_trainer(trainer)
     if issubclass(found, HiDiffTrainer):

@@ -5,8 +5,7 @@ import itertools
 import pytest
 import torch
 
-from nnunetv2_diffusion.training import RecycleScoreTrainer
-from nnunetv2_diffusion.training.recycle_score_trainer import jaccard_distance, score_gap
+from nnunetv2_diffusion.methods.recycle_score import RecycleScoreTrainer, jaccard_distance, score_gap
 
 PATCH = (8, 12, 8)
 EVERYWHERE = torch.ones(1, 1, 4, 5)

@@ -4,13 +4,13 @@ import torch
 from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
+from nnunetv2_diffusion.methods.hidiff import HiDiffTrainer
+from nnunetv2_diffusion.methods.mutation_loss import MutationLoss
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput
 from nnunetv2_diffusion.networks.merit import SCALES, Merit
 from nnunetv2_diffusion.planning.continuing import LENGTHS, section_names
 from nnunetv2_diffusion.planning.settings import HiDiffSettings
-from nnunetv2_diffusion.training.hidiff_trainer import HiDiffTrainer
 from nnunetv2_diffusion.training.losses import SampleDiceCELoss
-from nnunetv2_diffusion.training.mutation_loss import MutationLoss
 
 
 class MeritTrainer(HiDiffTrainer):

@@ -1,6 +1,6 @@
 """HiDiff inside nnU-Net: a segmentor and a refiner of its mask, trained by turns (Chen et al. 2024, algorithm 1)."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -350,6 +350,35 @@ class HiDiffTrainer(PlannedTrainer):
         noise = noise_loss(eps, draw.y_start, draw.y_t, gamma, draw.valid)
         self._diffusion_terms = bound.detach().mean(), noise.detach().mean()
         return (bound + own.lambda_focal * noise).mean()
+
+    def rehearse(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
+        """See ``PlannedTrainer``: the refiner's phase, while the segmentor's graph waits, and the segmentor's."""
+        trains_segmentor = self.settings.hidiff.collaborative
+        with nullcontext() if trains_segmentor else frozen(self.network.segmentor), self._autocast():
+            output = self.network.segmentor(image)
+            loss = self._discriminative_loss(output, target)
+        draw = self._draw(output, target)
+        given = SegmentorOutput(output.logits.detach(), [], [f.detach() for f in output.features])
+        self.diffusion_loss(image, given, draw)  # its graph goes here, as by its backward pass
+        if not trains_segmentor:
+            return loss
+        with frozen(self.network.refiner):
+            return loss + self.diffusion_loss(image, output, draw)
+
+    def recomputed(self, image: torch.Tensor) -> tuple[list[torch.Tensor], Callable[[], torch.Tensor]]:
+        """See ``PlannedTrainer``: the bound."""
+        shape = (len(image), self.network.refiner.num_heads, *image.shape[2:])
+        eps, prior = (torch.zeros(shape, device=image.device, requires_grad=True) for _ in range(2))
+        state, t = torch.zeros(shape, device=image.device), torch.zeros(len(image), dtype=torch.long)
+        return [eps, prior, state], lambda: variational_bound(self.process, eps, state, state, prior, t, state[:, :1])
+
+    def held_gradients(self) -> Iterable[nn.Parameter]:
+        """See ``PlannedTrainer``."""
+        return self.network.segmentor.parameters()
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """See ``PlannedTrainer``."""
+        return [self.optimizer, self.segmentor_optimizer]
 
     def refiner_phase(self, image: torch.Tensor, output: SegmentorOutput, draw: Draw) -> torch.Tensor:
         """Phase A: one step of the refiner; the segmentor is not touched. Returns the loss, detached."""

@@ -6,15 +6,13 @@ be from itself.
 """
 
 import torch
-from nnunetv2.utilities.plans_handling.plans_handler import ConfigurationManager, PlansManager
 from torch import nn
 
 from nnunetv2_diffusion.networks import RecycleScoreUNet
 from nnunetv2_diffusion.planning.continuing import section_names
-from nnunetv2_diffusion.planning.settings import environment_overrides, read_settings
+from nnunetv2_diffusion.planning.settings import DiffusionSettings, environment_overrides
 from nnunetv2_diffusion.sampling import SamplingConfig
-from nnunetv2_diffusion.training.host import plans_unet, sampling_from_environment
-from nnunetv2_diffusion.training.trainer import DiffusionTrainer
+from nnunetv2_diffusion.training.trainer import DiffusionTrainer, transformer_options
 
 SMOOTH = 10.0  # voxels: a class of less than that hardly counts
 
@@ -78,28 +76,16 @@ class RecycleScoreTrainer(DiffusionTrainer):
         return super().reads() | section_names("score") | {"samples", "seed", "step_spacing"}
 
     @classmethod
-    def build_network_architecture(
-        cls,
-        plans_manager: PlansManager,
-        configuration_manager: ConfigurationManager,
-        num_input_channels: int,
-        num_output_channels: int,
-        enable_deep_supervision: bool = True,
-    ) -> nn.Module:
-        """The plans' network with an input for the code; see ``DiffusionTrainer.build_network_architecture``."""
-        settings = sampling_from_environment(
-            read_settings(configuration_manager.configuration, plans_manager.plans_name)
-        )
+    def make_sampling(cls, settings: DiffusionSettings) -> SamplingConfig:
+        """See ``DiffusionTrainer``; the environment's steps are single masks here."""
         steps = environment_overrides().get("steps", settings.score.steps)
-        return RecycleScoreUNet(
-            plans_unet(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision),
-            SamplingConfig(steps, samples=settings.samples, seed=settings.seed, step_spacing=settings.step_spacing),
-            num_output_channels,
-            settings.score.latent_channels,
-            transformer_layers=settings.transformer_layers,
-            transformer_heads=settings.transformer_heads,
-            transformer_width=settings.transformer_width,
-        )
+        return SamplingConfig(steps, samples=settings.samples, seed=settings.seed, step_spacing=settings.step_spacing)
+
+    @classmethod
+    def make_network(cls, unet: nn.Module, heads: int, settings: DiffusionSettings) -> RecycleScoreUNet:
+        """See ``DiffusionTrainer``: with an input for the code."""
+        own = settings.score.latent_channels
+        return RecycleScoreUNet(unet, cls.make_sampling(settings), heads, own, **transformer_options(settings))
 
     def _training_loss(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         code, other_code = torch.randn(2, len(image), self.settings.score.latent_channels, device=self.device)

@@ -1,0 +1,1 @@
+"""What plans may say, by method."""
