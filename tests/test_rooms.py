@@ -17,6 +17,9 @@ ROOMS = (
 EXCEPTIONS = {
     ("inference", "planning.schema"),
     ("inference", "planning.settings"),
+    ("methods", "planning.continuing"),
+    ("methods", "planning.settings"),
+    ("settings", "planning.schema"),
     ("training", "planning.continuing"),
     ("training", "planning.schema"),
     ("training", "planning.settings"),

@@ -19,7 +19,6 @@ from nnunetv2_diffusion.checkpoints import (
 from nnunetv2_diffusion.inference.devices import check_device
 from nnunetv2_diffusion.inference.options import PredictionOptions
 from nnunetv2_diffusion.inference.predictor import DiffusionPredictor
-from nnunetv2_diffusion.networks.heads import HeadsMixin
 
 MOST_NAMED = 5  # in a message
 
@@ -133,6 +132,6 @@ def _load(predictor: DiffusionPredictor, folder: Path, files: list[Path]) -> Non
     predictor.manual_initialization(
         network, plans, configuration, parameters, dataset_json, first["trainer_name"], axes
     )
-    if predictor.network is not network and isinstance(network, HeadsMixin):
+    if predictor.network is not network and hasattr(network, "compile_passes"):
         network.compile_passes()  # nnUNet_compile: of networks here a pass is compiled, and not the loop around it
         predictor.network = network

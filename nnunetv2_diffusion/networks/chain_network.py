@@ -19,6 +19,7 @@ class ChainNetwork(HeadsMixin):
     """
 
     sampling: SamplingConfig | None
+    takes_warm_start = True  # from a checkpoint of nnU-Net's own network, or of one with more or fewer inputs
     least_steps = 1  # that a prediction can have; 0 where there is a mask without the chain
 
     @property

@@ -22,10 +22,9 @@ from nnunetv2_diffusion import shell
 from nnunetv2_diffusion.checkpoints import CheckpointError, build_network, check_weights, load_checkpoint_file
 from nnunetv2_diffusion.diffusion.mask_encoding import AnalogBits
 from nnunetv2_diffusion.files import check_target, read_json
-from nnunetv2_diffusion.networks import DiffusionUNet, HiDiffNetwork, UnsupportedArchitectureError
-from nnunetv2_diffusion.networks.discriminative import UNetSegmentor
+from nnunetv2_diffusion.networks import UnsupportedArchitectureError
+from nnunetv2_diffusion.networks.chain_network import ChainNetwork
 from nnunetv2_diffusion.networks.heads import carry_heads
-from nnunetv2_diffusion.networks.merit import Merit
 from nnunetv2_diffusion.packing import write_new
 from nnunetv2_diffusion.planning.derive import PlansError
 from nnunetv2_diffusion.planning.plan import dataset_folder
@@ -201,7 +200,7 @@ class Target:
     plans: PlansManager
     name: str
     dataset_json: dict
-    network: DiffusionUNet | HiDiffNetwork
+    network: ChainNetwork
 
     @property
     def configuration(self) -> ConfigurationManager:
@@ -258,8 +257,7 @@ def read_target(folder: Path, configuration: str, plans: str, trainer: str) -> T
         )
     settings, dataset_json = manager.get_configuration(configuration), _read(folder / "dataset.json")
     network = build_network(trainer, manager, settings, dataset_json)
-    known = isinstance(getattr(network, "segmentor", None), UNetSegmentor | Merit)
-    if not isinstance(network, DiffusionUNet) and not known:
+    if not getattr(network, "takes_warm_start", False):
         raise WarmStartError(
             f"{trainer} has neither mask channels nor a refiner to start, expected a trainer of the recycling family "
             "or of HiDiff. nnU-Net's trainers take the checkpoint itself as -pretrained_weights"

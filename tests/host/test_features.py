@@ -34,6 +34,20 @@ def test_a_model_of_draws_is_trained_and_predicted_by_both_commands(project):
     assert len(list((folder / "samples").glob("*/*.nii.gz"))) == 2 * 3
 
 
+@pytest.mark.parametrize("trainer", ["nnUNetTrainerFlow", "nnUNetTrainerBerDiff"])
+def test_a_method_is_trained_and_predicted_by_both_commands(project, trainer):
+    project.train(trainer)
+    masks = project.predict(trainer, trainer, *SEQUENTIAL)
+    assert len(masks) == 2
+    assert all(set(np.unique(mask)) <= {0, 1, 2} for mask in masks.values())
+    folder = project.root / f"own_{trainer}"
+    model = ("-d", project.number, "-c", "3d_fullres", "-f", "0", "-tr", trainer, "-p", "tiny", "-device", "cpu")
+    options = ("--save_uncertainty", "--samples", "2", "--steps", "2", "--disable_progress_bar")
+    images = ("-i", str(project.raw / "imagesTs"), "-o", str(folder))
+    project.run("nnunetv2_diffusion", "predict", *model, *images, *options, *SEQUENTIAL)
+    assert len(list(folder.glob("*.nii.gz"))) == 2
+
+
 def test_continuing_goes_on_where_it_ended(project):
     plans = tiny_plans(project, "longer", time_sampling="importance")
     project.train(TRAINER, plans="longer")

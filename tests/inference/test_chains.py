@@ -157,7 +157,9 @@ class BoxStreams:
         return getattr(self.box, kind)
 
 
-@pytest.mark.parametrize("trainer", ["RecycleXT", "SelfCondXt", "RecycleScore", "HiDiff", "DiffSeg", "NoDiff"])
+@pytest.mark.parametrize(
+    "trainer", ["RecycleXT", "SelfCondXt", "RecycleScore", "HiDiff", "DiffSeg", "NoDiff", "Flow", "BerDiff"]
+)
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
 def test_the_stock_call_and_our_predictor_agree_where_their_noise_does(models, monkeypatch, trainer, sampler):
     folder = models(f"nnUNetTrainer{trainer}")
