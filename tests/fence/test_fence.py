@@ -44,6 +44,7 @@ TRAINERS = {  # of version 0.1, but RecycleMixed, which is announced to go
 EXACT = {"mask": 0.001, "mean": 1e-4, "any": 5e-3, "told": 1e-4}
 SIGNS = {"mask": 0.008, "mean": 4e-3, "any": 0.5, "told": 4e-3}
 LOSS = 1e-4
+WHOLE = ("recycle_xt_3d", "recycle_xt_2d", "self_cond_xt_3d", "diff_seg_2d", "recycle_score_3d", "hidiff_2d")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -78,7 +79,13 @@ def check_mask(found: np.ndarray, wanted: np.ndarray, most: float) -> None:
 
 
 def runs(kind: str) -> list:
-    return [pytest.param(name, run, id=f"{name}-{run}") for name in NAMES for run in read_case(name)[kind]]
+    """All runs of all cases; long ones are marked as slow but for a case of each kind."""
+    found = []
+    for name in NAMES:
+        for run in read_case(name)[kind]:
+            slow = run in ("K3_mirrored", "K3_samples") and name not in WHOLE
+            found.append(pytest.param(name, run, id=f"{name}-{run}", marks=[pytest.mark.slow] * slow))
+    return found
 
 
 def test_every_trainer_of_version_0_1_is_there_and_behind_the_fence():
@@ -177,7 +184,7 @@ def plan():
     return cache(planned)
 
 
-@pytest.mark.parametrize("name", PLANNERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * ("ResEnc" in n)) for n in PLANNERS])
 def test_a_planner_plans_what_it_planned(plan, name):
     wanted, found = PLANS[name], plan(name)
     assert found["plans_name"] == wanted["plans_name"]
