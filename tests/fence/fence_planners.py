@@ -12,8 +12,18 @@ from fence_runs import find_planner, host_folder
 DATASET = "Dataset903_Planned"
 SHAPE, SPACING = [32, 48, 40], [1.5, 1.0, 1.0]
 MIN_EDGE = 8  # of the coarsest map, nnU-Net has 4: networks of fewer stages take less time to rehearse
-MEMORY = {"": 0.5, "ResEncM": 0.5, "ResEncL": 0.6, "ResEncXL": 0.7}  # GB, so little that patches have to shrink
-PLANNERS = [f"nnUNetPlanner{family}{size}" for family in ("Diffusion", "HiDiff") for size in MEMORY]
+# GB, so little that memory decides: for batches, and for HiDiff's patches
+MEMORY = {
+    "nnUNetPlannerDiffusion": 0.5,
+    "nnUNetPlannerDiffusionResEncM": 0.5,
+    "nnUNetPlannerDiffusionResEncL": 0.6,
+    "nnUNetPlannerDiffusionResEncXL": 0.7,
+    "nnUNetPlannerHiDiff": 0.65,
+    "nnUNetPlannerHiDiffResEncM": 0.5,
+    "nnUNetPlannerHiDiffResEncL": 0.6,
+    "nnUNetPlannerHiDiffResEncXL": 0.7,
+}
+PLANNERS = list(MEMORY)
 
 
 def _write_dataset() -> None:
@@ -45,10 +55,9 @@ def planned(name: str) -> dict:
     """The numbers of plans that count, and the section of settings as it is written."""
     _write_dataset()
     cls = find_planner(name)
-    memory = next(m for size, m in reversed(MEMORY.items()) if name.endswith(size))
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # nnU-Net warns of another memory target than its own
-        planner = cls(903, gpu_memory_target_in_gb=memory)
+        planner = cls(903, gpu_memory_target_in_gb=MEMORY[name])
         planner.UNet_featuremap_min_edge_length = MIN_EDGE
         plans = planner.plan_experiment()
     configurations = {
@@ -63,4 +72,4 @@ def planned(name: str) -> dict:
         for key, c in plans["configurations"].items()
         if "patch_size" in c
     }
-    return {"plans_name": plans["plans_name"], "memory": memory, "configurations": configurations}
+    return {"plans_name": plans["plans_name"], "memory": MEMORY[name], "configurations": configurations}
