@@ -194,6 +194,18 @@ def crop(array: np.ndarray) -> np.ndarray:
     return array[(..., *middle)].astype(np.float16)
 
 
+def is_clear(p: np.ndarray, margin: float = 2e-3) -> np.ndarray:
+    """Where the largest probability (K, z, y, x) leads by a margin, or those of regions are not at one half.
+
+    HiDiff's estimates of two classes can both be 1; which one nnU-Net's sums in half precision then put first says
+    nothing.
+    """
+    if np.abs(p.sum(0) - 1).max() > 1e-2:  # regions
+        return (np.abs(p - 0.5) > margin).all(0)
+    largest = np.sort(p, 0)
+    return largest[-1] - largest[-2] > margin
+
+
 def run_stock(model: Path, image: np.ndarray, spacing: list[float], run: dict) -> dict[str, np.ndarray]:
     """nnU-Net's own predictor.
 
@@ -204,7 +216,7 @@ def run_stock(model: Path, image: np.ndarray, spacing: list[float], run: dict) -
         run: ``environment``, the overrides; ``mirror``.
 
     Returns:
-        mask (z, y, x) and the middle of the probabilities (K, z, y, x).
+        mask (z, y, x) and the middle of the probabilities (K, z, y, x); where the mask is no tie, see ``is_clear``.
     """
     predictor = nnUNetPredictor(
         use_mirroring=run["mirror"], perform_everything_on_device=False, device=torch.device("cpu"), allow_tqdm=False
@@ -212,7 +224,7 @@ def run_stock(model: Path, image: np.ndarray, spacing: list[float], run: dict) -
     with environment(**run["environment"]), redirect_stdout(io.StringIO()):
         predictor.initialize_from_trained_model_folder(str(model), None, CHECKPOINT)
         mask, p = predictor.predict_single_npy_array(image, {"spacing": spacing}, save_or_return_probabilities=True)
-    return {"mask": mask.astype(np.uint8), "probabilities": crop(p)}
+    return {"mask": mask.astype(np.uint8), "probabilities": crop(p), "clear": is_clear(p)}
 
 
 def describe(values: np.ndarray) -> list[float]:

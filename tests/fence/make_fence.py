@@ -327,7 +327,8 @@ def record(name: str, made: dict, work: Path) -> None:
     model = unpack(name, work / "models")
     told["found"] = {}
     for run, asked in made["stock"].items():
-        arrays |= {f"stock/{run}/{k}": v for k, v in run_stock(model, image, made["spacing"], asked).items()}
+        found = run_stock(model, image, made["spacing"], asked)
+        arrays |= {f"stock/{run}/{k}": found[k] for k in ("mask", "probabilities")}
     for run, options in made["own"].items():
         found, numbers = run_own(model, image, made["spacing"], {"options": options})
         arrays |= {f"own/{run}/{k}": v for k, v in found.items()}
