@@ -70,6 +70,7 @@ class DiffusionTrainer(PlannedTrainer):
 
     strategy: Strategy = Standard()
     uses_mask = True
+    has_chain = True  # else a prediction is one pass, which no variable of the environment changes
     time_sampling: str | None = None  # how t is drawn; None: as the settings say
 
     def prepare(self) -> None:
@@ -155,7 +156,7 @@ class DiffusionTrainer(PlannedTrainer):
             UnsupportedArchitectureError: for an architecture that cannot be extended.
         """
         settings = read_settings(configuration_manager.configuration, plans_manager.plans_name)
-        if cls.uses_mask:
+        if cls.has_chain:
             settings = sampling_from_environment(settings)
         unet = plans_unet(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
         return cls.make_network(unet, num_output_channels, settings)
@@ -289,6 +290,7 @@ class NoDiffTrainer(DiffusionTrainer):
     """Control without diffusion: the same network and recipe, no mask, no time (Fu et al. 2024, section 5.3)."""
 
     uses_mask = False
+    has_chain = False
 
     def _training_loss(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         return self.loss(self.network(image), target)
