@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from nnunetv2_diffusion import __version__
-from nnunetv2_diffusion.planning.settings import SUBSECTIONS, settings_table
+from nnunetv2_diffusion.settings import SUBSECTIONS, settings_table
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")

@@ -15,7 +15,7 @@ from nnunetv2_diffusion.planning.continuing import (
     section_names,
     unread,
 )
-from nnunetv2_diffusion.planning.settings import SUBSECTIONS, DiffusionSettings
+from nnunetv2_diffusion.settings import SUBSECTIONS, DiffusionSettings
 
 DEFAULT = DiffusionSettings()
 

@@ -7,7 +7,7 @@ import pytest
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_diffusion.planning.derive import PlansError, derive_plans, write_plans
-from nnunetv2_diffusion.planning.settings import DiffusionSettings, SettingsError
+from nnunetv2_diffusion.settings import DiffusionSettings, SettingsError
 
 
 def configuration(strides, patch_size, name):

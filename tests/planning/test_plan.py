@@ -7,7 +7,7 @@ import pytest
 from laboratory.benchmarking.problem import synthetic_problem
 from nnunetv2_diffusion import cli
 from nnunetv2_diffusion.planning.derive import PlansError, derive_plans
-from nnunetv2_diffusion.planning.settings import ENVIRONMENT_PREFIX
+from nnunetv2_diffusion.settings import ENVIRONMENT_PREFIX
 
 NAME = "Dataset501_Tiny"
 

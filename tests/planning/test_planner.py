@@ -28,7 +28,7 @@ from nnunetv2_diffusion.planning import memory
 from nnunetv2_diffusion.planning.derive import PlansError
 from nnunetv2_diffusion.planning.memory import MemoryEstimate, estimate_memory
 from nnunetv2_diffusion.planning.planner import DiffusionPlannerMixin
-from nnunetv2_diffusion.planning.settings import DiffusionSettings, SettingsError, read_settings
+from nnunetv2_diffusion.settings import DiffusionSettings, SettingsError, read_settings
 
 DATASET = "Dataset501_Tiny"
 CASES = ("case_0", "case_1")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nnunetv2_diffusion.planning.presets import load_preset, parse_preset, preset_names, presets_table
-from nnunetv2_diffusion.planning.settings import SettingsError, parse_settings
+from nnunetv2_diffusion.settings import SettingsError, parse_settings
 
 NAMES = ["cpu-demo", "fast", "hidiff-paper", "nnunet-native", "recycling-paper"]
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,8 +19,8 @@ from torch import nn
 
 from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint, load_checkpoint_file
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
-from nnunetv2_diffusion.planning.settings import SettingsError
 from nnunetv2_diffusion.plans_content import PlansContentError, foreground_labels
+from nnunetv2_diffusion.settings import SettingsError
 from nnunetv2_diffusion.training.checks import (
     absent_classes,
     check_images,

@@ -13,7 +13,7 @@ from laboratory.study import StudyError
 from laboratory.study.definition import Analysis, Cell, Prediction
 from laboratory.study.workplace import Workplace, fresh_log, locked, say
 from nnunetv2_diffusion.pages import write_whole
-from nnunetv2_diffusion.planning.settings import ENVIRONMENT_PREFIX
+from nnunetv2_diffusion.settings import ENVIRONMENT_PREFIX
 
 
 @dataclass

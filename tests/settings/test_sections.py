@@ -7,8 +7,8 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 
 from nnunetv2_diffusion import diffusion
-from nnunetv2_diffusion.planning import settings as settings_module
-from nnunetv2_diffusion.planning.settings import (
+from nnunetv2_diffusion import settings as settings_module
+from nnunetv2_diffusion.settings import (
     ENVIRONMENT_KEYS,
     ENVIRONMENT_PREFIX,
     HIDIFF,
@@ -531,7 +531,7 @@ def test_every_number_has_bounds_and_is_refused_beyond_them(cls, f):
 
 
 def test_a_number_without_bounds_cannot_be_declared():
-    from nnunetv2_diffusion.planning.schema import setting
+    from nnunetv2_diffusion.settings import setting
 
     with pytest.raises(TypeError, match="without bounds"):
         setting(1, "of something", low=0)
