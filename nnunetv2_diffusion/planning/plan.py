@@ -252,7 +252,7 @@ def _network(configuration: Mapping[str, Any]) -> str:
 
 def _origins(record: Mapping[str, Any], values: Mapping[str, Any], axes: int) -> dict[str, str]:
     """Where each value came from."""
-    defaults = flatten(parse_settings(None).to_dict())
+    defaults = flatten(parse_settings(None).to_dict(everything=True))
     preset: Preset | None = load_preset(record["preset"]) if record.get("preset") in preset_names() else None
     from_preset = flatten(preset.settings(axes)) if preset else {}
     from_command = flatten(merge_settings({}, nest(record.get("set", {}))))

@@ -180,10 +180,10 @@ def _read(content: Mapping[str, Any] | None, where: str) -> _Read:
 
 def _names(outside: str) -> list[str]:
     """Names of all documented settings that are not in a section ("": not at the top), as a message has them."""
-    names = [f"{SECTION}.{name}" for name in flatten(DiffusionSettings().to_dict())]
-    if outside:
-        return [name for name in names if not name.startswith(f"{SECTION}.{outside}.")]
-    return [name for name in names if name.count(".") > 1]
+    names = flatten(DiffusionSettings().to_dict())
+    if not outside:
+        return [name for name in names if "." in name]
+    return [f"{SECTION}.{name}" for name in names if not name.startswith(f"{outside}.")]
 
 
 def _describe_earlier(
