@@ -119,11 +119,11 @@ def test_settings_reach_a_configuration_that_inherits_but_has_its_own(plans):
     [
         (
             {"stepps": 3},
-            "configuration 2d of Mine: unknown setting 'stepps' in diffusion; did you mean 'gaussian.steps'",
+            "2d of Mine: unknown setting 'stepps' in diffusion; did you mean 'gaussian.steps'",
         ),
         (
             {"gaussian": {"steps": 0}},
-            "configuration 2d of Mine: in diffusion.gaussian, steps is 0, expected a value in",
+            "2d of Mine: in diffusion.gaussian, steps is 0, expected a value in",
         ),
     ],
 )

@@ -214,10 +214,10 @@ def test_other_processes_of_one_training_and_validations_are_not_locked_out(make
     ("name", "before", "after", "told"),
     [
         ("RecycleXT", {}, {"gaussian": {"timesteps": 500}}, "gaussian.timesteps 1001 -> 500"),
-        ("RecycleXT", {}, {"beta_end": 0.03}, "beta_end 0.02 -> 0.03"),
+        ("RecycleXT", {}, {"beta_end": 0.03}, r"gaussian.betas \[0.0001, 0.02\] -> \[0.0001, 0.03\]"),
         ("RecycleXT", {}, {"gaussian": {"training_steps": 5}}, "gaussian.training_steps None -> 5"),
         ("RecycleXT", {}, {"recipe": "nnunet"}, "recipe paper -> nnunet"),
-        ("RecycleXT", {"time_sampling": "importance"}, {}, "time_sampling importance -> uniform"),
+        ("RecycleXT", {"time_sampling": "importance"}, {}, "gaussian.time_sampling importance -> uniform"),
         ("RecycleXT", {}, {"transformer_layers": 0}, "transformer_layers 1 -> 0"),
         ("RecycleXT", {}, {"mask_encoding": "analog-bits"}, "mask_encoding one-hot -> analog-bits"),
         ("HiDiff", {"hidiff": SMALL}, {"hidiff": {**SMALL, "timesteps": 20}}, "hidiff.timesteps 10 -> 20"),
