@@ -58,11 +58,11 @@ class GaussianSettings(Settings):
             raise SettingsError(
                 f"steps is {self.steps}, expected 1 .. {self.chain_length}, the length of the trained schedule"
             )
-        if not _has_signal(self.timesteps, first, last, self.training_steps, self.steps, self.step_spacing):
+        steps = self.steps or 1  # no number asks for more
+        if not _has_signal(self.timesteps, first, last, self.training_steps, steps, self.step_spacing):
             raise SettingsError(
                 f"betas is [{first}, {last}], expected a smaller last one, or fewer timesteps than {self.timesteps}: "
-                f"a step of the chain of {self.training_steps or self.steps or self.timesteps} would be noise alone, "
-                "with a beta of 1"
+                f"a step of the chain of {self.training_steps or steps} would be noise alone, with a beta of 1"
             )
 
     @property
@@ -89,7 +89,7 @@ def _kept(length: int, number: int, spacing: str) -> list[int]:
 
 
 @lru_cache(maxsize=64)
-def _has_signal(length: int, first: float, last: float, trained: int | None, steps: int | None, spacing: str) -> bool:
+def _has_signal(length: int, first: float, last: float, trained: int | None, steps: int, spacing: str) -> bool:
     """Whether all betas of a linear schedule are below 1 in double precision, also after it was respaced.
 
     The shares of signal that are left after each step, ``alphas_cumprod``, fall fast where betas are large.
