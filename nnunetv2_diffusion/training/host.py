@@ -225,7 +225,7 @@ class CommonTrainer(MemoryLog, nnUNetTrainer):
         if self.guard.judge(optimizer, loss, self.grad_scaler):
             raise DivergedError(
                 f"the training diverged in epoch {self.current_epoch}: loss or gradients of {self.guard.limit} steps "
-                f"in a row (setting max_bad_steps) are not finite. {self._way_back()}"
+                f"in a row are not finite. {self._way_back()}"
             )
 
     def _way_back(self) -> str:
