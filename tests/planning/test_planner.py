@@ -364,7 +364,7 @@ def test_planning_again_keeps_edited_settings(preprocessed):
 def test_planning_again_refuses_settings_that_cannot_be_used_and_keeps_the_file(preprocessed):
     plan_and_edit(preprocessed, "2d", stepps=2)
     before = hashes(preprocessed)
-    with pytest.raises(SettingsError, match=r"2d of .*nnUNetDiffusionPlans.json.*'stepps'.*'steps'"):
+    with pytest.raises(SettingsError, match=r"2d of .*nnUNetDiffusionPlans.json.*'stepps'.*'gaussian\.steps'"):
         plan()
     assert hashes(preprocessed) == before
 
