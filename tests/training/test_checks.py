@@ -85,7 +85,7 @@ def test_plans_of_nnunet_pass(architecture, diffusion, configuration):
 
 @pytest.mark.parametrize("configuration", ["2d", "child"])
 def test_a_typo_in_the_settings_is_named_with_its_place(configuration):
-    with pytest.raises(SettingsError, match=rf"configuration {configuration} of somePlans.*'step'.*'steps'"):
+    with pytest.raises(SettingsError, match=rf"configuration {configuration} of somePlans.*'step'.*'gaussian\.steps'"):
         check_plans(make_plans(diffusion={"step": 3}), configuration, CLASSES_JSON)
 
 
