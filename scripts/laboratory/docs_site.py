@@ -2,10 +2,11 @@
 
 import argparse
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from html import escape
 from pathlib import Path, PurePosixPath
 from posixpath import normpath
+from textwrap import wrap
 from typing import Any
 
 from latex2mathml.converter import convert
@@ -50,8 +51,8 @@ def equations(markdown: str) -> str:
     """Replace blocks ```math, as GitHub has them, by MathML."""
 
     def drawn(match: re.Match) -> str:
-        rows = [convert(row.strip(), display="block") for row in match[1].strip().split("\\\\\n")]
-        return f'<div class="math">{"".join(rows)}</div>'
+        drawing = convert(" ".join(match[1].split()), display="block")
+        return f'<div class="math">{drawing}</div>'
 
     return re.sub(r"^```math\n(.*?)^```$", drawn, markdown, flags=re.DOTALL | re.MULTILINE)
 
@@ -81,10 +82,9 @@ def commands_page() -> str:
         parts += [f"## {verb}", f"{summary[0].upper()}{summary[1:]}."]
         parts += [code(line.strip() for line in (parser.epilog or "").splitlines()[1:])]
         for group in parser._action_groups:
-            rows = [row for action in group._group_actions for row in option_row(parser, action)]
-            if rows:
-                title = group.title[0].upper() + group.title[1:]
-                parts += [f"**{title}**", "\n".join(["| option | meaning |", "|---|---|", *rows])]
+            shown = [text for action in group._group_actions for text in described(parser, action)]
+            if shown:
+                parts += [f"**{group.title[0].upper()}{group.title[1:]}**", *shown]
     return "\n\n".join(parts) + "\n"
 
 
@@ -94,20 +94,17 @@ def verb_parser(verb: str) -> argparse.ArgumentParser:
     return verbs.choices[verb]
 
 
-def code(lines: Iterator[str]) -> str:
-    """A block of shell commands."""
-    return "\n".join(["```bash", *lines, "```"])
+def code(commands: Iterable[str]) -> str:
+    """A block of shell commands, long ones on several lines."""
+    wrapped = [" \\\n    ".join(wrap(line, 76, break_long_words=False, break_on_hyphens=False)) for line in commands]
+    return "\n".join(["```bash", *wrapped, "```"])
 
 
-def option_row(parser: argparse.ArgumentParser, action: argparse.Action) -> Iterator[str]:
-    """A row of a table for an argument; none for --help."""
+def described(parser: argparse.ArgumentParser, action: argparse.Action) -> Iterator[str]:
+    """An argument and its meaning, an entry of a definition list; nothing for --help."""
     if isinstance(action, argparse._HelpAction) or action.help == argparse.SUPPRESS:
         return
     formatter = parser.formatter_class(prog=PROGRAM, width=200)
-    words = formatter._format_action_invocation(action)
-    names = re.sub(r"\{.*?\}", "WORD", words) if action.choices else words
+    names = formatter._format_action_invocation(action)
     meaning = " ".join(formatter._expand_help(action).split())
-    if action.choices:
-        meaning += f" One of {', '.join(map(str, action.choices))}."
-    cells = (f"`{names}`", escape(meaning, quote=False))
-    yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+    yield f"`{names}`\n:   {escape(meaning, quote=False)}"
