@@ -43,8 +43,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
-    """Equations as MathML, which browsers draw by themselves; links out of docs/ as text."""
-    return linked_within(equations(markdown), page.file.src_uri, Path(config.docs_dir))
+    """Equations as MathML, which browsers draw by themselves; files that are shown; links out of docs/ as text."""
+    docs = Path(config.docs_dir)
+    return with_files(linked_within(equations(markdown), page.file.src_uri, docs), docs.parent)
 
 
 def equations(markdown: str) -> str:
@@ -55,6 +56,19 @@ def equations(markdown: str) -> str:
         return f'<div class="math">{drawing}</div>'
 
     return re.sub(r"^```math\n(.*?)^```$", drawn, markdown, flags=re.DOTALL | re.MULTILINE)
+
+
+def with_files(markdown: str, root: Path) -> str:
+    """Fill every Python block that holds nothing but the name of a file, as a comment, with that file.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+    """
+
+    def filled(match: re.Match) -> str:
+        return f"```python\n{(root / match[1]).read_text(encoding='utf-8')}```"
+
+    return re.sub(r"^```python\n# (\S+\.py)\n```$", filled, markdown, flags=re.MULTILINE)
 
 
 def linked_within(markdown: str, page: str, docs: Path) -> str:
