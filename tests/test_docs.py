@@ -5,8 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("latex2mathml")
+from packaging.specifiers import SpecifierSet
 
 from laboratory import docs_site
 from nnunetv2_diffusion import cli
@@ -38,6 +37,7 @@ def test_long_examples_are_wrapped_and_can_still_be_typed():
 
 
 def test_equations_become_mathml():
+    pytest.importorskip("latex2mathml")
     made = docs_site.equations("before\n\n```math\nx_t = \\sqrt{2} x_0\n```\n\nafter")
     assert re.fullmatch(r'before\n\n<div class="math"><math .*<msqrt>.*</math></div>\n\nafter', made)
 
@@ -60,6 +60,21 @@ def test_links_out_of_the_site_are_text(tmp_path):
 def test_a_page_that_is_missing_leaves_the_navigation():
     nav = [{"A": "a.md"}, {"B": [{"C": "c.md"}, {"D": "d.md"}]}, {"E": [{"F": "c.md"}]}]
     assert docs_site.without(nav, "c.md") == [{"A": "a.md"}, {"B": [{"D": "d.md"}]}]
+
+
+def test_pre_commit_runs_the_ruff_that_setup_cfg_allows():
+    rev = re.search(r"rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text())[1]
+    bound = re.search(r"^    ruff(\S+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)[1]
+    assert SpecifierSet(bound).contains(rev), (rev, bound)
+
+
+def test_forms_and_workflow_are_yaml_and_the_workflow_runs_the_tests():
+    yaml = pytest.importorskip("yaml")
+    files = {file.name: yaml.safe_load(file.read_text()) for file in (ROOT / ".github").rglob("*.yml")}
+    assert [step["run"] for step in files["test.yml"]["jobs"]["test"]["steps"] if "run" in step] == ["scripts/test"]
+    for name in ("bug.yml", "question.yml"):
+        assert {"name", "description", "body"} <= set(files[name])
+        assert all(part["type"] in ("markdown", "textarea") for part in files[name]["body"])
 
 
 def test_every_room_is_on_the_page_of_rooms_from_top_to_bottom():

@@ -9,8 +9,6 @@ from posixpath import normpath
 from textwrap import wrap
 from typing import Any
 
-from latex2mathml.converter import convert
-
 from nnunetv2_diffusion import cli
 
 OPTIONAL = "settings.md"  # in the navigation if it is there
@@ -36,7 +34,7 @@ def without(nav: Any, page: str) -> Any:
 
 def on_files(files: Any, config: Any) -> Any:
     """Add the page of commands."""
-    from mkdocs.structure.files import File  # the functions below are tested without MkDocs
+    from mkdocs.structure.files import File  # other functions are tested without MkDocs
 
     files.append(File.generated(config, COMMANDS, content=commands_page()))
     return files
@@ -50,6 +48,7 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 def equations(markdown: str) -> str:
     """Replace blocks ```math, as GitHub has them, by MathML."""
+    from latex2mathml.converter import convert
 
     def drawn(match: re.Match) -> str:
         drawing = convert(" ".join(match[1].split()), display="block")
