@@ -60,7 +60,7 @@ class Job:
 
     @property
     def ending(self) -> str:
-        """Of the files of images and labels."""
+        """Ending of the files of images and labels."""
         return json.loads((self.raw / "dataset.json").read_text())["file_ending"]
 
     def model_folder(self, trainer: str) -> Path:

@@ -81,7 +81,7 @@ class Split:
         return [{"train": sorted(set(self.train) - set(self.val)), "val": sorted(self.val)}]
 
     def digest(self) -> str:
-        """Of all names in their parts."""
+        """Hash of the names of all cases, part by part."""
         text = json.dumps([sorted(part) for part in (self.train, self.val, self.test)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -130,7 +130,7 @@ class Study:
 
     @property
     def name(self) -> str:
-        """Of the study."""
+        """Name of the study."""
         return self.content["name"]
 
     @property

@@ -61,7 +61,7 @@ class Workplace:
         return self.study.dataset[len("Dataset") :][:3]
 
     def run_folder(self, cell: Cell, run: int) -> Path:
-        """Of one training."""
+        """Folder of one training."""
         return self.root / "runs" / self.study.name / cell.name / f"run_{run}"
 
     def plans_name(self, cell: Cell, run: int) -> str:
