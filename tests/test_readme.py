@@ -1,10 +1,11 @@
 """What the README says against what is there."""
 
+import json
 import re
 from pathlib import Path
 
 from nnunetv2_diffusion import __version__
-from nnunetv2_diffusion.planning.settings import DiffusionSettings
+from nnunetv2_diffusion.settings import DiffusionSettings, flatten
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
@@ -29,14 +30,11 @@ def test_every_planner_is_described():
         assert name in planning, name
 
 
-def test_the_settings_that_it_names_are_settings():
-    table = README.split("## Settings")[1].split("##")[0]
-    keys = re.findall(r"^\| `([\w.]+)` \|", table, re.MULTILINE)
-    assert len(keys) == 5
-    for key in keys:
-        section = DiffusionSettings()
-        for part in key.split("."):
-            section = getattr(section, part)
+def test_five_settings_are_shown_with_their_defaults():
+    rows = re.findall(r"^\| `([\w.]+)` \| (null|\d+|\"\w+\") \|", README, re.MULTILINE)
+    known = flatten(DiffusionSettings().to_dict())
+    assert len(rows) == 5
+    assert [(name, json.loads(default)) for name, default in rows] == [(name, known[name]) for name, _ in rows]
 
 
 def test_every_linked_file_exists():
