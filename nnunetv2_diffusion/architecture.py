@@ -17,7 +17,7 @@ from dynamic_network_architectures.architectures.unet import PlainConvUNet, Resi
 from torch import nn
 
 from nnunetv2_diffusion.networks.denoiser import UnsupportedArchitectureError
-from nnunetv2_diffusion.planning.settings import ALLOW
+from nnunetv2_diffusion.settings import ALLOW
 
 _ARCHITECTURES = "dynamic_network_architectures.architectures"
 NETWORKS = {

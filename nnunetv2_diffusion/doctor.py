@@ -19,9 +19,10 @@ from pathlib import Path
 
 from nnunetv2_diffusion import __version__, compat, installation, shell
 from nnunetv2_diffusion.installation import DISTRIBUTION, PACKAGE_FOLDER, PLANNERS, TRAINERS
-from nnunetv2_diffusion.planning.settings import (
+from nnunetv2_diffusion.settings import (
     ALLOW,
     ENVIRONMENT_PREFIX,
+    SUBSECTIONS,
     DiffusionSettings,
     SettingsError,
     apply_environment,
@@ -325,6 +326,18 @@ def _write_problem(folder: str) -> str | None:
         return _reason(error)
 
 
+def _check_overrides(environ: Mapping[str, str]) -> None:
+    """Raise SettingsError if no method could sample with the variables; which one will be used is not known here."""
+    errors = []
+    for section in SUBSECTIONS:
+        try:
+            apply_environment(DiffusionSettings(), section, environ)
+        except SettingsError as error:
+            errors.append(error)
+    if len(errors) == len(SUBSECTIONS):
+        raise errors[0]
+
+
 def check_variables(environ: Mapping[str, str] = os.environ) -> Iterator[Check]:
     """Variables of this package that are set now."""
     if environ.get("nnUNet_n_proc_DA", "").strip() == "0":
@@ -337,7 +350,7 @@ def check_variables(environ: Mapping[str, str] = os.environ) -> Iterator[Check]:
             yield Check(WARN, f"{variable} has no effect, variables start with {ENVIRONMENT_PREFIX}")
     try:
         overrides = environment_overrides(environ)
-        apply_environment(DiffusionSettings(), environ)
+        _check_overrides(environ)
     except SettingsError as error:
         yield Check(FAIL, _reason(error))
         return

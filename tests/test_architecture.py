@@ -18,7 +18,7 @@ from tiny_model import architecture, make_plans
 
 from nnunetv2_diffusion.architecture import check_architecture, check_configuration
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
-from nnunetv2_diffusion.planning.settings import ALLOW, environment_overrides
+from nnunetv2_diffusion.settings import ALLOW, environment_overrides
 
 DOTTED = "dynamic_network_architectures.architectures.unet"
 

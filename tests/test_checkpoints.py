@@ -23,7 +23,7 @@ from nnunetv2_diffusion.methods.hidiff import HiDiffTrainer
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.out_of_memory import is_out_of_memory
 from nnunetv2_diffusion.packing import pack_checkpoint, unpack_checkpoint
-from nnunetv2_diffusion.planning.settings import ALLOW
+from nnunetv2_diffusion.settings import ALLOW
 from nnunetv2_diffusion.training.checks import check_plans
 from nnunetv2_diffusion.training.pretrained import load_segmentor
 

@@ -384,7 +384,7 @@ def test_variables_in_use_are_listed():
 
 
 @pytest.mark.parametrize(
-    ("variable", "value"), [("steps", "0"), ("steps", "many"), ("sampler", "euler"), ("samples", "-1"), ("step", "5")]
+    ("variable", "value"), [("steps", "-1"), ("steps", "many"), ("sampler", "euler"), ("samples", "-1"), ("step", "5")]
 )
 def test_variable_that_cannot_be_used_fails(variable, value, report, monkeypatch):
     monkeypatch.setenv(f"nnUNet_diffusion_{variable}", value)

@@ -15,15 +15,16 @@ from tiny_model import make_model
 from nnunetv2_diffusion import cli, predict_image
 from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint
 from nnunetv2_diffusion.inference.loading import load_predictor
-from nnunetv2_diffusion.planning import settings as settings_module
-from nnunetv2_diffusion.planning.settings import (
+from nnunetv2_diffusion.removed import OPTIONS, TRAINERS
+from nnunetv2_diffusion.settings import (
     DiffusionSettings,
     SettingsError,
     apply_environment,
     parse_settings,
     read_assignments,
+    sections,
+    without_removed,
 )
-from nnunetv2_diffusion.removed import OPTIONS, TRAINERS, without_removed
 
 MIXED = "nnUNetTrainerRecycleMixed"
 OLD = {  # a section as planners of version 0.1 wrote it, and what is read of it
@@ -33,7 +34,11 @@ OLD = {  # a section as planners of version 0.1 wrote it, and what is read of it
     "mixture": {"recycle_share": 0.5, "truth_corruption": "drop"},
     "hidiff": {"steps": 2, "sampler": "renoise"},
 }
-NEW = {"steps": 3, "sampler": "ddpm", "step_spacing": "trailing", "hidiff": {"steps": 2, "sampler": "ddpm"}}
+LEFT = {"steps": 3, "sampler": "ddpm", "step_spacing": "trailing", "hidiff": {"steps": 2, "sampler": "ddpm"}}
+NEW = {
+    "gaussian": {"steps": 3, "sampler": "ddpm", "step_spacing": "trailing"},
+    "hidiff": {"steps": 2, "sampler": "ddpm"},
+}
 SAID = (
     ("sampler", "'renoise' does nothing since version 0.2", "'ddpm' is used"),
     ("step_spacing", "'low' does nothing since version 0.2", "'trailing' is used"),
@@ -44,21 +49,22 @@ SAID = (
 
 @pytest.fixture(autouse=True)
 def _fresh_log():
-    settings_module._tell.cache_clear()
+    sections._told.clear()
 
 
 def test_old_settings_are_read_and_each_is_named_in_the_log_once(caplog):
     with caplog.at_level(logging.WARNING, "nnunetv2_diffusion"):
         for _ in range(2):
             assert parse_settings(OLD, "some plans") == parse_settings(NEW)
-    assert len(caplog.messages) == len(SAID)
-    for message, (name, found, more) in zip(caplog.messages, SAID, strict=True):
+    *removed, renamed = caplog.messages
+    assert renamed.startswith("some plans: settings of version 0.1 have new names: ")
+    for message, (name, found, more) in zip(removed, SAID, strict=True):
         assert message.startswith(f"some plans: setting {name} = {found}")
         assert more in message
 
 
 def test_settings_of_this_version_are_left_as_they_are(caplog):
-    for section in (NEW, DiffusionSettings().to_dict(), {"sampler": 3, "step_spacing": ["low"]}):
+    for section in (LEFT, NEW, DiffusionSettings().to_dict(), {"sampler": 3, "step_spacing": ["low"]}):
         assert without_removed(section) == (section, [])
     with pytest.raises(SettingsError, match="unknown setting 'mixtures'"):
         parse_settings({"mixtures": {}})
@@ -66,8 +72,8 @@ def test_settings_of_this_version_are_left_as_they_are(caplog):
 
 def test_replacements_are_values_that_settings_may_have():
     fresh = without_removed({name: value for name, value in OLD.items() if isinstance(value, str)})[0]
-    assert fresh["step_spacing"] == DiffusionSettings().step_spacing
-    assert fresh["sampler"] == DiffusionSettings().sampler
+    assert fresh["step_spacing"] == DiffusionSettings().gaussian.step_spacing
+    assert fresh["sampler"] == DiffusionSettings().gaussian.sampler
 
 
 @pytest.mark.parametrize("text", ["mixture.recycle_share=0.3", "sampler=renoise", "step_spacing=low"])
@@ -132,7 +138,7 @@ def test_removed_values_of_options_say_what_to_use(capsys, words):
 def test_a_removed_sampler_of_the_environment_is_refused_with_its_variable():
     words = r"nnUNet_diffusion_sampler: --sampler renoise was removed in 0\.2: .*use ddpm"
     with pytest.raises(SettingsError, match=words):
-        apply_environment(DiffusionSettings(), {"nnUNet_diffusion_sampler": "renoise"})
+        apply_environment(DiffusionSettings(), "gaussian", {"nnUNet_diffusion_sampler": "renoise"})
 
 
 def test_words_that_are_no_options_are_left_alone(capsys):
@@ -148,4 +154,4 @@ def test_the_programming_interface_says_why(tmp_path):
 
 
 def test_old_plans_stay_json():
-    assert json.loads(json.dumps(without_removed(OLD)[0])) == NEW
+    assert json.loads(json.dumps(without_removed(OLD)[0])) == LEFT

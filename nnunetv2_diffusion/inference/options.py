@@ -6,9 +6,9 @@ from typing import Any
 from torch import nn
 
 from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
-from nnunetv2_diffusion.planning.settings import LARGEST_SEED, MOST_SAMPLES, environment_overrides
 from nnunetv2_diffusion.sampling import SamplingConfig
 from nnunetv2_diffusion.sampling.views import TTA
+from nnunetv2_diffusion.settings import LARGEST_SEED, MOST_SAMPLES, environment_overrides
 
 CHOICES = {"sampler": SAMPLERS, "step_spacing": SPACINGS, "tta": TTA}
 BOUNDS = {"steps": (0, 100_000), "samples": (1, MOST_SAMPLES), "seed": (0, LARGEST_SEED)}

@@ -41,7 +41,7 @@ from nnunetv2_diffusion.inference.runs import (
 from nnunetv2_diffusion.locks import LockedError
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.out_of_memory import is_out_of_memory
-from nnunetv2_diffusion.planning.schema import SettingsError
+from nnunetv2_diffusion.settings import SettingsError
 
 MOST_PROCESSES = 1024
 SMALLEST_STEP = 0.01  # of the window, in parts of the patch: tiles grow with its inverse to the third power

@@ -18,8 +18,8 @@ from nnunetv2_diffusion.diffusion import (
 )
 from nnunetv2_diffusion.networks import DiffusionUNet
 from nnunetv2_diffusion.planning.continuing import COMMON, section_names
-from nnunetv2_diffusion.planning.settings import DiffusionSettings
 from nnunetv2_diffusion.sampling import BernoulliChain, Chain, SamplingConfig, Window
+from nnunetv2_diffusion.settings import DiffusionSettings
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer, transformer_options
 
 TIMESTEPS = 1000  # T, as published
@@ -63,6 +63,7 @@ class BerDiffTrainer(DiffusionTrainer):
     """Bernoulli diffusion from fair coins; KL divergence plus binary cross-entropy, both in bits."""
 
     time_sampling = "uniform"
+    section = "berdiff"
     inner_network: BerDiffUNet
 
     def prepare(self) -> None:

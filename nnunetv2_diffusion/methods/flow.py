@@ -9,8 +9,8 @@ import torch
 
 from nnunetv2_diffusion.diffusion import GaussianProcess
 from nnunetv2_diffusion.planning.continuing import COMMON, section_names
-from nnunetv2_diffusion.planning.settings import DiffusionSettings
 from nnunetv2_diffusion.sampling import SamplingConfig
+from nnunetv2_diffusion.settings import DiffusionSettings
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer
 
 TIMESTEPS = 1000  # of training; the line is straight, so their number matters little
@@ -20,6 +20,7 @@ class FlowTrainer(DiffusionTrainer):
     """Rectified flow in x0-parametrisation: standard denoising along a straight line, predicted by Euler's steps."""
 
     time_sampling = "uniform"
+    section = "flow"
 
     @classmethod
     def reads(cls) -> frozenset[str]:

@@ -24,13 +24,13 @@ from nnunetv2_diffusion.diffusion import (
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput, UNetSegmentor
 from nnunetv2_diffusion.networks.hidiff import HiDiffNetwork, refiner_topology
 from nnunetv2_diffusion.planning.continuing import LENGTHS, section_names
-from nnunetv2_diffusion.planning.settings import (
+from nnunetv2_diffusion.sampling import SamplingConfig
+from nnunetv2_diffusion.settings import (
     DiffusionSettings,
     HiDiffSettings,
     environment_overrides,
     read_settings,
 )
-from nnunetv2_diffusion.sampling import SamplingConfig
 from nnunetv2_diffusion.training import checks
 from nnunetv2_diffusion.training.host import (
     PlannedTrainer,
@@ -57,7 +57,7 @@ class Draw(NamedTuple):
 
 
 def hidiff_sampling(settings: DiffusionSettings, steps: int | None = None) -> SamplingConfig | None:
-    """How HiDiff samples by the plans: its own section, and the spacing of all methods.
+    """How HiDiff samples by the plans.
 
     Args:
         settings: of the plans.
@@ -66,11 +66,13 @@ def hidiff_sampling(settings: DiffusionSettings, steps: int | None = None) -> Sa
     Returns:
         None for K = 0.
     """
-    own, spacing = settings.hidiff, settings.step_spacing
+    own = settings.hidiff
     steps = own.steps if steps is None else steps
     if not steps:
         return None
-    return SamplingConfig(steps, own.sampler, samples=own.samples, seed=own.seed, step_spacing=spacing)
+    samples = settings.samples if own.samples is None else own.samples
+    seed = settings.seed if own.seed is None else own.seed
+    return SamplingConfig(steps, own.sampler, samples=samples, seed=seed, step_spacing=own.step_spacing)
 
 
 @contextmanager
@@ -107,7 +109,7 @@ class TurnsSchedule:
         trainer, settings = self.trainer, self.trainer.settings.hidiff
         first = trainer.pretraining_epochs
         if epoch < first:
-            rates = (settings.learning_rate, settings.pretraining_learning_rate * (1 - epoch / first) ** 0.9)
+            rates = (settings.learning_rate, settings.rate_alone * (1 - epoch / first) ** 0.9)
         else:
             left = (1 - (epoch - first) / max(trainer.num_epochs - first, 1)) ** 0.9
             rates = (settings.learning_rate * left, settings.segmentor_learning_rate * left)
@@ -147,8 +149,8 @@ class HiDiffTrainer(PlannedTrainer):
     @classmethod
     def reads(cls) -> frozenset[str]:
         """As ``CommonTrainer.reads``."""
-        own = section_names("hidiff") - {"hidiff.merit_variant", "hidiff.merit_weights"}
-        return LENGTHS | own | {"step_spacing"}
+        own = section_names("hidiff") - {"hidiff.merit", "hidiff.merit_weights"}
+        return LENGTHS | own | {"samples", "seed"}
 
     @classmethod
     def build_segmentor(
@@ -178,8 +180,8 @@ class HiDiffTrainer(PlannedTrainer):
             UnsupportedArchitectureError: for an architecture that cannot be used.
         """
         settings = read_settings(configuration_manager.configuration, plans_manager.plans_name)
-        own = sampling_from_environment(settings.hidiff)
-        settings = replace(settings, hidiff=own)
+        settings = sampling_from_environment(settings, "hidiff")
+        own = settings.hidiff
         kernel_sizes, strides = refiner_topology(configuration_manager.network_arch_init_kwargs)
         process = BernoulliDiffusion(cosine_beta_schedule(own.timesteps))
         gamma = own.focal_gamma if own.noise_loss == "focal" else 0.0
@@ -197,8 +199,8 @@ class HiDiffTrainer(PlannedTrainer):
             own.refiner_norm,
             own.binarized,
             own.cross_transformer,
-            NoiseCalibration(process, gamma, own.lambda_focal) if own.calibrated else None,
-            own.prior_residual,
+            NoiseCalibration(process, gamma, own.lambda_focal) if own.is_calibrated else None,
+            own.corrects_prior,
         )
         network.always_refine = bool(environment_overrides().get("steps"))
         return network
@@ -227,7 +229,8 @@ class HiDiffTrainer(PlannedTrainer):
         elif not own.collaborative and not self.pretraining_epochs:
             raise CheckpointError(
                 "collaborative is false and pretraining_epochs is 0, but there is no checkpoint of a segmentor: its "
-                f"random weights would stay. Train -tr {own.segmentor_trainer} first, or set segmentor_checkpoint"
+                f"random weights would stay. Train -tr {own.segmentor_trainer} first, or name a file in "
+                "hidiff.segmentor"
             )
         else:
             self._untrained = True

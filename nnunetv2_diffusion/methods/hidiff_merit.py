@@ -9,7 +9,7 @@ from nnunetv2_diffusion.methods.mutation_loss import MutationLoss
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput
 from nnunetv2_diffusion.networks.merit import SCALES, Merit
 from nnunetv2_diffusion.planning.continuing import LENGTHS, section_names
-from nnunetv2_diffusion.planning.settings import HiDiffSettings
+from nnunetv2_diffusion.settings import HiDiffSettings
 from nnunetv2_diffusion.training.losses import SampleDiceCELoss
 
 
@@ -21,7 +21,7 @@ class MeritTrainer(HiDiffTrainer):
     @classmethod
     def reads(cls) -> frozenset[str]:
         """As ``CommonTrainer.reads``."""
-        return LENGTHS | section_names("hidiff") - {"hidiff.segmentor_trainer"} | {"step_spacing"}
+        return LENGTHS | section_names("hidiff") | {"samples", "seed"}
 
     def __init__(
         self,
@@ -51,7 +51,7 @@ class MeritTrainer(HiDiffTrainer):
     ) -> nn.Module:
         """MERIT for the plans' patch size, with random weights: a trained model must not need a download."""
         size = tuple(int(n) for n in configuration.patch_size)
-        return Merit(num_input_channels, num_heads, size, settings.merit_variant)
+        return Merit(num_input_channels, num_heads, size, settings.merit)
 
     def _start_segmentor(self) -> None:
         super()._start_segmentor()
@@ -60,7 +60,7 @@ class MeritTrainer(HiDiffTrainer):
             return
         merit = self.inner_network.segmentor
         size = tuple(int(n) for n in self.configuration_manager.patch_size)
-        pretrained = Merit(self.num_input_channels, 1, size, own.merit_variant, own.merit_weights)
+        pretrained = Merit(self.num_input_channels, 1, size, own.merit, own.merit_weights)
         for scale in SCALES:
             getattr(merit, scale).load_state_dict(getattr(pretrained, scale).state_dict())
         self.print_to_log_file(f"MERIT: pretrained backbones from {own.merit_weights}")

@@ -10,8 +10,8 @@ from torch import nn
 
 from nnunetv2_diffusion.networks import RecycleScoreUNet
 from nnunetv2_diffusion.planning.continuing import section_names
-from nnunetv2_diffusion.planning.settings import DiffusionSettings, environment_overrides
 from nnunetv2_diffusion.sampling import SamplingConfig
+from nnunetv2_diffusion.settings import DiffusionSettings
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer, transformer_options
 
 SMOOTH = 10.0  # voxels: a class of less than that hardly counts
@@ -69,17 +69,17 @@ class RecycleScoreTrainer(DiffusionTrainer):
     """
 
     uses_mask = False
+    section = "score"
 
     @classmethod
     def reads(cls) -> frozenset[str]:
         """As ``CommonTrainer.reads``."""
-        return super().reads() | section_names("score") | {"samples", "seed", "step_spacing"}
+        return super().reads() | section_names("score") | {"samples", "seed"}
 
     @classmethod
     def make_sampling(cls, settings: DiffusionSettings) -> SamplingConfig:
-        """See ``DiffusionTrainer``; the environment's steps are single masks here."""
-        steps = environment_overrides().get("steps", settings.score.steps)
-        return SamplingConfig(steps, samples=settings.samples, seed=settings.seed, step_spacing=settings.step_spacing)
+        """See ``DiffusionTrainer``; steps are single masks here."""
+        return SamplingConfig(settings.score.steps, samples=settings.samples, seed=settings.seed)
 
     @classmethod
     def make_network(cls, unet: nn.Module, heads: int, settings: DiffusionSettings) -> RecycleScoreUNet:

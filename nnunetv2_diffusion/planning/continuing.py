@@ -6,60 +6,60 @@ from typing import Any
 import numpy as np
 
 from nnunetv2_diffusion.architecture import short
-from nnunetv2_diffusion.planning.settings import DiffusionSettings, flatten
+from nnunetv2_diffusion.settings import DiffusionSettings, flatten
 
 # with another value of these the network is another one, or means something else
 FIXED = frozenset(
     {
-        "timesteps",
-        "beta_start",
-        "beta_end",
-        "training_steps",
-        "time_sampling",  # its history is in the checkpoint
         "time_conditioning",
         "mask_encoding",
         "transformer_layers",
         "transformer_heads",
         "transformer_width",
         "recipe",  # the optimiser's state is in the checkpoint
+        "gaussian.timesteps",
+        "gaussian.betas",
+        "gaussian.training_steps",
+        "gaussian.time_sampling",  # its history is in the checkpoint
         "hidiff.timesteps",
         "hidiff.binarized",
         "hidiff.cross_transformer",
         "hidiff.refiner_width",
         "hidiff.refiner_norm",
+        "hidiff.published",
         "hidiff.prior_residual",
         "hidiff.noise_loss",  # what the refiner's output means follows from its loss
         "hidiff.focal_gamma",
         "hidiff.lambda_focal",
-        "hidiff.merit_variant",
+        "hidiff.merit",
         "score.latent_channels",
     }
 )
 # lengths, rates, weights of losses, and what prediction alone uses
 FREE = frozenset(
     {
-        "steps",
-        "sampler",
-        "step_spacing",
-        "eta",
         "samples",
         "seed",
-        "self_conditioning_probability",
         "num_epochs",
         "num_iterations_per_epoch",
         "num_val_iterations_per_epoch",
         "max_bad_steps",
+        "gaussian.steps",
+        "gaussian.sampler",
+        "gaussian.step_spacing",
+        "gaussian.eta",
+        "gaussian.self_conditioning_probability",
         "hidiff.steps",
         "hidiff.sampler",
         "hidiff.samples",
         "hidiff.seed",
+        "hidiff.step_spacing",
         "hidiff.calibrated",
         "hidiff.lambda_diffusion",
         "hidiff.collaborative",
         "hidiff.learning_rate",
         "hidiff.segmentor_learning_rate",
-        "hidiff.segmentor_trainer",
-        "hidiff.segmentor_checkpoint",
+        "hidiff.segmentor",
         "hidiff.pretraining_epochs",
         "hidiff.pretraining_learning_rate",
         "hidiff.merit_weights",
@@ -81,22 +81,19 @@ AXES = ("transpose_forward", "transpose_backward")  # beside the configurations
 LENGTHS = frozenset({"num_epochs", "num_iterations_per_epoch", "num_val_iterations_per_epoch", "max_bad_steps"})
 TRANSFORMER = frozenset({"transformer_layers", "transformer_heads", "transformer_width"})
 COMMON = LENGTHS | TRANSFORMER | {"recipe", "samples", "seed", "time_conditioning"}
-GAUSSIAN = frozenset(
-    {
-        *("timesteps", "beta_start", "beta_end", "training_steps", "time_sampling", "time_conditioning"),
-        *("mask_encoding", "steps", "sampler", "step_spacing", "eta", "samples", "seed"),
-    }
-)
 
 
 def flat(settings: DiffusionSettings) -> dict[str, Any]:
-    """All settings by name, those of a section within as ``hidiff.steps``."""
-    return flatten(settings.to_dict())
+    """All settings by name, those of a section as ``hidiff.steps``, those of version 0.1 included."""
+    return flatten(settings.to_dict(everything=True))
 
 
 def section_names(section: str) -> frozenset[str]:
-    """Names of all settings of a section within, as ``hidiff.steps``."""
+    """Names of all settings of a section, as ``hidiff.steps``."""
     return frozenset(name for name in flat(DiffusionSettings()) if name.startswith(f"{section}."))
+
+
+GAUSSIAN = section_names("gaussian") | {"time_conditioning", "mask_encoding", "samples", "seed"}
 
 
 def changes(old: DiffusionSettings, new: DiffusionSettings, names: Iterable[str]) -> dict[str, str]:
@@ -191,12 +188,13 @@ def _channels(dataset_json: Mapping[str, Any]) -> dict[str, str]:
 def unread(settings: DiffusionSettings, reads: Iterable[str]) -> list[str]:
     """Settings with another value than the default that a trainer does not read, as ``steps=5``.
 
-    Where it reads one of the same name in its own section, that is named.
+    Where it reads one of the same name in another section, that is named.
     """
     default, reads = flat(DiffusionSettings()), frozenset(reads)
     found = []
     for name, value in flat(settings).items():
         if value != default[name] and name not in reads:
-            own = [other for other in reads if other.endswith(f".{name}")]
+            last = name.rpartition(".")[2]
+            own = sorted(other for other in reads if other.rpartition(".")[2] == last)
             found.append(f"{name}={value}" + (f" (it reads {own[0]})" if own else ""))
     return found

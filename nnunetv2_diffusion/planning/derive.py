@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_diffusion.files import read_json_if_any
-from nnunetv2_diffusion.planning.settings import SECTION, merge_settings, parse_settings
+from nnunetv2_diffusion.settings import SECTION, merge_settings, parse_settings
 
 STOCK_PLANS = ("nnUNetPlans*", "nnUNetResEnc*")
 OVERRIDES = ("patch_size", "batch_size", "base_features", "max_features", "n_stages")

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from nnunetv2_diffusion.methods.hidiff import HiDiffTrainer
-from nnunetv2_diffusion.planning.settings import read_settings
+from nnunetv2_diffusion.settings import read_settings
 from nnunetv2_diffusion.training import DiffusionTrainer, RecycleXT
 from nnunetv2_diffusion.training.host import PlannedTrainer
 

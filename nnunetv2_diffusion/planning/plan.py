@@ -19,13 +19,14 @@ from nnunetv2_diffusion.planning.derive import (
 )
 from nnunetv2_diffusion.planning.geometry import GEOMETRY, geometry_changes
 from nnunetv2_diffusion.planning.presets import Preset, load_preset, preset_names
-from nnunetv2_diffusion.planning.schema import SettingsError
-from nnunetv2_diffusion.planning.settings import (
+from nnunetv2_diffusion.settings import (
     ENVIRONMENT_PREFIX,
     SECTION,
+    SettingsError,
     environment_overrides,
     flatten,
     merge_settings,
+    nest,
     parse_settings,
     read_assignments,
 )
@@ -58,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="KEY=VALUE",
-        help=f"Settings, as steps=5 or hidiff.steps=1, or changes of the plans themselves: {network}.",
+        help=f"Settings, as num_epochs=300 or gaussian.steps=5, or changes of the plans themselves: {network}.",
     )
     add("-o", metavar="NAME", help="Name of the new plans. Default: diffusion_[PRESET_]PLANS.")
     add(
@@ -251,10 +252,10 @@ def _network(configuration: Mapping[str, Any]) -> str:
 
 def _origins(record: Mapping[str, Any], values: Mapping[str, Any], axes: int) -> dict[str, str]:
     """Where each value came from."""
-    defaults = flatten(parse_settings(None).to_dict())
+    defaults = flatten(parse_settings(None).to_dict(everything=True))
     preset: Preset | None = load_preset(record["preset"]) if record.get("preset") in preset_names() else None
     from_preset = flatten(preset.settings(axes)) if preset else {}
-    from_command = record.get("set", {})
+    from_command = flatten(merge_settings({}, nest(record.get("set", {}))))
     origins = {}
     for key, value in values.items():
         if key in from_command and from_command[key] == value:

@@ -10,8 +10,7 @@ from nnunetv2.paths import nnUNet_preprocessed
 from nnunetv2_diffusion.compat import check_versions
 from nnunetv2_diffusion.files import read_json
 from nnunetv2_diffusion.planning.derive import add_settings, check_plans_name
-from nnunetv2_diffusion.planning.schema import SettingsError
-from nnunetv2_diffusion.planning.settings import SECTION, parse_settings
+from nnunetv2_diffusion.settings import SECTION, SettingsError, parse_settings
 
 if TYPE_CHECKING:
     from nnunetv2_diffusion.planning.memory import MemoryEstimate
@@ -170,9 +169,7 @@ class DiffusionPlannerMixin:
             return {}
         configurations = read_json(file, SettingsError, "plans of nnU-Net").get("configurations", {})
         sections = {name: c[SECTION] for name, c in configurations.items() if SECTION in c}
-        for name, section in sections.items():
-            parse_settings(section, f"configuration {name} of {file}")
-        return sections
+        return {name: parse_settings(c, f"configuration {name} of {file}").to_dict() for name, c in sections.items()}
 
     def _file(self) -> Path:
         return Path(nnUNet_preprocessed) / self.dataset_name / f"{self.plans_identifier}.json"

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nnunetv2_diffusion.planning.derive import OVERRIDES
-from nnunetv2_diffusion.planning.schema import SettingsError
-from nnunetv2_diffusion.planning.settings import flatten, merge_settings, parse_settings
+from nnunetv2_diffusion.settings import SettingsError, flatten, merge_settings, parse_settings
 
 KEYS = ("summary", "source", "trainers", "network", "diffusion")
 KINDS = ("2d", "3d")

@@ -28,7 +28,6 @@ from nnunetv2_diffusion.networks.heads import carry_heads
 from nnunetv2_diffusion.packing import write_new
 from nnunetv2_diffusion.planning.derive import PlansError
 from nnunetv2_diffusion.planning.plan import dataset_folder
-from nnunetv2_diffusion.planning.schema import SettingsError
 from nnunetv2_diffusion.planning.transfer import (
     STEMS,
     Layout,
@@ -46,6 +45,7 @@ from nnunetv2_diffusion.planning.transfer import (
     stem_keys,
     transfer,
 )
+from nnunetv2_diffusion.settings import SettingsError
 
 HEADS = ("auto", "copy", "fresh")
 SECOND_NAMES = (".all_modules.", "decoder.encoder.")  # nnU-Net registers these weights a second time

@@ -91,7 +91,7 @@ class Denoiser(Protocol):
         """Logits (B, K, *spatial) from image, state, training time (B,) and an encoded estimate."""
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Of the classes or regions."""
+        """Probabilities of the classes or regions, (B, K, *spatial)."""
 
 
 class Refining(Protocol):
@@ -214,7 +214,7 @@ class Drawing(Protocol):
         """Logits (B, K, *spatial) from image and code (B, latent_channels)."""
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """Of the classes or regions."""
+        """Probabilities of the classes or regions, (B, K, *spatial)."""
 
 
 class CodeChain(Chain):

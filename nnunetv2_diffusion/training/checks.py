@@ -13,8 +13,8 @@ from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 from nnunetv2_diffusion.architecture import check_configuration
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
 from nnunetv2_diffusion.networks.denoiser import SUPPORTED
-from nnunetv2_diffusion.planning.settings import SettingsError, read_settings
 from nnunetv2_diffusion.plans_content import check_transposes, foreground_labels
+from nnunetv2_diffusion.settings import SettingsError, read_settings
 from nnunetv2_diffusion.training.label_scan import scan_labels
 
 

@@ -30,16 +30,15 @@ from nnunetv2_diffusion.diffusion import MaskEncoding
 from nnunetv2_diffusion.locks import locked
 from nnunetv2_diffusion.networks.heads import HeadsMixin
 from nnunetv2_diffusion.planning.continuing import AXES, FIXED, LENGTHS, changes, dataset_changes, plans_changes, unread
-from nnunetv2_diffusion.planning.schema import S
-from nnunetv2_diffusion.planning.settings import (
+from nnunetv2_diffusion.plans_content import foreground_labels
+from nnunetv2_diffusion.settings import (
     SECTION,
     DiffusionSettings,
     apply_environment,
+    earlier_notes,
     environment_overrides,
     read_settings,
 )
-from nnunetv2_diffusion.plans_content import foreground_labels
-from nnunetv2_diffusion.removed import without_removed
 from nnunetv2_diffusion.training import checks
 from nnunetv2_diffusion.training.divergence import DivergedError, StepGuard, backward_seed, describe_not_finite
 from nnunetv2_diffusion.training.label_scan import FILE
@@ -83,8 +82,8 @@ def plans_unet(
     )
 
 
-def sampling_from_environment(settings: S) -> S:
-    """Settings with the environment's overrides, which are echoed.
+def sampling_from_environment(settings: DiffusionSettings, section: str) -> DiffusionSettings:
+    """Settings with the environment's overrides, which are echoed; steps and sampler are those of a section.
 
     Raises:
         SettingsError: naming the variables if the result cannot be used.
@@ -92,7 +91,7 @@ def sampling_from_environment(settings: S) -> S:
     overrides = environment_overrides()
     if overrides:
         print("nnunetv2_diffusion: sampling set by the environment:", overrides)
-    return apply_environment(settings)
+    return apply_environment(settings, section)
 
 
 def keep_in_optimizer_state(
@@ -201,8 +200,8 @@ class CommonTrainer(MemoryLog, nnUNetTrainer):
         """As nnU-Net's; settings of the plans that have no effect go to the log."""
         super().initialize()
         look_at_pretrained_weights(self.look_at_weights)
-        for note in without_removed(self.configuration_manager.configuration.get(SECTION) or {})[1]:
-            self.print_to_log_file(f"Setting {note}")
+        for note in earlier_notes(self.configuration_manager.configuration.get(SECTION)):
+            self.print_to_log_file(note[0].upper() + note[1:])
         ignored = unread(self.settings, self.reads())
         if ignored:
             self.print_to_log_file(
@@ -226,7 +225,7 @@ class CommonTrainer(MemoryLog, nnUNetTrainer):
         if self.guard.judge(optimizer, loss, self.grad_scaler):
             raise DivergedError(
                 f"the training diverged in epoch {self.current_epoch}: loss or gradients of {self.guard.limit} steps "
-                f"in a row (setting max_bad_steps) are not finite. {self._way_back()}"
+                f"in a row are not finite. {self._way_back()}"
             )
 
     def _way_back(self) -> str:

@@ -32,7 +32,7 @@ def find_segmentor(trainer: nnUNetTrainer, segmentor_trainer: str | None, checkp
     if checkpoint:
         file = Path(os.path.expanduser(checkpoint))
         if not file.is_file():
-            raise CheckpointError(f"segmentor_checkpoint: no file {file}, expected an nnU-Net checkpoint")
+            raise CheckpointError(f"setting hidiff.segmentor: no file {file}, expected an nnU-Net checkpoint")
         return file
     if segmentor_trainer is None:
         return None

@@ -36,6 +36,8 @@ class Strategy(Protocol):
     """The network has input channels for an estimate."""
     uses_next_step: bool
     """t + 1 is needed (or excluded by t < T in the equation): t is drawn from 0 .. T-2."""
+    steps: int
+    """K of a prediction whose plans say none: 1 where later steps bring nothing."""
 
     def __call__(
         self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
@@ -53,6 +55,7 @@ class Standard:
 
     self_conditioning = False
     uses_next_step = False
+    steps = 5
 
     def __call__(
         self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
@@ -67,6 +70,7 @@ class RecycleXT:
 
     self_conditioning = False
     uses_next_step = True
+    steps = 1
 
     def __call__(
         self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
@@ -83,6 +87,7 @@ class RecycleXtPlus1:
 
     self_conditioning = False
     uses_next_step = True
+    steps = 1
 
     def __call__(
         self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
@@ -116,6 +121,7 @@ class SelfConditionXt:
     probability: float = 0.5
     self_conditioning = True
     uses_next_step = False
+    steps = 5
 
     def __call__(
         self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
@@ -138,6 +144,7 @@ class SelfConditionXtPlus1:
     probability: float = 0.5
     self_conditioning = True
     uses_next_step = True
+    steps = 5
 
     def __call__(
         self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor

@@ -20,12 +20,12 @@ from nnunetv2_diffusion.diffusion import (
 from nnunetv2_diffusion.networks import DiffusionUNet, to_x_start
 from nnunetv2_diffusion.networks.chain_network import ChainNetwork
 from nnunetv2_diffusion.planning.continuing import GAUSSIAN, LENGTHS, TRANSFORMER
-from nnunetv2_diffusion.planning.settings import (
+from nnunetv2_diffusion.sampling import SamplingConfig
+from nnunetv2_diffusion.settings import (
     DiffusionSettings,
     SettingsError,
     read_settings,
 )
-from nnunetv2_diffusion.sampling import SamplingConfig
 from nnunetv2_diffusion.training import checks
 from nnunetv2_diffusion.training.host import (
     CommonTrainer,
@@ -70,7 +70,7 @@ class DiffusionTrainer(PlannedTrainer):
 
     strategy: Strategy = Standard()
     uses_mask = True
-    has_chain = True  # else a prediction is one pass, which no variable of the environment changes
+    section: str | None = "gaussian"  # of the settings, whose sampling the environment may change; None: no sampling
     time_sampling: str | None = None  # how t is drawn; None: as the settings say
 
     def prepare(self) -> None:
@@ -84,23 +84,22 @@ class DiffusionTrainer(PlannedTrainer):
                 f"{type(self).__name__} needs a schedule of at least 2 steps, "
                 f"the settings have {self.process.num_timesteps}"
             )
-        kind = self.time_sampling or self.settings.time_sampling
+        kind = self.time_sampling or self.settings.gaussian.time_sampling
         self.time_sampler = make_time_sampler(kind, self.process.num_timesteps)
         self._iteration = 0
 
     @classmethod
     def build_process(cls, settings: DiffusionSettings) -> GaussianSteps:
         """The diffusion process that training draws from."""
-        betas = linear_beta_schedule(settings.timesteps, settings.beta_start, settings.beta_end)
-        process = GaussianDiffusion(betas)
-        return process.respace(settings.training_steps) if settings.training_steps else process
+        own = settings.gaussian
+        process = GaussianDiffusion(linear_beta_schedule(own.timesteps, *own.betas))
+        return process.respace(own.training_steps) if own.training_steps else process
 
     @classmethod
     def make_sampling(cls, settings: DiffusionSettings) -> SamplingConfig:
         """How predictions are drawn by the plans."""
-        return SamplingConfig(
-            settings.steps, settings.sampler, settings.eta, settings.samples, settings.seed, settings.step_spacing
-        )
+        own = settings.gaussian.with_steps(cls.strategy.steps)
+        return SamplingConfig(own.steps, own.sampler, own.eta, settings.samples, settings.seed, own.step_spacing)
 
     @classmethod
     def make_network(cls, unet: nn.Module, heads: int, settings: DiffusionSettings) -> ChainNetwork:
@@ -128,14 +127,14 @@ class DiffusionTrainer(PlannedTrainer):
         names = LENGTHS | TRANSFORMER | {"recipe"}
         if cls.uses_mask:
             names |= GAUSSIAN
-        if cls.uses_mask and cls.strategy.self_conditioning:
-            names |= {"self_conditioning_probability"}
+        if cls.uses_mask and not cls.strategy.self_conditioning:
+            names -= {"gaussian.self_conditioning_probability"}
         return names
 
     def _configured(self, strategy: Strategy) -> Strategy:
         """The strategy with what the settings say of it."""
         if strategy.self_conditioning:
-            return replace(strategy, probability=self.settings.self_conditioning_probability)
+            return replace(strategy, probability=self.settings.gaussian.self_conditioning_probability)
         return strategy
 
     @classmethod
@@ -156,8 +155,8 @@ class DiffusionTrainer(PlannedTrainer):
             UnsupportedArchitectureError: for an architecture that cannot be extended.
         """
         settings = read_settings(configuration_manager.configuration, plans_manager.plans_name)
-        if cls.has_chain:
-            settings = sampling_from_environment(settings)
+        if cls.section:
+            settings = sampling_from_environment(settings, cls.section)
         unet = plans_unet(configuration_manager, num_input_channels, num_output_channels, enable_deep_supervision)
         return cls.make_network(unet, num_output_channels, settings)
 
@@ -290,7 +289,7 @@ class NoDiffTrainer(DiffusionTrainer):
     """Control without diffusion: the same network and recipe, no mask, no time (Fu et al. 2024, section 5.3)."""
 
     uses_mask = False
-    has_chain = False
+    section = None
 
     def _training_loss(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
         return self.loss(self.network(image), target)

@@ -10,7 +10,7 @@ from tiny_model import CLASSES, make_plans
 
 from nnunetv2_diffusion.checkpoints import build_network
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
-from nnunetv2_diffusion.planning.settings import SUBSECTIONS, DiffusionSettings, SettingsError, parse_settings
+from nnunetv2_diffusion.settings import SUBSECTIONS, DiffusionSettings, SettingsError, parse_settings
 
 VALUES = [
     None, True, False, 0, 1, 2, 3, 5, 7, 10, 100, 1000, 1001, 10**6, 10**9, 10**30, -1, -(10**9), 0.0, 0.1, 0.2, 0.5,

@@ -8,7 +8,7 @@ from tiny_project import batch_for
 
 from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.methods.hidiff import frozen
-from nnunetv2_diffusion.planning.settings import SettingsError
+from nnunetv2_diffusion.settings import SettingsError
 
 SMALL = {"refiner_width": 8}
 JOINT = {**SMALL, "pretraining_epochs": 0}

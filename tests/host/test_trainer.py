@@ -8,7 +8,7 @@ import torch
 from tiny_project import batch_for, tiny_plans
 
 from nnunetv2_diffusion.checkpoints import load_checkpoint_file
-from nnunetv2_diffusion.planning.settings import SettingsError
+from nnunetv2_diffusion.settings import SettingsError
 from nnunetv2_diffusion.training import label_scan
 from nnunetv2_diffusion.training.divergence import DivergedError
 

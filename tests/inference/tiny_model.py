@@ -52,7 +52,7 @@ def make_plans(patch, spacing, reader="SimpleITKIO", channels=1, **diffusion) ->
         "use_mask_for_norm": [False] * channels,
         "architecture": architecture(len(patch)),
         "batch_dice": False,
-        "diffusion": {"transformer_heads": 2, "hidiff": {"refiner_width": 4, "steps": 3}, **diffusion},
+        "diffusion": {"hidiff": {"refiner_width": 4, "steps": 3}, **diffusion},
     }
     for kind in ("data", "seg", "probabilities"):
         only[f"resampling_fn_{kind}"] = "resample_data_or_seg_to_shape"

@@ -15,6 +15,7 @@ WORDS = {
     "datasets/convert": "--from PATH",
     "datasets/muscle_postprocess": "--component",
     "demo": "--compare TRAINER",
+    "docs": "MKDOCS OPTIONS",
     "gpu_day": "Each part writes OUT/PART.json",
     "lines": "Lines of code and tests",
     "memory_table": "--refiner-width",

@@ -6,8 +6,8 @@ from learning import learn
 
 from nnunetv2_diffusion.diffusion import GaussianDiffusion, GaussianProcess, linear_beta_schedule
 from nnunetv2_diffusion.methods.flow import FlowTrainer
-from nnunetv2_diffusion.planning.settings import DiffusionSettings
 from nnunetv2_diffusion.sampling import Estimator, GaussianChain, NoiseByContent, SamplingConfig, run_chain
+from nnunetv2_diffusion.settings import DiffusionSettings
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from nnunetv2_diffusion.planning.continuing import (
     section_names,
     unread,
 )
-from nnunetv2_diffusion.planning.settings import SUBSECTIONS, DiffusionSettings
+from nnunetv2_diffusion.settings import SUBSECTIONS, DiffusionSettings, parse_settings
 
 DEFAULT = DiffusionSettings()
 
@@ -32,21 +32,27 @@ def test_groups_hold_settings():
 
 
 def test_what_shapes_the_network_or_its_meaning_may_not_change():
-    assert {"timesteps", "beta_start", "beta_end", "training_steps", "hidiff.timesteps", "mask_encoding"} <= FIXED
-    assert {"num_epochs", "steps", "samples", "hidiff.learning_rate", "max_bad_steps"} <= FREE
+    assert {
+        "gaussian.timesteps",
+        "gaussian.betas",
+        "gaussian.training_steps",
+        "hidiff.timesteps",
+        "mask_encoding",
+    } <= FIXED
+    assert {"num_epochs", "gaussian.steps", "samples", "hidiff.learning_rate", "max_bad_steps"} <= FREE
 
 
 def test_flat_names_have_their_section():
     assert flat(DEFAULT)["hidiff.timesteps"] == DEFAULT.hidiff.timesteps
-    assert flat(DEFAULT)["timesteps"] == DEFAULT.timesteps
+    assert flat(DEFAULT)["samples"] == DEFAULT.samples
     assert not set(flat(DEFAULT)) & set(SUBSECTIONS)
 
 
 def test_changes_name_the_old_and_the_new_value():
-    new = replace(DEFAULT, timesteps=500, hidiff=replace(DEFAULT.hidiff, timesteps=20, samples=3))
+    new = replace(DEFAULT, samples=2, hidiff=replace(DEFAULT.hidiff, timesteps=20, samples=3))
     assert changes(DEFAULT, DEFAULT, FIXED | FREE) == {}
     assert changes(DEFAULT, new, FIXED | FREE) == {
-        "timesteps": "timesteps 1001 -> 500",
+        "samples": "samples 1 -> 2",
         "hidiff.timesteps": "hidiff.timesteps 10 -> 20",
         "hidiff.samples": f"hidiff.samples {DEFAULT.hidiff.samples} -> 3",
     }
@@ -58,11 +64,12 @@ def test_changes_name_the_old_and_the_new_value():
     [
         ({}, LENGTHS, []),
         ({"num_epochs": 3}, LENGTHS, []),
-        ({"steps": 2}, LENGTHS, []),  # the default: nothing is lost
-        ({"steps": 5, "num_epochs": 3}, LENGTHS, ["steps=5"]),
-        ({"steps": 5}, section_names("hidiff"), ["steps=5 (it reads hidiff.steps)"]),
-        ({"recipe": "nnunet", "eta": 0.5}, GAUSSIAN, ["recipe=nnunet"]),
+        ({"gaussian": {"steps": None}}, LENGTHS, []),  # the default: nothing is lost
+        ({"gaussian": {"steps": 5}, "num_epochs": 3}, LENGTHS, ["gaussian.steps=5"]),
+        ({"gaussian": {"steps": 5}}, section_names("hidiff"), ["gaussian.steps=5 (it reads hidiff.steps)"]),
+        ({"hidiff": {"lambda_focal": 0.5}}, LENGTHS, ["hidiff.lambda_focal=0.5"]),
+        ({"recipe": "nnunet", "gaussian": {"eta": 0.5}}, GAUSSIAN, ["recipe=nnunet"]),
     ],
 )
 def test_settings_without_effect_are_named(settings, reads, expected):
-    assert unread(DiffusionSettings(**settings), reads) == expected
+    assert unread(parse_settings(settings), reads) == expected

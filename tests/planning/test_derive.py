@@ -7,7 +7,7 @@ import pytest
 from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
 from nnunetv2_diffusion.planning.derive import PlansError, derive_plans, write_plans
-from nnunetv2_diffusion.planning.settings import DiffusionSettings, SettingsError
+from nnunetv2_diffusion.settings import DiffusionSettings, SettingsError, parse_settings
 
 
 def configuration(strides, patch_size, name):
@@ -102,23 +102,29 @@ def test_configuration_that_inherits_can_be_overridden_and_nnunet_resolves_it(pl
 
 
 def test_settings_are_merged_into_those_that_are_there(plans):
-    plans["configurations"]["2d"]["diffusion"] = {"steps": 2, "seed": 7}
-    derived = derive_plans(plans, "Mine", {}, {"steps": 3})["configurations"]
-    assert derived["2d"]["diffusion"] == DiffusionSettings(steps=3, seed=7).to_dict()
-    assert derived["3d_fullres"]["diffusion"] == DiffusionSettings(steps=3).to_dict()
+    plans["configurations"]["2d"]["diffusion"] = {"gaussian": {"steps": 2}, "seed": 7}
+    derived = derive_plans(plans, "Mine", {}, {"gaussian": {"steps": 3}})["configurations"]
+    assert derived["2d"]["diffusion"] == parse_settings({"gaussian": {"steps": 3}, "seed": 7}).to_dict()
+    assert derived["3d_fullres"]["diffusion"] == parse_settings({"gaussian": {"steps": 3}}).to_dict()
 
 
 def test_settings_reach_a_configuration_that_inherits_but_has_its_own(plans):
     plans["configurations"]["3d_cascade_fullres"]["diffusion"] = {"seed": 7}
-    derived = derive_plans(plans, "Mine", {}, {"steps": 3})["configurations"]
-    assert derived["3d_cascade_fullres"]["diffusion"] == DiffusionSettings(steps=3, seed=7).to_dict()
+    derived = derive_plans(plans, "Mine", {}, {"gaussian": {"steps": 3}})["configurations"]
+    assert derived["3d_cascade_fullres"]["diffusion"] == parse_settings({"gaussian": {"steps": 3}, "seed": 7}).to_dict()
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"stepps": 3}, "configuration 2d of Mine: unknown setting 'stepps' in diffusion; did you mean 'steps'"),
-        ({"steps": 0}, "configuration 2d of Mine: in diffusion, steps is 0, expected a value in"),
+        (
+            {"stepps": 3},
+            "2d of Mine: unknown setting 'stepps' in diffusion; did you mean 'gaussian.steps'",
+        ),
+        (
+            {"gaussian": {"steps": 0}},
+            "2d of Mine: in diffusion.gaussian, steps is 0, expected a value in",
+        ),
     ],
 )
 def test_settings_that_cannot_be_used_are_refused(plans, settings, message):

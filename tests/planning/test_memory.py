@@ -10,7 +10,7 @@ from laboratory.benchmarking.memory import main, measure_memory
 from laboratory.benchmarking.options import SUBJECTS
 from laboratory.benchmarking.problem import synthetic_problem, with_settings
 from nnunetv2_diffusion.planning.memory import SavedBytes, estimate_memory
-from nnunetv2_diffusion.planning.settings import SettingsError
+from nnunetv2_diffusion.settings import SettingsError
 
 SCALAR = 4  # the step asks whether the loss is finite, which saves it
 NARROW = {"hidiff": {"refiner_width": 4}}

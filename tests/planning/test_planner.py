@@ -28,7 +28,7 @@ from nnunetv2_diffusion.planning import memory
 from nnunetv2_diffusion.planning.derive import PlansError
 from nnunetv2_diffusion.planning.memory import MemoryEstimate, estimate_memory
 from nnunetv2_diffusion.planning.planner import DiffusionPlannerMixin
-from nnunetv2_diffusion.planning.settings import DiffusionSettings, SettingsError, read_settings
+from nnunetv2_diffusion.settings import DiffusionSettings, SettingsError, parse_settings, read_settings
 
 DATASET = "Dataset501_Tiny"
 CASES = ("case_0", "case_1")
@@ -338,28 +338,33 @@ def plan_and_edit(preprocessed, configuration, **settings):
 
 
 def test_trainers_read_the_settings_of_every_configuration(preprocessed):
-    default = DiffusionSettings().steps
-    file = plan_and_edit(preprocessed, "3d_fullres", steps=default + 1)
+    default = DiffusionSettings().samples
+    file = plan_and_edit(preprocessed, "3d_fullres", samples=default + 1)
     plans = read(file)
     manager = PlansManager(str(file))
-    steps = {
-        name: read_settings(manager.get_configuration(name).configuration).steps for name in plans["configurations"]
+    samples = {
+        name: read_settings(manager.get_configuration(name).configuration).samples for name in plans["configurations"]
     }
-    assert steps == {"2d": default, "3d_lowres": default, "3d_fullres": default + 1, "3d_cascade_fullres": default + 1}
+    assert samples == {
+        "2d": default,
+        "3d_lowres": default,
+        "3d_fullres": default + 1,
+        "3d_cascade_fullres": default + 1,
+    }
 
 
 def test_planning_again_keeps_edited_settings(preprocessed):
-    file = plan_and_edit(preprocessed, "2d", steps=2)
+    file = plan_and_edit(preprocessed, "2d", samples=2, steps=2)
     plan()
     again = read(file)["configurations"]
-    assert again["2d"]["diffusion"] == DiffusionSettings(steps=2).to_dict()
+    assert again["2d"]["diffusion"] == parse_settings({"samples": 2, "gaussian": {"steps": 2}}).to_dict()
     assert again["3d_fullres"]["diffusion"] == DiffusionSettings().to_dict()
 
 
 def test_planning_again_refuses_settings_that_cannot_be_used_and_keeps_the_file(preprocessed):
     plan_and_edit(preprocessed, "2d", stepps=2)
     before = hashes(preprocessed)
-    with pytest.raises(SettingsError, match=r"2d of .*nnUNetDiffusionPlans.json.*'stepps'.*'steps'"):
+    with pytest.raises(SettingsError, match=r"2d of .*nnUNetDiffusionPlans.json.*'stepps'.*'gaussian\.steps'"):
         plan()
     assert hashes(preprocessed) == before
 

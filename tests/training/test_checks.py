@@ -19,8 +19,8 @@ from torch import nn
 
 from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint, load_checkpoint_file
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
-from nnunetv2_diffusion.planning.settings import SettingsError
 from nnunetv2_diffusion.plans_content import PlansContentError, foreground_labels
+from nnunetv2_diffusion.settings import SettingsError
 from nnunetv2_diffusion.training.checks import (
     absent_classes,
     check_images,
@@ -85,7 +85,7 @@ def test_plans_of_nnunet_pass(architecture, diffusion, configuration):
 
 @pytest.mark.parametrize("configuration", ["2d", "child"])
 def test_a_typo_in_the_settings_is_named_with_its_place(configuration):
-    with pytest.raises(SettingsError, match=rf"configuration {configuration} of somePlans.*'step'.*'steps'"):
+    with pytest.raises(SettingsError, match=rf"configuration {configuration} of somePlans.*'step'.*'gaussian\.steps'"):
         check_plans(make_plans(diffusion={"step": 3}), configuration, CLASSES_JSON)
 
 

@@ -18,7 +18,7 @@ from tiny_model import make_plans
 from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.locks import LockedError, locked
 from nnunetv2_diffusion.planning.continuing import FIXED, dataset_changes, flat
-from nnunetv2_diffusion.planning.settings import SUBSECTIONS, DiffusionSettings
+from nnunetv2_diffusion.settings import SUBSECTIONS, DiffusionSettings
 from nnunetv2_diffusion.training.host import LOCK, CommonTrainer
 
 TRAINERS = [
@@ -27,7 +27,14 @@ TRAINERS = [
 ]
 SMALL = {"refiner_width": 4, "steps": 3, "pretraining_epochs": 0}
 # another valid value of settings that no rule gives one
-OTHER = {"training_steps": 50, "hidiff.refiner_width": 8}
+OTHER = {
+    "gaussian.training_steps": 50,
+    "gaussian.betas": [2e-4, 0.03],
+    "hidiff.refiner_width": 8,
+    "hidiff.prior_residual": False,
+    "hidiff.calibrated": False,
+    "hidiff.pretraining_learning_rate": 1e-3,
+}
 
 
 def trainer_class(name: str) -> type[CommonTrainer]:
@@ -56,7 +63,7 @@ def other_values(names) -> dict:
     for cls, prefix in ((DiffusionSettings, ""), *((c, f"{n}.") for n, c in SUBSECTIONS.items())):
         for field in fields(cls):
             name = prefix + field.name
-            if name in names and field.name not in SUBSECTIONS:
+            if name in names and "section" not in field.metadata:
                 place = section.setdefault(prefix[:-1], {}) if prefix else section
                 place[field.name] = other_value(name, field)
     return section
@@ -112,17 +119,17 @@ def test_settings_that_a_trainer_does_not_read_change_nothing(make, name, recipe
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_settings_without_effect_are_named_in_the_log(make, name):
-    trainer = make(trainer_class(name), hidiff=SMALL, steps=5, score={"weight": 0.25})
+    trainer = make(trainer_class(name), hidiff=SMALL, gaussian={"steps": 5}, score={"weight": 0.25})
     said = f"{type(trainer).__name__} does not read these settings of the plans, they have no effect: "
     told = next((line.split(said)[1] for line in log_of(trainer).splitlines() if said in line), "")
     expected = [
-        "steps=5" if "steps" not in trainer.reads() else None,
+        "gaussian.steps=5" if "gaussian.steps" not in trainer.reads() else None,
         "score.weight=0.25" if name != "RecycleScore" else None,
         "hidiff.refiner_width=4" if name != "HiDiff" else None,
     ]
     for text in filter(None, expected):
         assert text in told
-    assert ("steps=5 (it reads hidiff.steps)" in told) == (name == "HiDiff")
+    assert ("gaussian.steps=5 (it reads hidiff.steps)" in told) == (name == "HiDiff")
     assert ("score.weight" in told) == (name != "RecycleScore")
     assert ("refiner_width" in told) == (name != "HiDiff")
 
@@ -132,7 +139,8 @@ def test_settings_of_an_earlier_version_are_named_in_the_log(make):
     log = log_of(trainer)
     assert "Setting step_spacing = 'low' does nothing since version 0.2" in log
     assert "Setting mixture = {'recycle_share': 0.25} does nothing since version 0.2" in log
-    assert trainer.settings.step_spacing == "trailing"
+    assert trainer.settings.gaussian.step_spacing == "trailing"
+    assert "Settings of version 0.1 have new names: step_spacing -> gaussian.*" in log
 
 
 def test_default_plans_say_nothing_of_settings(make):
@@ -205,11 +213,11 @@ def test_other_processes_of_one_training_and_validations_are_not_locked_out(make
 @pytest.mark.parametrize(
     ("name", "before", "after", "told"),
     [
-        ("RecycleXT", {}, {"timesteps": 500}, "timesteps 1001 -> 500"),
-        ("RecycleXT", {}, {"beta_end": 0.03}, "beta_end 0.02 -> 0.03"),
-        ("RecycleXT", {}, {"training_steps": 5}, "training_steps None -> 5"),
+        ("RecycleXT", {}, {"gaussian": {"timesteps": 500}}, "gaussian.timesteps 1001 -> 500"),
+        ("RecycleXT", {}, {"beta_end": 0.03}, r"gaussian.betas \[0.0001, 0.02\] -> \[0.0001, 0.03\]"),
+        ("RecycleXT", {}, {"gaussian": {"training_steps": 5}}, "gaussian.training_steps None -> 5"),
         ("RecycleXT", {}, {"recipe": "nnunet"}, "recipe paper -> nnunet"),
-        ("RecycleXT", {"time_sampling": "importance"}, {}, "time_sampling importance -> uniform"),
+        ("RecycleXT", {"time_sampling": "importance"}, {}, "gaussian.time_sampling importance -> uniform"),
         ("RecycleXT", {}, {"transformer_layers": 0}, "transformer_layers 1 -> 0"),
         ("RecycleXT", {}, {"mask_encoding": "analog-bits"}, "mask_encoding one-hot -> analog-bits"),
         ("HiDiff", {"hidiff": SMALL}, {"hidiff": {**SMALL, "timesteps": 20}}, "hidiff.timesteps 10 -> 20"),
@@ -397,7 +405,7 @@ def test_settings_that_cannot_be_read_are_told(make, tmp_path):
 def test_what_shapes_the_weights_is_fixed(make, name):
     """A network with other values of all settings that may change has weights of the same shapes."""
     cls = trainer_class(name)
-    section = other_values(cls.reads() - FIXED - {"hidiff.segmentor_checkpoint", "hidiff.collaborative"})
+    section = other_values(cls.reads() - FIXED - {"hidiff.segmentor", "hidiff.collaborative"})
     section.setdefault("hidiff", {}).update(SMALL)
     plain, changed = make(cls, hidiff=SMALL), make(cls, **section)
     shapes = [{k: v.shape for k, v in t.network.state_dict().items()} for t in (plain, changed)]
@@ -464,7 +472,6 @@ def test_merit_reads_its_own_settings():
     reads = trainer_class("HiDiffMERIT").reads()
     assert reads <= set(flat(DiffusionSettings()))
     assert trainer_class("HiDiff").reads() ^ reads == {
-        "hidiff.merit_variant",
+        "hidiff.merit",
         "hidiff.merit_weights",
-        "hidiff.segmentor_trainer",
     }

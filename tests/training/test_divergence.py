@@ -234,7 +234,7 @@ def test_every_trainer_leaves_such_steps_out_and_stops(started, name):
     before = weights(trainer)
     for _ in range(2):
         trainer.train_step(extreme(batch))
-    with pytest.raises(DivergedError, match=r"diverged in epoch 0: .* of 3 steps in a row \(setting max_bad_steps\)"):
+    with pytest.raises(DivergedError, match=r"diverged in epoch 0: .* of 3 steps in a row"):
         trainer.train_step(extreme(batch))
     assert same(trainer, before)
     trainer.on_train_epoch_end([good, *bad])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from nnunetv2_diffusion.planning.settings import DiffusionSettings, SettingsError
+from nnunetv2_diffusion.settings import DiffusionSettings, SettingsError
 from nnunetv2_diffusion.training.recipes import RECIPES, WarmupCosine, paper_optimizer
 
 

@@ -116,7 +116,7 @@ def make_trainer(process):
         trainer.time_sampler = time_sampler
         trainer.process = chain
         trainer.loss = loss or SampleDiceCELoss(regions=False)
-        trainer.settings = SimpleNamespace(time_sampling="uniform")
+        trainer.settings = SimpleNamespace(gaussian=SimpleNamespace(time_sampling="uniform"))
         trainer.label_manager = SimpleNamespace(num_segmentation_heads=heads, has_regions=False, ignore_label=None)
         trainer.device = torch.device("cpu")
         trainer.is_ddp = False

@@ -130,7 +130,7 @@ def test_the_hosts_rate_changes_with_every_epoch(build):
 
 @pytest.mark.parametrize("name", ["RecycleXT", "DiffSeg", "SelfCondXtPlus1"])
 def test_the_strategy_is_asked_and_its_answer_is_what_the_network_is_shown(build, name):
-    trainer = build(name, training_steps=50)
+    trainer = build(name, gaussian={"training_steps": 50})
     trainer.strategy = spy = SpyStrategy(trainer.strategy)
     batch, passes, sampled = make_batch(trainer), [], []
     forward, sample = trainer.network.forward, trainer.time_sampler.sample
@@ -176,7 +176,7 @@ def test_the_share_of_self_conditioning_is_that_of_the_plans(build, name, probab
 
 def test_the_time_sampler_is_told_losses_without_their_weights(build):
     """Told weighted ones it would feed on itself."""
-    trainer, told, plain = build("RecycleXT", time_sampling="importance", training_steps=10), [], []
+    trainer, told, plain = build("RecycleXT", gaussian={"time_sampling": "importance", "training_steps": 10}), [], []
     per_sample, sample = trainer.loss.per_sample, trainer.time_sampler.sample
     trainer.loss.per_sample = lambda *arguments: plain.append(per_sample(*arguments)) or plain[-1]
     trainer.time_sampler.sample = lambda *arguments: (sample(*arguments)[0], torch.tensor([3.0, 0.5]))

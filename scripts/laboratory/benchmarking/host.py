@@ -19,7 +19,7 @@ from laboratory.benchmarking.problem import BenchmarkError, Problem, random_case
 from nnunetv2_diffusion.architecture import check_configuration
 from nnunetv2_diffusion.checkpoints import CheckpointError, find_trainer
 from nnunetv2_diffusion.networks import UnsupportedArchitectureError
-from nnunetv2_diffusion.planning.settings import SettingsError
+from nnunetv2_diffusion.settings import SettingsError
 
 CHECKOUT_TRAINERS = Path(__file__).resolve().parents[3] / "trainers"
 SEED = 0

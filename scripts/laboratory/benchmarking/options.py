@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from nnunetv2_diffusion.planning.settings import SAMPLERS
+from nnunetv2_diffusion.settings import SAMPLERS
 
 REFERENCE = "nnUNetTrainer"
 CLOCKS = ("wall", "cpu")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from laboratory.files import read_json
-from nnunetv2_diffusion.planning.settings import SECTION, merge_settings
+from nnunetv2_diffusion.settings import SECTION, merge_settings
 
 REFERENCE_SHAPES = {3: ((40, 56, 40), 9), 2: ((56, 40), 366)}  # nnU-Net's own plans for Task04_Hippocampus
 MAX_FEATURES = {3: 320, 2: 512}  # as nnU-Net's planner

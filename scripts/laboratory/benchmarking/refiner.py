@@ -23,7 +23,7 @@ from nnunetv2_diffusion.networks.binary import BinaryConv
 from nnunetv2_diffusion.networks.cross_transformer import CrossAttention
 from nnunetv2_diffusion.networks.merit import Merit
 from nnunetv2_diffusion.networks.refiner import Refiner
-from nnunetv2_diffusion.planning.settings import HIDIFF
+from nnunetv2_diffusion.settings import HIDIFF
 
 TRAINER = "nnUNetTrainerHiDiff"
 KINDS = {"real": False, "binary": True}

@@ -80,7 +80,7 @@ class DataSet:
 
     @property
     def file_ending(self) -> str:
-        """Of images and labels."""
+        """Ending of the files of images and labels."""
         return ".png" if self.picture else ".nii.gz"
 
 

@@ -16,7 +16,7 @@ from nnunetv2_diffusion.inference.options import OptionError, PredictionOptions
 from nnunetv2_diffusion.inference.sample_statistics import foreground_labels, mask_volumes
 from nnunetv2_diffusion.planning.derive import derive_plans, write_plans
 from nnunetv2_diffusion.planning.presets import load_preset
-from nnunetv2_diffusion.planning.settings import HIDIFF, merge_settings
+from nnunetv2_diffusion.settings import HIDIFF, merge_settings
 
 PLANS = "demoPlans"
 VALIDATED = 4  # cases of nnU-Net's validation: the unseen cases are what is scored
@@ -60,7 +60,7 @@ class Job:
 
     @property
     def ending(self) -> str:
-        """Of the files of images and labels."""
+        """Ending of the files of images and labels."""
         return json.loads((self.raw / "dataset.json").read_text())["file_ending"]
 
     def model_folder(self, trainer: str) -> Path:

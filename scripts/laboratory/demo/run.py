@@ -20,8 +20,7 @@ from nnunetv2_diffusion.checkpoints import CheckpointError, find_trainer
 from nnunetv2_diffusion.compat import package_versions
 from nnunetv2_diffusion.inference.devices import check_device
 from nnunetv2_diffusion.inference.options import OptionError
-from nnunetv2_diffusion.planning.schema import SettingsError
-from nnunetv2_diffusion.planning.settings import parse_settings, read_assignments
+from nnunetv2_diffusion.settings import SettingsError, parse_settings, read_assignments
 
 SYNTHETIC = "Dataset501_Demo"
 BOUND = 0.6  # mean Dice on phantoms; labelling everything as organ scores below 0.2

@@ -11,8 +11,17 @@ from typing import Any
 
 from laboratory.files import read_json
 from laboratory.study import StudyError
-from nnunetv2_diffusion.planning.schema import Settings, SettingsError, parse, setting
-from nnunetv2_diffusion.planning.settings import MOST_SAMPLES, SAMPLERS, SPACINGS, merge_settings, parse_settings
+from nnunetv2_diffusion.settings import (
+    MOST_SAMPLES,
+    SAMPLERS,
+    SPACINGS,
+    Settings,
+    SettingsError,
+    merge_settings,
+    parse,
+    parse_settings,
+    setting,
+)
 
 NAME = r"[A-Za-z0-9]+([-_][A-Za-z0-9]+)*"  # no "__", at which nnU-Net splits the names of folders
 STUDY_KEYS = (
@@ -72,7 +81,7 @@ class Split:
         return [{"train": sorted(set(self.train) - set(self.val)), "val": sorted(self.val)}]
 
     def digest(self) -> str:
-        """Of all names in their parts."""
+        """Hash of the names of all cases, part by part."""
         text = json.dumps([sorted(part) for part in (self.train, self.val, self.test)])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -121,7 +130,7 @@ class Study:
 
     @property
     def name(self) -> str:
-        """Of the study."""
+        """Name of the study."""
         return self.content["name"]
 
     @property
@@ -214,7 +223,7 @@ def predictions_of(cell: Cell, kind: str | None) -> tuple[Prediction, ...]:
     if kind is None:
         return tuple(dict.fromkeys(Prediction(mirroring=p.mirroring) for p in cell.predictions))
     settings = parse_settings(cell.settings, f"cell {cell.name}")
-    low, high = (0, settings.hidiff.timesteps) if kind == "hidiff" else (1, settings.chain_length)
+    low, high = (0, settings.hidiff.timesteps) if kind == "hidiff" else (1, settings.gaussian.chain_length)
     for prediction in cell.predictions:
         if prediction.steps is None or not low <= prediction.steps <= high:
             raise StudyError(

@@ -32,7 +32,7 @@ from nnunetv2_diffusion.evaluation.labels import read_labels
 from nnunetv2_diffusion.evaluation.summaries import class_key, read_summary
 from nnunetv2_diffusion.pages import write_whole
 from nnunetv2_diffusion.planning.derive import resolve_configurations
-from nnunetv2_diffusion.planning.settings import HIDIFF, parse_settings
+from nnunetv2_diffusion.settings import HIDIFF, merge_settings, parse_settings
 from nnunetv2_diffusion.training.host import PEAK_GPU_MEMORY
 
 SCHEMA = 1
@@ -85,7 +85,7 @@ def is_finished(file: Path, request: Mapping[str, Any]) -> bool:
     """Whether a training's results are there; StudyError if the file holds others, or those of another request."""
     if not file.exists():
         return False
-    found = read_record(file)["request"]
+    found, request = _in_new_places(read_record(file)["request"]), _in_new_places(request)
     different = [key for key in {**found, **request} if found.get(key) != request.get(key)]
     if different:
         lines = [
@@ -109,6 +109,11 @@ def read_record(file: Path) -> dict[str, Any]:
     return record
 
 
+def _in_new_places(request: Mapping[str, Any]) -> dict[str, Any]:
+    """A request with its settings as this version names them: results of version 0.1 are results of this one."""
+    return {**request, "settings": merge_settings({}, request.get("settings", {}))}
+
+
 def collect(training: Training, request: Mapping[str, Any]) -> dict[str, Any]:
     """Everything about a training that is finished.
 
@@ -121,7 +126,7 @@ def collect(training: Training, request: Mapping[str, Any]) -> dict[str, Any]:
     configuration = resolve_configurations(plans)[place.study.configuration]
     architecture = configuration["architecture"]
     settings = parse_settings(configuration.get("diffusion")).to_dict()
-    settings[HIDIFF]["segmentor_checkpoint"] = None  # ``request`` has the cell and the run that it is of
+    settings[HIDIFF]["segmentor"] = None  # ``request`` has the cell and the run that it is of
     code, environment = read_json(training.folder / "code.json", StudyError), place.environment()
     return {
         "schema": SCHEMA,

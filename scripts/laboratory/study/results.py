@@ -25,12 +25,12 @@ class CellResults:
 
     @property
     def request(self) -> dict[str, Any]:
-        """Of the first run."""
+        """What was asked for in the first run."""
         return self.records[0]["request"]
 
     @property
     def predictions(self) -> list[dict[str, Any]]:
-        """Of the first run."""
+        """Predictions of the first run."""
         return self.records[0]["predictions"]
 
     def prediction(self, run: int, name: str) -> dict[str, Any]:
@@ -78,12 +78,12 @@ class StudyResults:
 
     @property
     def name(self) -> str:
-        """Of the study."""
+        """Name of the study."""
         return self.content["name"]
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """Of all trainings."""
+        """Records of all trainings."""
         return [record for cell in self.cells for record in cell.records]
 
     @property

@@ -19,6 +19,7 @@ from laboratory.study.workplace import Workplace, say
 from nnunetv2_diffusion.checkpoints import CheckpointError, find_trainer
 from nnunetv2_diffusion.evaluation import EvaluationError
 from nnunetv2_diffusion.pages import write_whole
+from nnunetv2_diffusion.settings import merge_settings
 
 EXPECTED = (StudyError, RawDataError, CommandError, CheckpointError, EvaluationError, OSError)
 INTERRUPTED = 130
@@ -192,6 +193,6 @@ def _copy_study(study: Study, results: Path) -> None:
     folder = results / study.name
     folder.mkdir(parents=True, exist_ok=True)
     kept = {k: study.content[k] for k in ("name", "summary", "reference", "questions") if k in study.content}
-    cells, settings = [cell.name for cell in study.cells], study.content.get("settings", {})
+    cells, settings = [cell.name for cell in study.cells], merge_settings({}, study.content.get("settings", {}))
     record = {"schema": records.SCHEMA, "kind": records.STUDY, **kept, "cells": cells, "settings": settings}
     write_whole(folder / "study.json", records.to_text(record) + "\n")

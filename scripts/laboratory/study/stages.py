@@ -13,7 +13,7 @@ from laboratory.study import StudyError
 from laboratory.study.definition import Analysis, Cell, Prediction
 from laboratory.study.workplace import Workplace, fresh_log, locked, say
 from nnunetv2_diffusion.pages import write_whole
-from nnunetv2_diffusion.planning.settings import ENVIRONMENT_PREFIX
+from nnunetv2_diffusion.settings import ENVIRONMENT_PREFIX
 
 
 @dataclass
@@ -32,12 +32,12 @@ class Training:
 
     @property
     def title(self) -> str:
-        """For messages."""
+        """Cell and number of the run, as messages name it."""
         return f"{self.cell.name} run {self.run}"
 
     @property
     def folder(self) -> Path:
-        """Of all that is written."""
+        """The folder that everything of this run is written to."""
         return self.place.run_folder(self.cell, self.run)
 
     @property

@@ -9,7 +9,7 @@ from laboratory.study.results import CellResults, StudyResults, matching, nanmea
 from nnunetv2_diffusion.evaluation.comparison import direction
 from nnunetv2_diffusion.evaluation.statistics import PairedComparison, compare_pairs
 from nnunetv2_diffusion.evaluation.tables import Cell, Table
-from nnunetv2_diffusion.planning.settings import flatten
+from nnunetv2_diffusion.settings import flatten
 
 LEVEL = 0.95  # of intervals
 NONE = "-"

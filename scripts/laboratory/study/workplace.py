@@ -22,8 +22,7 @@ from laboratory.study import StudyError
 from laboratory.study.definition import Cell, Study
 from nnunetv2_diffusion.pages import write_whole
 from nnunetv2_diffusion.planning.derive import PlansError, derive_plans, write_plans
-from nnunetv2_diffusion.planning.schema import SettingsError
-from nnunetv2_diffusion.planning.settings import ENVIRONMENT_PREFIX, HIDIFF, merge_settings
+from nnunetv2_diffusion.settings import ENVIRONMENT_PREFIX, HIDIFF, SettingsError, merge_settings
 
 try:
     import fcntl
@@ -62,7 +61,7 @@ class Workplace:
         return self.study.dataset[len("Dataset") :][:3]
 
     def run_folder(self, cell: Cell, run: int) -> Path:
-        """Of one training."""
+        """Folder of one training."""
         return self.root / "runs" / self.study.name / cell.name / f"run_{run}"
 
     def plans_name(self, cell: Cell, run: int) -> str:
@@ -148,7 +147,7 @@ class Workplace:
         stock = read_json(self.preprocessed / "nnUNetPlans.json", StudyError)
         settings = cell.settings
         if cell.segmentor is not None:
-            settings = merge_settings(settings, {HIDIFF: {"segmentor_checkpoint": self.source_checkpoint(cell, run)}})
+            settings = merge_settings(settings, {HIDIFF: {"segmentor": self.source_checkpoint(cell, run)}})
         try:
             plans = derive_plans(stock, self.plans_name(cell, run), {self.study.configuration: cell.network}, settings)
             write_plans(plans, self.preprocessed)

@@ -18,7 +18,7 @@ from laboratory.study.definition import (
     read_study,
 )
 from laboratory.study.split import draw_split
-from nnunetv2_diffusion.planning.settings import settings_table
+from nnunetv2_diffusion.settings import settings_table
 
 STUDIES = Path(__file__).parents[3] / "studies"
 SPLIT = {"train": ["a", "b", "c"], "val": ["c"], "test": ["d", "e"]}

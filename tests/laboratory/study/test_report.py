@@ -258,9 +258,6 @@ def test_the_page_in_the_docs_is_what_its_jsons_make():
         made, figures = report.build(load_results(folder), page.stem)
         assert page.read_text(encoding="utf-8") == made, "run: scripts/study report docs/results/study"
         assert all((DOCS / path).is_file() for path in figures)
-        readme = DOCS.parent / "README.md"
-        made = report.insert_summaries(readme, load_results(folder))
-        assert readme.read_text(encoding="utf-8") == made, "the same with --insert README.md"
 
 
 def test_modes_are_compared_with_one_pass_of_the_same_model(study):
