@@ -166,7 +166,7 @@ def trained() -> GaussianDiffusion:
 TRAINER_PATCH = (8, 12, 8)
 TRAINER_DATASET = {
     "channel_names": {"0": "MR"},
-    "labels": {"background": 0, "a": 1, "b": 2},
+    "labels": {"background": 0, "left part": 1, "right part": 2},
     "file_ending": ".nii.gz",
     "numTraining": 2,
 }

@@ -120,5 +120,5 @@ def test_draws_take_sides_where_the_truth_does_and_their_mean_is_its_frequency(m
     short = {"num_epochs": 1, "num_iterations_per_epoch": 200}
     draws = draws_after(make(RecycleScoreTrainer, score={"weight": 100.0}, **short), 200)
     alike = draws_after(make(RecycleScoreTrainer, score={"weight": 0.0}, **short), 200)
-    assert float(draws.std()) > max(0.05, 20 * float(alike.std())), "without the score every mask is the mean"
+    assert float(draws.std()) > max(0.03, 20 * float(alike.std())), "without the score every mask is the mean"
     assert 0.35 < float(draws.mean()) < 0.65

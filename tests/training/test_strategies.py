@@ -95,6 +95,8 @@ class ToyNetwork(nn.Module):
 class FixedTimes:
     """A time sampler that draws given steps with given weights, and notes the range it was asked for."""
 
+    learns = False
+
     def __init__(self, t: torch.Tensor, weights: torch.Tensor | None = None):
         self.t = t
         self.weights = torch.ones(len(t)) if weights is None else weights
