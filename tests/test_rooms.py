@@ -14,12 +14,6 @@ ROOMS = (
     "settings", "diffusion", "sampling", "networks", "training", "methods", "host", "inference", "planning",
     "evaluation", "analysis",
 )  # fmt: skip
-# goal: none. What reads plans belongs to a lower floor
-EXCEPTIONS = {
-    ("methods", "planning.continuing"),
-    ("training", "planning.continuing"),
-    ("training", "planning.transfer"),
-}
 
 
 def imported(file):
@@ -38,7 +32,7 @@ def test_the_plugin_imports_no_laboratory(file):
     assert [name for name in imported(file) if name.split(".")[0] in ("laboratory", "scripts", "tests")] == []
 
 
-def test_imports_point_down_but_for_the_exceptions():
+def test_imports_point_down():
     upward = set()
     for floor, room in enumerate(ROOMS):
         for file in (ROOT / PACKAGE / room).rglob("*.py"):
@@ -46,8 +40,7 @@ def test_imports_point_down_but_for_the_exceptions():
                 parts = name.split(".")
                 if parts[0] == PACKAGE and len(parts) > 2 and parts[1] in ROOMS[floor + 1 :]:
                     upward.add((room, ".".join(parts[1:3])))
-    assert upward - EXCEPTIONS == set(), "a room imports one above it"
-    assert EXCEPTIONS - upward == set(), "these point down now: remove them from EXCEPTIONS"
+    assert upward == set(), "a room imports one above it"
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / PACKAGE / "settings").glob("*.py")), ids=lambda file: file.name)

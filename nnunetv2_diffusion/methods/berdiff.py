@@ -17,9 +17,9 @@ from nnunetv2_diffusion.diffusion import (
     variational_bound,
 )
 from nnunetv2_diffusion.networks import DiffusionUNet
-from nnunetv2_diffusion.planning.continuing import COMMON, section_names
 from nnunetv2_diffusion.sampling import BernoulliChain, Chain, SamplingConfig, Window
 from nnunetv2_diffusion.settings import DiffusionSettings
+from nnunetv2_diffusion.training.continuing import COMMON, section_names
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer, transformer_options
 
 TIMESTEPS = 1000  # T, as published

@@ -8,9 +8,9 @@ s' is x_{t'} = (s' / s) x_t + (1 - s' / s) x_start, which is ``GaussianProcess.d
 import torch
 
 from nnunetv2_diffusion.diffusion import GaussianProcess
-from nnunetv2_diffusion.planning.continuing import COMMON, section_names
 from nnunetv2_diffusion.sampling import SamplingConfig
 from nnunetv2_diffusion.settings import DiffusionSettings
+from nnunetv2_diffusion.training.continuing import COMMON, section_names
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer
 
 TIMESTEPS = 1000  # of training; the line is straight, so their number matters little

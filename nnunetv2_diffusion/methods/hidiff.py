@@ -23,7 +23,6 @@ from nnunetv2_diffusion.diffusion import (
 )
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput, UNetSegmentor
 from nnunetv2_diffusion.networks.hidiff import HiDiffNetwork, refiner_topology
-from nnunetv2_diffusion.planning.continuing import LENGTHS, section_names
 from nnunetv2_diffusion.sampling import SamplingConfig
 from nnunetv2_diffusion.settings import (
     DiffusionSettings,
@@ -32,6 +31,7 @@ from nnunetv2_diffusion.settings import (
     read_settings,
 )
 from nnunetv2_diffusion.training import checks
+from nnunetv2_diffusion.training.continuing import LENGTHS, section_names
 from nnunetv2_diffusion.training.host import (
     PlannedTrainer,
     keep_in_optimizer_state,

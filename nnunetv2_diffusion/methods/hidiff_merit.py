@@ -8,8 +8,8 @@ from nnunetv2_diffusion.methods.hidiff import HiDiffTrainer
 from nnunetv2_diffusion.methods.mutation_loss import MutationLoss
 from nnunetv2_diffusion.networks.discriminative import SegmentorOutput
 from nnunetv2_diffusion.networks.merit import SCALES, Merit
-from nnunetv2_diffusion.planning.continuing import LENGTHS, section_names
 from nnunetv2_diffusion.settings import HiDiffSettings
+from nnunetv2_diffusion.training.continuing import LENGTHS, section_names
 from nnunetv2_diffusion.training.losses import SampleDiceCELoss
 
 

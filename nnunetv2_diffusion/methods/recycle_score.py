@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from nnunetv2_diffusion.networks import RecycleScoreUNet
-from nnunetv2_diffusion.planning.continuing import section_names
 from nnunetv2_diffusion.sampling import SamplingConfig
 from nnunetv2_diffusion.settings import DiffusionSettings
+from nnunetv2_diffusion.training.continuing import section_names
 from nnunetv2_diffusion.training.trainer import DiffusionTrainer, transformer_options
 
 SMOOTH = 10.0  # voxels: a class of less than that hardly counts

@@ -3,7 +3,7 @@
 The trainers keep nnU-Net's names, and what they add starts as the identity: zero weights for the mask channels, zero
 projections of time and transformer, a refiner beside the segmentor. So the file is the trainer's fresh network with
 the result's weights in it; from a stock result, its logits are those of the result. Channels of images, masks and
-heads are copied by their names, see ``planning.transfer``. nnU-Net's loader skips segmentation heads; see
+heads are copied by their names, see ``training.transfer``. nnU-Net's loader skips segmentation heads; see
 ``networks.heads.carry_heads`` for how they come along.
 """
 
@@ -28,7 +28,8 @@ from nnunetv2_diffusion.networks.heads import carry_heads
 from nnunetv2_diffusion.packing import write_new
 from nnunetv2_diffusion.planning.derive import PlansError
 from nnunetv2_diffusion.planning.plan import dataset_folder
-from nnunetv2_diffusion.planning.transfer import (
+from nnunetv2_diffusion.settings import SettingsError
+from nnunetv2_diffusion.training.transfer import (
     STEMS,
     Layout,
     body_prefix,
@@ -45,7 +46,6 @@ from nnunetv2_diffusion.planning.transfer import (
     stem_keys,
     transfer,
 )
-from nnunetv2_diffusion.settings import SettingsError
 
 HEADS = ("auto", "copy", "fresh")
 SECOND_NAMES = (".all_modules.", "decoder.encoder.")  # nnU-Net registers these weights a second time

@@ -29,7 +29,6 @@ from nnunetv2_diffusion.checkpoints import CheckpointError, check_checkpoint, lo
 from nnunetv2_diffusion.diffusion import MaskEncoding
 from nnunetv2_diffusion.locks import locked
 from nnunetv2_diffusion.networks.heads import HeadsMixin
-from nnunetv2_diffusion.planning.continuing import AXES, FIXED, LENGTHS, changes, dataset_changes, plans_changes, unread
 from nnunetv2_diffusion.plans_content import foreground_labels
 from nnunetv2_diffusion.settings import (
     SECTION,
@@ -40,6 +39,7 @@ from nnunetv2_diffusion.settings import (
     read_settings,
 )
 from nnunetv2_diffusion.training import checks
+from nnunetv2_diffusion.training.continuing import AXES, FIXED, LENGTHS, changes, dataset_changes, plans_changes, unread
 from nnunetv2_diffusion.training.divergence import DivergedError, StepGuard, backward_seed, describe_not_finite
 from nnunetv2_diffusion.training.label_scan import FILE
 from nnunetv2_diffusion.training.losses import encoded_target

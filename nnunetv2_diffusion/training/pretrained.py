@@ -12,7 +12,7 @@ from torch import nn
 from nnunetv2_diffusion import shell
 from nnunetv2_diffusion.checkpoints import CheckpointError, load_checkpoint_file
 from nnunetv2_diffusion.networks.heads import HOST_SKIPS, describe_mismatch
-from nnunetv2_diffusion.planning.transfer import compare_architectures, head_names, image_names, parts
+from nnunetv2_diffusion.training.transfer import compare_architectures, head_names, image_names, parts
 
 
 def find_segmentor(trainer: nnUNetTrainer, segmentor_trainer: str | None, checkpoint: str | None) -> Path | None:

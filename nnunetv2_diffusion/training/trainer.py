@@ -19,7 +19,6 @@ from nnunetv2_diffusion.diffusion import (
 )
 from nnunetv2_diffusion.networks import DiffusionUNet, to_x_start
 from nnunetv2_diffusion.networks.chain_network import ChainNetwork
-from nnunetv2_diffusion.planning.continuing import GAUSSIAN, LENGTHS, TRANSFORMER
 from nnunetv2_diffusion.sampling import SamplingConfig
 from nnunetv2_diffusion.settings import (
     DiffusionSettings,
@@ -27,6 +26,7 @@ from nnunetv2_diffusion.settings import (
     read_settings,
 )
 from nnunetv2_diffusion.training import checks
+from nnunetv2_diffusion.training.continuing import GAUSSIAN, LENGTHS, TRANSFORMER
 from nnunetv2_diffusion.training.host import (
     CommonTrainer,
     PlannedTrainer,

@@ -17,8 +17,8 @@ from tiny_model import make_plans
 
 from nnunetv2_diffusion.checkpoints import CheckpointError
 from nnunetv2_diffusion.locks import LockedError, locked
-from nnunetv2_diffusion.planning.continuing import FIXED, dataset_changes, flat
 from nnunetv2_diffusion.settings import SUBSECTIONS, DiffusionSettings
+from nnunetv2_diffusion.training.continuing import FIXED, dataset_changes, flat
 from nnunetv2_diffusion.training.host import LOCK, CommonTrainer
 
 TRAINERS = [

@@ -4,7 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from nnunetv2_diffusion.planning.continuing import (
+from nnunetv2_diffusion.settings import SUBSECTIONS, DiffusionSettings, parse_settings
+from nnunetv2_diffusion.training.continuing import (
     FIXED,
     FREE,
     GAUSSIAN,
@@ -15,7 +16,6 @@ from nnunetv2_diffusion.planning.continuing import (
     section_names,
     unread,
 )
-from nnunetv2_diffusion.settings import SUBSECTIONS, DiffusionSettings, parse_settings
 
 DEFAULT = DiffusionSettings()
 
