@@ -137,7 +137,8 @@ def build(kind, tmp_path):
     sources.mkdir()
     for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         (sources / name).write_bytes((REPOSITORY / name).read_bytes())
-    for file in [*REPOSITORY.glob("*/**/*.py"), *REPOSITORY.glob("plans/presets/*.json"), *REPOSITORY.glob("*/py.typed")]:
+    patterns = ("*/**/*.py", "plans/presets/*.json", "*/py.typed")
+    for file in [file for pattern in patterns for file in REPOSITORY.glob(pattern)]:
         if file.relative_to(REPOSITORY).parts[0] in ("nnunetv2_diffusion", "trainers", "plans"):
             target = sources / file.relative_to(REPOSITORY)
             target.parent.mkdir(parents=True, exist_ok=True)
