@@ -44,7 +44,7 @@ class TimeEmbedding(nn.Module):
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """t: 0-based training index (B,). Returns the activated embedding that all blocks share, (B, 4 * width)."""
         first = self.mlp[0]
-        assert isinstance(first, nn.Linear), "made so"
+        assert isinstance(first, nn.Linear), "the first layer above"
         with full_precision(t):
             return self.mlp(sinusoidal_embedding(t, self.width).to(first.weight.dtype))
 
@@ -189,7 +189,7 @@ def _make_head(width: int, num_heads: int, kernel: Sequence[int], probability: f
     """Real-valued last layer; says one probability of noise everywhere at the start (Lin et al. 2017, 4.1)."""
     conv = _same_conv(width, num_heads, kernel)
     nn.init.zeros_(conv.weight)
-    assert conv.bias is not None, "made with a bias"
+    assert conv.bias is not None, "_same_conv makes one by default"
     nn.init.constant_(conv.bias, math.log(probability / (1 - probability)))
     # groups of one channel would be instance norm, and cancel the last block's offset
     return nn.Sequential(nn.GroupNorm(math.gcd(GROUPS, width // 4), width), nn.SiLU(), conv)
