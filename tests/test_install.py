@@ -137,7 +137,8 @@ def build(kind, tmp_path):
     sources.mkdir()
     for name in ("setup.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         (sources / name).write_bytes((REPOSITORY / name).read_bytes())
-    for file in [*REPOSITORY.glob("*/**/*.py"), *REPOSITORY.glob("plans/presets/*.json")]:
+    patterns = ("*/**/*.py", "plans/presets/*.json", "*/py.typed")
+    for file in [file for pattern in patterns for file in REPOSITORY.glob(pattern)]:
         if file.relative_to(REPOSITORY).parts[0] in ("nnunetv2_diffusion", "trainers", "plans"):
             target = sources / file.relative_to(REPOSITORY)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -162,6 +163,7 @@ def test_wheel_holds_every_module_of_the_sources(tmp_path):
     presets = {f"nnunetv2_diffusion/presets/{file.name}" for file in (REPOSITORY / "plans" / "presets").glob("*.json")}
     assert presets
     assert presets <= set(names)
+    assert "nnunetv2_diffusion/py.typed" in names  # else type checkers ignore the annotations
 
 
 def test_editable_install_claims_nothing_of_nnunet(tmp_path):

@@ -243,7 +243,8 @@ class NoiseCalibration:
         common = ratio * signal**2 * s * q / ((m_zero + ratio * m_one) * m_zero * m_one)
         last = (t == 0).to(s.device).reshape(-1, 1)
         tiny = torch.finfo(s.dtype).tiny
-        return tuple(torch.where(last, 0.0, (common / d).clamp(min=tiny).log()) for d in truths)
+        zero, one = (torch.where(last, 0.0, (common / d).clamp(min=tiny).log()) for d in truths)
+        return zero, one
 
 
 def _other(y_t: torch.Tensor, prior: torch.Tensor) -> torch.Tensor:

@@ -96,7 +96,7 @@ class GaussianSteps(TimeSteps):
         coef_t = (self.spread_prev.square() - variance).clamp(min=0).sqrt() / self.spread
         coef_start = self.signal_prev - coef_t * self.signal
         x_prev = self._at(coef_start, t, x_t) * x_start + self._at(coef_t, t, x_t) * x_t
-        if eta > 0:
+        if eta > 0 and noise is not None:
             x_prev = x_prev + self._at(variance.sqrt(), t, x_t) * noise
         return x_prev
 

@@ -13,6 +13,7 @@ SAMPLERS = ("ddpm", "ddim")
 
 
 Process = TypeVar("Process", bound="TimeSteps")
+BetaProcess = TypeVar("BetaProcess", bound="DiffusionProcess")
 
 
 def check_sampler(sampler: str) -> None:
@@ -101,7 +102,7 @@ class DiffusionProcess(TimeSteps):
     def _set_posterior(self) -> None:
         """Compute a subclass's coefficients from betas and alphas_cumprod."""
 
-    def respace(self: Process, num_timesteps: int, spacing: str = "linspace") -> Process:
+    def respace(self: BetaProcess, num_timesteps: int, spacing: str = "linspace") -> BetaProcess:
         """See ``TimeSteps``; alphas_cumprod stays the same at the kept indices."""
         kept = self._kept(num_timesteps, spacing)
         alphas_cumprod = self.alphas_cumprod[kept]

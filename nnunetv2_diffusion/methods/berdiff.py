@@ -37,15 +37,16 @@ class BerDiffUNet(DiffusionUNet):
         self,
         image: torch.Tensor,
         x_t: torch.Tensor,
-        t: torch.Tensor,
+        t: torch.Tensor | None,
         estimate: torch.Tensor | None,
         full_resolution_only: bool,
     ) -> torch.Tensor | list[torch.Tensor]:
-        t = t.to(image.device, non_blocking=True) if self.time is not None else None
+        t = t.to(image.device, non_blocking=True) if self.time is not None and t is not None else None
         return self._run(image, x_t, t, None, full_resolution_only)  # states are 0 or 1, as the network sees them
 
-    def make_chain(self, config: SamplingConfig) -> Chain:
+    def make_chain(self, config: SamplingConfig | None) -> Chain:
         """See ``ChainNetwork``."""
+        assert config is not None, "this network has no mask without its chain"
         return BernoulliChain(self, config)
 
     def look(self, image: torch.Tensor) -> Window:
@@ -53,7 +54,12 @@ class BerDiffUNet(DiffusionUNet):
         return Window(image, image.new_full((len(image), self.num_heads, *image.shape[2:]), 0.5, dtype=torch.float32))
 
     def noise_probability(
-        self, image: torch.Tensor, y_t: torch.Tensor, prior: torch.Tensor, t: torch.Tensor, features: None = None
+        self,
+        image: torch.Tensor,
+        y_t: torch.Tensor,
+        prior: torch.Tensor,
+        t: torch.Tensor,
+        features: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """P(y_t != y_start), (B, K, *spatial) in float32."""
         return self(image, y_t, t, full_resolution_only=True).float().sigmoid()
@@ -64,6 +70,7 @@ class BerDiffTrainer(DiffusionTrainer):
 
     time_sampling = "uniform"
     section = "berdiff"
+    process: BernoulliDiffusion
     inner_network: BerDiffUNet
 
     def prepare(self) -> None:

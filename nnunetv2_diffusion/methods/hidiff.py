@@ -21,7 +21,7 @@ from nnunetv2_diffusion.diffusion import (
     noise_loss,
     variational_bound,
 )
-from nnunetv2_diffusion.networks.discriminative import SegmentorOutput, UNetSegmentor
+from nnunetv2_diffusion.networks.discriminative import Segmentor, SegmentorOutput, UNetSegmentor
 from nnunetv2_diffusion.networks.hidiff import HiDiffNetwork, refiner_topology
 from nnunetv2_diffusion.sampling import SamplingConfig
 from nnunetv2_diffusion.settings import (
@@ -128,7 +128,8 @@ class HiDiffTrainer(PlannedTrainer):
     """
 
     takes_host_network = True  # an nnU-Net result can be the segmentor
-    network: HiDiffNetwork
+    network: Any  # the network, DDP's wrapper of it, or an answer in its place, see _validated
+    inner_network: HiDiffNetwork
     segmentor_optimizer: torch.optim.Optimizer
 
     def __init__(
@@ -160,7 +161,7 @@ class HiDiffTrainer(PlannedTrainer):
         num_input_channels: int,
         num_heads: int,
         deep_supervision: bool,
-    ) -> nn.Module:
+    ) -> Segmentor:
         """The segmentor f, see ``networks.discriminative.Segmentor``: here nnU-Net's own network."""
         return UNetSegmentor(plans_unet(configuration, num_input_channels, num_heads, deep_supervision))
 
@@ -288,21 +289,23 @@ class HiDiffTrainer(PlannedTrainer):
         image = batch["data"].to(self.device, non_blocking=True)
         target = self._to_device(batch["target"])
         trains_segmentor = self.is_pretraining or self.settings.hidiff.collaborative
-        network, discriminative, draw = self.inner_network, None, None
+        network = self.inner_network
+        discriminative: torch.Tensor | None = None
+        draw: Draw | None = None
         with nullcontext() if trains_segmentor else frozen(network.segmentor), self._autocast():
             output = network.segmentor(image)
             if trains_segmentor:
                 discriminative = self._discriminative_loss(output, target)
         terms = dict.fromkeys(TERMS, torch.full((), torch.nan))
-        losses = []
+        losses: list[torch.Tensor] = []
         if not self.is_pretraining:
             draw = self._draw(output, target)
             losses.append(self.refiner_phase(image, output, draw))
             terms["kl"], terms["noise"] = self._diffusion_terms
-        if trains_segmentor:
+        if discriminative is not None:
             losses.append(self.segmentor_phase(image, output, discriminative, draw))
             terms["discriminative"] = discriminative.detach()
-        if not torch.isfinite(sum(losses)):
+        if not torch.isfinite(torch.stack(losses).sum()):
             checks.check_images(batch, image)
         if self.grad_scaler is not None:
             self.grad_scaler.update()
@@ -416,11 +419,12 @@ class HiDiffTrainer(PlannedTrainer):
     def _step(self, optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
         parameters = [p for p in parameters if p.grad is not None]
         if self.is_ddp:
-            flat = torch.cat([p.grad.flatten() for p in parameters])
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
             dist.all_reduce(flat)
             flat /= dist.get_world_size()
-            for p, mean in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
-                p.grad.copy_(mean.view_as(p))
+            for gradient, mean in zip(gradients, flat.split([p.numel() for p in parameters]), strict=True):
+                gradient.copy_(mean.view_as(gradient))
         self._update(optimizer, parameters, GRADIENT_CLIP)
 
     def set_deep_supervision_enabled(self, enabled: bool) -> None:
@@ -444,7 +448,9 @@ class HiDiffTrainer(PlannedTrainer):
     def _validation_sampling(self) -> SamplingConfig:
         """One sample of as many steps as a prediction has, within limits."""
         steps = min(max(self.settings.hidiff.steps, 1), VALIDATION_STEPS)
-        return replace(hidiff_sampling(self.settings, steps), samples=1)
+        sampling = hidiff_sampling(self.settings, steps)
+        assert sampling is not None, "there is at least one step"
+        return replace(sampling, samples=1)
 
     def _validated(self, batch: dict, image: torch.Tensor, answer: torch.Tensor | list[torch.Tensor]) -> dict:
         """nnU-Net's validation of an answer that is there already."""

@@ -6,7 +6,7 @@ from torch import nn
 
 from nnunetv2_diffusion.methods.hidiff import HiDiffTrainer
 from nnunetv2_diffusion.methods.mutation_loss import MutationLoss
-from nnunetv2_diffusion.networks.discriminative import SegmentorOutput
+from nnunetv2_diffusion.networks.discriminative import Segmentor, SegmentorOutput
 from nnunetv2_diffusion.networks.merit import SCALES, Merit
 from nnunetv2_diffusion.settings import HiDiffSettings
 from nnunetv2_diffusion.training.continuing import LENGTHS, section_names
@@ -48,10 +48,10 @@ class MeritTrainer(HiDiffTrainer):
         num_input_channels: int,
         num_heads: int,
         deep_supervision: bool,
-    ) -> nn.Module:
+    ) -> Segmentor:
         """MERIT for the plans' patch size, with random weights: a trained model must not need a download."""
-        size = tuple(int(n) for n in configuration.patch_size)
-        return Merit(num_input_channels, num_heads, size, settings.merit)
+        height, width = (int(n) for n in configuration.patch_size)
+        return Merit(num_input_channels, num_heads, (height, width), settings.merit)
 
     def _start_segmentor(self) -> None:
         super()._start_segmentor()
@@ -59,8 +59,8 @@ class MeritTrainer(HiDiffTrainer):
         if self._resuming or own.segmentor_checkpoint or not own.merit_weights:
             return
         merit = self.inner_network.segmentor
-        size = tuple(int(n) for n in self.configuration_manager.patch_size)
-        pretrained = Merit(self.num_input_channels, 1, size, own.merit, own.merit_weights)
+        height, width = (int(n) for n in self.configuration_manager.patch_size)
+        pretrained = Merit(self.num_input_channels, 1, (height, width), own.merit, own.merit_weights)
         for scale in SCALES:
             getattr(merit, scale).load_state_dict(getattr(pretrained, scale).state_dict())
         self.print_to_log_file(f"MERIT: pretrained backbones from {own.merit_weights}")

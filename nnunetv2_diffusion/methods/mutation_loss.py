@@ -1,6 +1,8 @@
 """Loss over all combinations of several predictions of one mask (MUTATION; Rahman and Marculescu, MIDL 2023)."""
 
+from functools import reduce
 from itertools import chain, combinations
+from operator import add
 
 import torch
 from torch import nn
@@ -42,4 +44,4 @@ class MutationLoss(nn.Module):
         # fp32: a sum of half-precision logits would be rounded before the loss sees it
         heads = [head.float() for head in heads]
         subsets = chain.from_iterable(combinations(heads, size) for size in range(1, len(heads) + 1))
-        return torch.stack([self.loss.per_sample(sum(subset), target) for subset in subsets]).sum(0)
+        return torch.stack([self.loss.per_sample(reduce(add, subset), target) for subset in subsets]).sum(0)

@@ -70,6 +70,7 @@ class RecycleScoreTrainer(DiffusionTrainer):
 
     uses_mask = False
     section = "score"
+    inner_network: RecycleScoreUNet
 
     @classmethod
     def reads(cls) -> frozenset[str]:

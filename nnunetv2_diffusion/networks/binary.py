@@ -4,16 +4,19 @@ The channel axis is always axis 1, so that the same block serves 2D and 3D maps 
 Every block has its real-valued twin: the same graph without the signs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-NORMS = {
+Conv = nn.Conv1d | nn.Conv2d | nn.Conv3d
+# callables of anything: torch has a type of its own for the numbers of each dimension
+CONVS: dict[int, Callable[..., Conv]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMS: dict[str, dict[int, Callable[..., nn.Module]]] = {
     "instance": {1: nn.InstanceNorm1d, 2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d},
     "batch": {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d},
 }
@@ -28,7 +31,7 @@ class _Sign(torch.autograd.Function):
         return (x > 0).to(x.dtype).mul_(2).sub_(1)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: torch.Tensor) -> torch.Tensor:
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
         (x,) = ctx.saved_tensors
         return grad * (2 - 2 * x.abs()).clamp_(min=0)
 
@@ -177,7 +180,9 @@ class TimeOffsets(nn.Linear):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 
-    def forward(self, embedding: torch.Tensor) -> dict[str, torch.Tensor | None]:
+    def forward(  # type: ignore[override]  # a linear layer, whose keys in checkpoints it has, and whose output is split
+        self, embedding: torch.Tensor
+    ) -> dict[str, torch.Tensor | None]:
         """embedding (B, width) -> name of each offset: (B, channels), None if left out."""
         with full_precision(embedding):
             parts = super().forward(embedding).split(list(self.channels.values()), dim=1)

@@ -38,7 +38,7 @@ class ChannelAttention(nn.Module):
 class SpatialAttention(nn.Module):
     """Weight in (0, 1) for every pixel from its mean and maximum over channels (Woo et al. 2018, eq. 3)."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(2, 1, 7, padding=3, bias=False)
 

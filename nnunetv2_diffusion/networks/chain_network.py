@@ -80,6 +80,7 @@ class ChainNetwork(HeadsMixin):
         """
         if compiled:
             self.compile_passes()
+        assert self.sampling is not None, "a network that predicts by one pass does so without this method"
         return self.answer(Estimator(self.make_chain(self.sampling), image), self.sampling)
 
     def answer(self, estimator: Estimator, config: SamplingConfig) -> torch.Tensor | list[torch.Tensor]:

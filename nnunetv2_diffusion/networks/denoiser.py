@@ -84,7 +84,7 @@ class DenoisingUNet(nn.Module):
 
     def __init__(
         self,
-        unet: nn.Module,
+        unet: PlainConvUNet | ResidualEncoderUNet,
         mask_channels: int,
         self_conditioning: bool = False,
         time_conditioning: bool = True,
@@ -104,7 +104,8 @@ class DenoisingUNet(nn.Module):
         extra_channels = mask_channels * (2 if self_conditioning else 1)
         if extra_channels:
             _widen_first_conv(self.encoder, extra_channels)
-        self.time = self.latent = None
+        self.time: TimeConditioning | None = None
+        self.latent: NormConditioning | None = None
         # norms of the encoder are reached through the decoder as well, which holds a reference to it
         self._norms = tuple(_modulate_norms(self.decoder)) if time_conditioning or latent_channels else ()
         # as wide as the first stage: enough for functions of few numbers, and small in small networks too
@@ -170,6 +171,7 @@ class DenoisingUNet(nn.Module):
     ) -> torch.Tensor:
         if not self.mask_channels:
             return image
+        assert mask is not None, "a network with mask channels is given a mask"
         inputs = [image, mask.to(image.dtype)]
         if self.self_conditioning:
             inputs.append(torch.zeros_like(mask) if estimate is None else estimate.to(image.dtype))

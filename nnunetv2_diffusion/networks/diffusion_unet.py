@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nnunetv2_diffusion.diffusion import GaussianDiffusion, MaskEncoding
+from nnunetv2_diffusion.diffusion import MaskEncoding, TimeSteps
 from nnunetv2_diffusion.networks.chain_network import ChainNetwork
 from nnunetv2_diffusion.networks.denoiser import DenoisingUNet
 from nnunetv2_diffusion.sampling import Chain, GaussianChain, SamplingConfig, SinglePass
@@ -44,11 +44,12 @@ class DiffusionUNet(ChainNetwork, DenoisingUNet):
 
     min_probability = 1e-6  # |log p| < 14
     parts = ("time", "latent", "transformer")
+    process: TimeSteps | None
 
     def __init__(
         self,
         unet: nn.Module,
-        process: GaussianDiffusion | None,
+        process: TimeSteps | None,
         sampling: SamplingConfig | None,
         num_heads: int,
         encoding: MaskEncoding | None = None,
@@ -62,6 +63,7 @@ class DiffusionUNet(ChainNetwork, DenoisingUNet):
         self.num_heads = num_heads
         self._run = self.denoise
         if process is not None:
+            assert sampling is not None, "a network with a process predicts by its chain"
             self.respace(sampling)  # raises now rather than at the first prediction
 
     def compile_denoiser(self, **kwargs: Any) -> None:
@@ -104,11 +106,11 @@ class DiffusionUNet(ChainNetwork, DenoisingUNet):
         self,
         image: torch.Tensor,
         x_t: torch.Tensor,
-        t: torch.Tensor,
+        t: torch.Tensor | None,
         estimate: torch.Tensor | None,
         full_resolution_only: bool,
     ) -> torch.Tensor | list[torch.Tensor]:
-        t = t.to(image.device, non_blocking=True) if self.time is not None else None
+        t = t.to(image.device, non_blocking=True) if self.time is not None and t is not None else None
         return self._run(image, to_mask(x_t), t, estimate, full_resolution_only)
 
     def compile_passes(self) -> None:
@@ -123,7 +125,10 @@ class DiffusionUNet(ChainNetwork, DenoisingUNet):
 
     def make_chain(self, config: SamplingConfig | None) -> Chain:
         """See ``ChainNetwork``."""
-        return GaussianChain(self, config) if self.has_chain else SinglePass(self, self.sigmoid)
+        if not self.has_chain:
+            return SinglePass(self, self.sigmoid)
+        assert config is not None, "this network has no mask without its chain"
+        return GaussianChain(self, config)
 
     def respace(self, config: SamplingConfig) -> None:
         """See ``ChainNetwork``."""

@@ -1,8 +1,9 @@
 """Segmentors as HiDiff needs them: logits and a pyramid of features. A further one is one more class like these."""
 
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
+from dynamic_network_architectures.architectures.unet import PlainConvUNet, ResidualEncoderUNet
 from torch import nn
 
 from nnunetv2_diffusion.networks.denoiser import SUPPORTED, UnsupportedArchitectureError
@@ -22,8 +23,8 @@ class SegmentorOutput(NamedTuple):
     features: list[torch.Tensor]
 
 
-class Segmentor(Protocol):
-    """A discriminative segmentor f(image); a torch module.
+class Segmentor(nn.Module):
+    """A discriminative segmentor f(image): what HiDiff needs of one.
 
     Attributes:
         feature_channels: C_i of every feature map, fine to coarse.
@@ -33,8 +34,9 @@ class Segmentor(Protocol):
     feature_channels: list[int]
     feature_strides: list[tuple[int, ...]]
 
-    def __call__(self, image: torch.Tensor) -> SegmentorOutput:
+    def forward(self, image: torch.Tensor) -> SegmentorOutput:
         """image (B, C, *spatial) to logits, heads and features."""
+        raise NotImplementedError
 
 
 def cumulative_strides(strides: list) -> list[tuple[int, ...]]:
@@ -49,7 +51,7 @@ def cumulative_strides(strides: list) -> list[tuple[int, ...]]:
     return result
 
 
-class UNetSegmentor(nn.Module):
+class UNetSegmentor(Segmentor):
     """nnU-Net's own network, under its parameter names; the features are its skip connections.
 
     Args:
@@ -59,7 +61,7 @@ class UNetSegmentor(nn.Module):
         UnsupportedArchitectureError: for another architecture.
     """
 
-    def __init__(self, unet: nn.Module):
+    def __init__(self, unet: PlainConvUNet | ResidualEncoderUNet):
         super().__init__()
         if not isinstance(unet, SUPPORTED):
             raise UnsupportedArchitectureError(

@@ -125,9 +125,10 @@ def carry_heads(weights: Mapping[str, torch.Tensor], copied: bool, complete: boo
         complete: all heads are trained ones; otherwise some that are taken along are fresh.
     """
     carried = {key: w for key, w in weights.items() if copied and is_carried(key)}
-    weights["_extra_state"].warm_heads = carried
+    state: Any = weights["_extra_state"]  # Any: tensors can have attributes, their type knows none
+    state.warm_heads = carried
     if carried and not complete:
-        weights["_extra_state"].warm_partly = True
+        state.warm_partly = True
 
 
 def is_carried(key: str) -> bool:

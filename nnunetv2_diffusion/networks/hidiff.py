@@ -10,9 +10,18 @@ from torch.nn import functional as F
 
 from nnunetv2_diffusion.diffusion import BernoulliDiffusion, NoiseCalibration
 from nnunetv2_diffusion.networks.chain_network import ChainNetwork
-from nnunetv2_diffusion.networks.discriminative import SegmentorOutput, cumulative_strides
+from nnunetv2_diffusion.networks.discriminative import Segmentor, SegmentorOutput, cumulative_strides
 from nnunetv2_diffusion.networks.refiner import Refiner
-from nnunetv2_diffusion.sampling import BernoulliChain, Chain, Estimator, SamplingConfig, SinglePass, Window
+from nnunetv2_diffusion.sampling import (
+    BernoulliChain,
+    Chain,
+    Estimator,
+    SamplingConfig,
+    SinglePass,
+    Window,
+    mean_of_samples,
+)
+from nnunetv2_diffusion.sampling.views import View
 
 # bits of the extra state beside the lowest, which says that heads are regions; all are 0 in version 0.1
 REFINER_UNUSED = 2  # by the trainer's verdict
@@ -92,7 +101,7 @@ class HiDiffNetwork(ChainNetwork):
 
     def __init__(
         self,
-        segmentor: nn.Module,
+        segmentor: Segmentor,
         image_channels: int,
         num_heads: int,
         kernel_sizes: list[list[int]],
@@ -198,9 +207,15 @@ class HiDiffNetwork(ChainNetwork):
         return logits
 
     def noise_probability(
-        self, image: torch.Tensor, y_t: torch.Tensor, prior: torch.Tensor, t: torch.Tensor, features: list[torch.Tensor]
+        self,
+        image: torch.Tensor,
+        y_t: torch.Tensor,
+        prior: torch.Tensor,
+        t: torch.Tensor,
+        features: list[torch.Tensor] | None,
     ) -> torch.Tensor:
         """P(y_t is wrong), calibrated, (B, K, *spatial) in float32; arguments as for ``estimate_noise``."""
+        assert features is not None, "windows of this network have the segmentor's features, see look"
         logits = self.estimate_noise(image, y_t, prior, t, features).float()
         with torch.autocast(logits.device.type, enabled=False):
             if self.calibration is not None:
@@ -287,8 +302,9 @@ class HiDiffNetwork(ChainNetwork):
             ValueError: for an image with NaN or infinite values.
             NotFiniteError: for probabilities that are not finite.
         """
-        known = {(): self._window(image, output)}
-        answer = self.answer(Estimator(BernoulliChain(self, config), image, windows=known), config)
+        known: dict[View, Window] = {(): self._window(image, output)}
+        estimator = Estimator(BernoulliChain(self, config), image, windows=known)
+        answer = self.bounded_logits(mean_of_samples(estimator, config))
         if not self._deep_supervision:
             return answer
         return [answer, *[F.interpolate(answer, head.shape[2:]) for head in output.heads[1:]]]
@@ -322,8 +338,9 @@ class HiDiffNetwork(ChainNetwork):
 
     def set_deep_supervision(self, enabled: bool) -> None:
         """Switch coarse heads of a segmentor that has them as nnU-Net's do."""
-        if hasattr(getattr(self.segmentor, "decoder", None), "deep_supervision"):
-            self.segmentor.decoder.deep_supervision = enabled
+        decoder = getattr(self.segmentor, "decoder", None)
+        if decoder is not None and hasattr(decoder, "deep_supervision"):
+            decoder.deep_supervision = enabled
 
 
 class _PriorOnly(nn.Module):

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from nnunetv2_diffusion.networks.cascaded_decoder import CascadedDecoder
-from nnunetv2_diffusion.networks.discriminative import SegmentorOutput
+from nnunetv2_diffusion.networks.discriminative import Segmentor, SegmentorOutput
 from nnunetv2_diffusion.tensor_files import TensorFileError, read_tensor_file
 
 # timm's names of the backbones of both scales
@@ -64,7 +65,9 @@ class MaxViTPyramid(nn.Module):
         self, name: str, size: tuple[int, int], weights: str | Mapping[str, torch.Tensor] | None, source: str = ""
     ):
         super().__init__()
-        model = download(name, size) if weights == "timm" else timm.create_model(name, pretrained=False, img_size=size)
+        model: Any = (
+            download(name, size) if weights == "timm" else timm.create_model(name, pretrained=False, img_size=size)
+        )
         if isinstance(weights, Mapping):
             load_backbone(model, weights, f"{source} ({name})")
         self.channels = [info["num_chs"] for info in model.feature_info[1:]]
@@ -77,7 +80,7 @@ class MaxViTPyramid(nn.Module):
         return self.model.forward_intermediates(x, indices=levels, norm=True, intermediates_only=True)
 
 
-class Merit(nn.Module):
+class Merit(Segmentor):
     """Cascaded MERIT: the second scale sees the image weighted by what the first one found.
 
     Each of the 4 heads is the sum of both scales' predictions from one decoder level; the logits are the sum of the

@@ -26,6 +26,8 @@ class RecycleScoreUNet(DiffusionUNet):
         **kwargs: see ``DenoisingUNet``.
     """
 
+    sampling: SamplingConfig
+
     def __init__(
         self,
         unet: nn.Module,
@@ -39,7 +41,7 @@ class RecycleScoreUNet(DiffusionUNet):
         )
         self.latent_channels = latent_channels
 
-    def forward(
+    def forward(  # type: ignore[override]  # a code in place of state and time; who calls it knows which network it is
         self, image: torch.Tensor, code: torch.Tensor | None = None, full_resolution_only: bool = False
     ) -> torch.Tensor | list[torch.Tensor]:
         """One mask if a code is given, else the mean of several, see ``predict``.
@@ -64,8 +66,9 @@ class RecycleScoreUNet(DiffusionUNet):
         """See ``ChainNetwork``: single masks are its steps."""
         return True
 
-    def make_chain(self, config: SamplingConfig) -> Chain:
+    def make_chain(self, config: SamplingConfig | None) -> Chain:
         """See ``ChainNetwork``."""
+        assert config is not None, "this network has no mask without a code"
         return CodeChain(self, config)
 
     @torch.compiler.disable  # as ``ChainNetwork.predict``

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from nnunetv2_diffusion.networks.binary import CONVS, BasicBlock, BlockStyle, TimeOffsets, full_precision, shift
+from nnunetv2_diffusion.networks.binary import CONVS, BasicBlock, BlockStyle, Conv, TimeOffsets, full_precision, shift
 from nnunetv2_diffusion.networks.cross_transformer import CrossTransformer
 from nnunetv2_diffusion.networks.time_conditioning import sinusoidal_embedding
 
@@ -21,7 +21,7 @@ EMBEDDING = 4  # width of the time embedding, in widths
 NOISE_PROBABILITY = 0.01  # that a voxel is wrong, as an untrained refiner says
 
 
-def _same_conv(channels_in: int, channels_out: int, kernel: Sequence[int], bias: bool = True) -> nn.Module:
+def _same_conv(channels_in: int, channels_out: int, kernel: Sequence[int], bias: bool = True) -> Conv:
     """Real-valued convolution that keeps the grid."""
     padding = tuple(size // 2 for size in kernel)
     return CONVS[len(kernel)](channels_in, channels_out, tuple(kernel), padding=padding, bias=bias)
@@ -43,8 +43,10 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         """t: 0-based training index (B,). Returns the activated embedding that all blocks share, (B, 4 * width)."""
+        first = self.mlp[0]
+        assert isinstance(first, nn.Linear), "the first layer above"
         with full_precision(t):
-            return self.mlp(sinusoidal_embedding(t, self.width).to(self.mlp[0].weight.dtype))
+            return self.mlp(sinusoidal_embedding(t, self.width).to(first.weight.dtype))
 
 
 class ConditionBlock(nn.Module):
@@ -67,9 +69,9 @@ class ConditionBlock(nn.Module):
         self.offsets = TimeOffsets(embedding, {"scale": channels_out, "shift": channels_out})
         self.conv_out = _same_conv(channels_out, channels_out, kernel, bias)
         nn.init.zeros_(self.conv_out.weight)
-        if bias:
+        if self.conv_out.bias is not None:
             nn.init.zeros_(self.conv_out.bias)
-        self.skip = nn.Identity()
+        self.skip: nn.Module = nn.Identity()
         if channels_in != channels_out:
             self.skip = _same_conv(channels_in, channels_out, [1] * len(kernel), bias=False)  # conv_out has the bias
 
@@ -187,6 +189,7 @@ def _make_head(width: int, num_heads: int, kernel: Sequence[int], probability: f
     """Real-valued last layer; says one probability of noise everywhere at the start (Lin et al. 2017, 4.1)."""
     conv = _same_conv(width, num_heads, kernel)
     nn.init.zeros_(conv.weight)
+    assert conv.bias is not None, "_same_conv makes one by default"
     nn.init.constant_(conv.bias, math.log(probability / (1 - probability)))
     # groups of one channel would be instance norm, and cancel the last block's offset
     return nn.Sequential(nn.GroupNorm(math.gcd(GROUPS, width // 4), width), nn.SiLU(), conv)

@@ -1,16 +1,21 @@
 """What a reverse process is, one step at a time: views, tiles and samples can be averaged between the steps."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from nnunetv2_diffusion.diffusion import BernoulliDiffusion, GaussianDiffusion, MaskEncoding
+from nnunetv2_diffusion.diffusion import BernoulliDiffusion, GaussianSteps, MaskEncoding, TimeSteps
 from nnunetv2_diffusion.sampling.config import SamplingConfig
 from nnunetv2_diffusion.sampling.noise import Noise
 
 LEAST = 1e-6  # probability of a class before a distribution is made of them, as in export: all may be 0
+
+
+# what a chain's steps hand on: tensors, or None for a network without a chain or a chain without a prior
+State = TypeVar("State", bound=torch.Tensor | None)
+Prior = TypeVar("Prior", bound=torch.Tensor | None)
 
 
 class Window(NamedTuple):
@@ -21,7 +26,7 @@ class Window(NamedTuple):
     features: list[torch.Tensor] | None = None
 
 
-class Chain(ABC):
+class Chain(ABC, Generic[State, Prior]):
     """K steps from noise to a mask. Step 0 is the noisiest; masks are probabilities (B, K, *spatial).
 
     Attributes:
@@ -34,7 +39,7 @@ class Chain(ABC):
     """
 
     steps: int
-    network: nn.Module | None = None
+    network: Any = None  # subclasses say what they call
     channels: int = 0
     has_prior = False
     stochastic = True
@@ -45,24 +50,22 @@ class Chain(ABC):
         """What every step needs of images (B, C, *spatial)."""
 
     @abstractmethod
-    def start(self, prior: torch.Tensor | None, noise: Noise) -> torch.Tensor | None:
+    def start(self, prior: Prior, noise: Noise) -> State:
         """The first state."""
 
     @abstractmethod
     def estimate(
         self,
         window: Window,
-        state: torch.Tensor | None,
-        prior: torch.Tensor | None,
+        state: State,
+        prior: Prior,
         previous: torch.Tensor | None,
         step: int,
     ) -> torch.Tensor:
         """The mask as one network pass sees it; previous is the estimate of the step before, None at first."""
 
     @abstractmethod
-    def advance(
-        self, state: torch.Tensor | None, estimate: torch.Tensor, prior: torch.Tensor | None, step: int, noise: Noise
-    ) -> torch.Tensor | None:
+    def advance(self, state: State, estimate: torch.Tensor, prior: Prior, step: int, noise: Noise) -> State:
         """The state after a step."""
 
     def answer(self, estimate: torch.Tensor) -> torch.Tensor:
@@ -76,9 +79,12 @@ class Chain(ABC):
 class Denoiser(Protocol):
     """A network of a Gaussian process, as its chain calls it."""
 
-    process: GaussianDiffusion
     encoding: MaskEncoding
     self_conditioning: bool
+
+    @property
+    def process(self) -> TimeSteps | None:
+        """That was trained, a Gaussian one."""
 
     def __call__(
         self,
@@ -97,26 +103,38 @@ class Denoiser(Protocol):
 class Refining(Protocol):
     """A network of a Bernoulli process with a prior, as its chain calls it."""
 
-    process: BernoulliDiffusion
     num_heads: int
     sigmoid: bool
+
+    @property
+    def process(self) -> BernoulliDiffusion:
+        """That was trained."""
 
     def look(self, image: torch.Tensor) -> Window:
         """Prior and features of images."""
 
     def noise_probability(
-        self, image: torch.Tensor, y_t: torch.Tensor, prior: torch.Tensor, t: torch.Tensor, features: list | None
+        self,
+        image: torch.Tensor,
+        y_t: torch.Tensor,
+        prior: torch.Tensor,
+        t: torch.Tensor,
+        features: list[torch.Tensor] | None,
     ) -> torch.Tensor:
         """P(y_t is wrong), (B, K, *spatial)."""
 
 
-class GaussianChain(Chain):
+class GaussianChain(Chain[torch.Tensor, torch.Tensor | None]):
     """The recycling family: a Gaussian process, its network told about state and time."""
+
+    network: Denoiser
 
     def __init__(self, network: Denoiser, config: SamplingConfig):
         self.network, self.config = network, config
         self.steps, self.channels = config.steps, network.encoding.channels
-        self.process = network.process.respace(config.steps, config.step_spacing)
+        process = network.process
+        assert isinstance(process, GaussianSteps), "a network of another process makes another chain"
+        self.process = process.respace(config.steps, config.step_spacing)
 
     def _index(self, step: int) -> torch.Tensor:
         return torch.tensor([self.steps - 1 - step])  # on the CPU, where coefficients are
@@ -139,8 +157,9 @@ class GaussianChain(Chain):
     ) -> torch.Tensor:
         """See ``Chain``."""
         t = self.process.timestep_map[self._index(step)].expand(len(window.image))
-        conditioned = self.network.self_conditioning and previous is not None
-        seen = self.network.encoding.encode(previous) if conditioned else None
+        seen = None
+        if self.network.self_conditioning and previous is not None:
+            seen = self.network.encoding.encode(previous)
         heads = self.network(window.image, state, t, seen, full_resolution_only=True)
         return self.network.probabilities(heads[0] if isinstance(heads, list | tuple) else heads)
 
@@ -154,10 +173,11 @@ class GaussianChain(Chain):
         )
 
 
-class BernoulliChain(Chain):
+class BernoulliChain(Chain[torch.Tensor, torch.Tensor]):
     """A Bernoulli process from a prior, of which the network estimates the noise: HiDiff."""
 
     has_prior = True
+    network: Refining
 
     def __init__(self, network: Refining, config: SamplingConfig):
         self.network, self.config = network, config
@@ -217,10 +237,11 @@ class Drawing(Protocol):
         """Probabilities of the classes or regions, (B, K, *spatial)."""
 
 
-class CodeChain(Chain):
+class CodeChain(Chain[torch.Tensor, torch.Tensor | None]):
     """Every step makes a mask of its own from a code of its own, the same for the whole case: RecycleScore."""
 
     independent = True
+    network: Drawing
 
     def __init__(self, network: Drawing, config: SamplingConfig):
         self.network, self.steps, self.channels = network, config.steps, network.latent_channels
@@ -253,13 +274,14 @@ class CodeChain(Chain):
         return noise.code(step + 1)
 
 
-class SinglePass(Chain):
+class SinglePass(Chain[None, torch.Tensor | None]):
     """A network without a chain: stock models, NoDiff, and HiDiff's segmentor alone (K = 0).
 
     Further steps are the same pass again: folds of a model share a plan of views, and one may do without its refiner.
     """
 
     stochastic = False
+    network: nn.Module
 
     def __init__(self, network: nn.Module, sigmoid: bool, steps: int = 1):
         self.network, self.sigmoid, self.steps = network, sigmoid, steps

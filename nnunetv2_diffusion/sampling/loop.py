@@ -1,6 +1,8 @@
 """The reverse loop: nnU-Net's call of a network and our own predictor run this one."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,10 @@ def _seen(x: torch.Tensor | None, view: View) -> torch.Tensor | None:
     return None if x is None else mirror(x, view)
 
 
+def _sum(maps: Iterable[torch.Tensor]) -> torch.Tensor:
+    return reduce(add, maps)
+
+
 class Estimator:
     """A chain's network passes on a batch of tiles, in any view.
 
@@ -53,11 +59,16 @@ class Estimator:
             self.windows[view] = self.chain.look(mirror(self.image, view))
         return self.windows[view]
 
+    def _prior(self, view: View) -> torch.Tensor:
+        prior = self._window(view).prior
+        assert prior is not None, "a chain that has a prior looks it up for every view"
+        return mirror(prior, view)
+
     def prior(self, views: Sequence[View]) -> torch.Tensor | None:
         """Mean prior over views, None if the chain has none."""
         if not self.chain.has_prior:
             return None
-        return sum(mirror(self._window(view).prior, view) for view in views) / len(views)
+        return _sum(map(self._prior, views)) / len(views)
 
     def __call__(
         self,
@@ -68,8 +79,8 @@ class Estimator:
         step: int,
     ) -> torch.Tensor:
         """The estimate of a view, turned back."""
-        given = (_seen(x, view) for x in (state, prior, previous))
-        p = mirror(self.chain.estimate(self._window(view), *given, step), view)
+        state, prior, previous = (_seen(x, view) for x in (state, prior, previous))
+        p = mirror(self.chain.estimate(self._window(view), state, prior, previous, step), view)
         self.tick(len(self.image))
         return p
 
@@ -90,15 +101,18 @@ def run_chain(chain: Chain, estimator: Estimator, schedule: Schedule, noise: Noi
     prior = estimator.prior(list(dict.fromkeys(view for step in schedule for view in step)))
     state = chain.start(prior, noise)
     latest: dict[View, torch.Tensor] = {}
-    total, passes, previous = 0.0, 0, None
+    total: torch.Tensor | None = None
+    previous: torch.Tensor | None = None
+    passes = 0
     for step, seen in enumerate(schedule):
         if chain.independent:
             latest.clear()
         for view in seen:
             latest[view] = estimator(view, state, prior, previous, step)
-        answer = estimate = sum(latest.values()) / len(latest)
+        answer = estimate = _sum(latest.values()) / len(latest)
         if chain.independent:
-            total, passes = total + estimate * len(seen), passes + len(seen)
+            drawn, passes = estimate * len(seen), passes + len(seen)
+            total = drawn if total is None else total + drawn
             answer = total / passes
         yield Step(state, chain.answer(answer))
         if step + 1 == len(schedule):
@@ -127,4 +141,5 @@ def mean_of_samples(estimator: Estimator, config: SamplingConfig) -> torch.Tenso
         noise = NoiseByContent(hashes, config.seed, sample, shape, image.device)
         *_, last = run_chain(chain, estimator, [[()]] * chain.steps, noise)
         mean = last.answer if mean is None else mean + (last.answer - mean) / (sample + 1)
+    assert mean is not None, "a SamplingConfig has at least one sample"
     return mean

@@ -35,7 +35,8 @@ def relocate(content: Mapping[str, Any], present: Mapping[str, Any] | None = Non
         content: as found, or changes that are to be made to it.
         present: what changes are made to, in the new places; gives the other beta if only one is changed.
     """
-    found, renamed = dict(content), {}
+    found = dict(content)
+    renamed: dict[str, str] = {}
     if any(key in found for key in (*FLAT, *BETAS)) and isinstance(found.get(GAUSSIAN) or {}, Mapping):
         renamed |= _relocate_gaussian(found, present or {})
     if isinstance(found.get(HIDIFF), Mapping):
@@ -126,6 +127,6 @@ def describe(renamed: Mapping[str, str], left_out: list[str], acting: Mapping[st
     if left_out:
         parts.append(f"are not needed any more, their value is always used: {', '.join(left_out)}")
     if acting:
-        told = ", ".join(f"{name}={value}" for name, value in acting.items())
-        parts.append(f"still act, but are not documented any more: {told}")
+        values = ", ".join(f"{name}={value}" for name, value in acting.items())
+        parts.append(f"still act, but are not documented any more: {values}")
     return f"settings of version 0.1 {'. Others '.join(parts)}" if parts else ""

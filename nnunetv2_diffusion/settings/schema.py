@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, TypeVar, get_args
 
 S = TypeVar("S", bound="Settings")
@@ -38,6 +38,7 @@ def section(doc: str) -> dict[str, Any]:
     return {"doc": doc, "section": True}
 
 
+@dataclass(frozen=True)
 class Settings:
     """Base of frozen dataclasses of settings; every field is checked when an object is made."""
 

@@ -76,7 +76,7 @@ class DiffusionSettings(Settings):
 
 # sections within the section: name -> its settings
 SUBSECTIONS: dict[str, type[Settings]] = {
-    f.name: f.default_factory for f in fields(DiffusionSettings) if "section" in f.metadata
+    f.name: f.type for f in fields(DiffusionSettings) if isinstance(f.type, type) and issubclass(f.type, Settings)
 }
 
 

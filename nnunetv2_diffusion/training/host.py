@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -127,7 +127,8 @@ def look_at_pretrained_weights(look: Callable[[str], None]) -> None:
     Args:
         look: given the file; raises if it cannot be used.
     """
-    for command in (sys.modules.get("nnunetv2.run.run_training"), sys.modules.get("__main__")):
+    commands: list[Any] = [sys.modules.get(name) for name in ("nnunetv2.run.run_training", "__main__")]
+    for command in commands:
         load = getattr(command, "load_pretrained_weights", None)
         if load is not None:
             # of another trainer in this process, nothing is left
@@ -144,7 +145,13 @@ def _safe_loader(load: Callable[..., None], look: Callable[[str], None]) -> Call
     return checked
 
 
-class MemoryLog:
+if TYPE_CHECKING:
+    from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer as _Host  # whose methods a mixin calls
+else:
+    _Host = object
+
+
+class MemoryLog(_Host):
     """Writes a training's peak memory on a GPU to its log; a class to inherit before nnU-Net's trainer."""
 
     def on_train_end(self) -> None:
@@ -160,6 +167,8 @@ class CommonTrainer(MemoryLog, nnUNetTrainer):
     Settings come from the plans. A fold is trained by one process at a time, checkpoints are written whole or not at
     all and only with finite weights, a training that diverges stops.
     """
+
+    my_init_kwargs: dict[str, Any]  # nnU-Net's
 
     def __init__(
         self,

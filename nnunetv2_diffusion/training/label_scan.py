@@ -34,8 +34,8 @@ def scan_labels(datasets: Iterable[Any], show_progress: bool, cache: Path | None
     cases = [(dataset, case) for dataset in datasets for case in dataset.identifiers]
     for dataset, case in tqdm(cases, desc="checking labels", disable=not show_progress, leave=False):
         key, stamp = _stamp(dataset, case)
-        remembered = known.get(key)
-        if key and remembered and remembered[:2] == stamp:
+        remembered = known.get(key) if key else None
+        if remembered and remembered[:2] == stamp:
             found[case] = set(remembered[2])
             continue
         segmentation = dataset.load_case(case)[1]

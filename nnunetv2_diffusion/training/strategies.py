@@ -11,12 +11,12 @@ Steps are indexed in the process's own chain; the network is told ``process.time
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import Field, dataclass
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 
-from nnunetv2_diffusion.diffusion import GaussianDiffusion
+from nnunetv2_diffusion.diffusion import GaussianSteps
 from nnunetv2_diffusion.networks import to_x_start
 
 Predict = Callable[..., torch.Tensor]
@@ -30,8 +30,9 @@ class LastPass(NamedTuple):
 
 
 class Strategy(Protocol):
-    """What a trainer needs to know of a strategy."""
+    """What a trainer needs to know of a strategy, which is a dataclass."""
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     self_conditioning: bool
     """The network has input channels for an estimate."""
     uses_next_step: bool
@@ -39,13 +40,11 @@ class Strategy(Protocol):
     steps: int
     """K of a prediction whose plans say none: 1 where later steps bring nothing."""
 
-    def __call__(
-        self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
-    ) -> LastPass:
+    def __call__(self, predict: Predict, process: GaussianSteps, x_start: torch.Tensor, t: torch.Tensor) -> LastPass:
         """Input of the last pass at step t (B,)."""
 
 
-def _noised(process: GaussianDiffusion, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+def _noised(process: GaussianSteps, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return process.q_sample(x, t, torch.randn_like(x))
 
 
@@ -57,9 +56,7 @@ class Standard:
     uses_next_step = False
     steps = 5
 
-    def __call__(
-        self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
-    ) -> LastPass:
+    def __call__(self, predict: Predict, process: GaussianSteps, x_start: torch.Tensor, t: torch.Tensor) -> LastPass:
         """x_t ~ q(x_t | x_0)."""
         return LastPass(_noised(process, x_start, t))
 
@@ -72,9 +69,7 @@ class RecycleXT:
     uses_next_step = True
     steps = 1
 
-    def __call__(
-        self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
-    ) -> LastPass:
+    def __call__(self, predict: Predict, process: GaussianSteps, x_start: torch.Tensor, t: torch.Tensor) -> LastPass:
         """x_T ~ q(x_T | x_0) (5a); x0^ = f(x_T, T) (5b); x_t ~ q(x_t | x0^) (5c)."""
         last = torch.full_like(t, process.num_timesteps - 1)
         p = predict(_noised(process, x_start, last), last)
@@ -89,9 +84,7 @@ class RecycleXtPlus1:
     uses_next_step = True
     steps = 1
 
-    def __call__(
-        self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
-    ) -> LastPass:
+    def __call__(self, predict: Predict, process: GaussianSteps, x_start: torch.Tensor, t: torch.Tensor) -> LastPass:
         """x_{t+1} ~ q(x_{t+1} | x_0) (6a); x0^ = f(x_{t+1}, t+1) (6b); x_t ~ q(x_t | x0^) (6c)."""
         p = predict(_noised(process, x_start, t + 1), t + 1)
         return LastPass(_noised(process, to_x_start(p), t))
@@ -123,9 +116,7 @@ class SelfConditionXt:
     uses_next_step = False
     steps = 5
 
-    def __call__(
-        self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
-    ) -> LastPass:
+    def __call__(self, predict: Predict, process: GaussianSteps, x_start: torch.Tensor, t: torch.Tensor) -> LastPass:
         """x_t ~ q(x_t | x_0) (7a); x0^ = f(x_t, t, 0) or 0 (7b, 7c); last pass f(x_t, t, x0^) (7d)."""
         x_t = _noised(process, x_start, t)
         return LastPass(x_t, _gated_estimate(predict, x_t, t, self.probability))
@@ -146,9 +137,7 @@ class SelfConditionXtPlus1:
     uses_next_step = True
     steps = 5
 
-    def __call__(
-        self, predict: Predict, process: GaussianDiffusion, x_start: torch.Tensor, t: torch.Tensor
-    ) -> LastPass:
+    def __call__(self, predict: Predict, process: GaussianSteps, x_start: torch.Tensor, t: torch.Tensor) -> LastPass:
         """x_{t+1} (8a); x0^ = f(x_{t+1}, t+1, 0) or 0 (8b, 8c); x_t ~ q(x_t | x_{t+1}, x_0) (8d)."""
         x_next = _noised(process, x_start, t + 1)
         estimate = _gated_estimate(predict, x_next, t + 1, self.probability)

@@ -12,6 +12,7 @@ from torch import nn
 from nnunetv2_diffusion.diffusion import (
     GaussianDiffusion,
     GaussianSteps,
+    TimeSteps,
     UniformTimeSampler,
     linear_beta_schedule,
     make_encoding,
@@ -72,6 +73,8 @@ class DiffusionTrainer(PlannedTrainer):
     uses_mask = True
     section: str | None = "gaussian"  # of the settings, whose sampling the environment may change; None: no sampling
     time_sampling: str | None = None  # how t is drawn; None: as the settings say
+    process: TimeSteps
+    inner_network: DiffusionUNet
 
     def prepare(self) -> None:
         """See ``PlannedTrainer``."""
@@ -89,7 +92,7 @@ class DiffusionTrainer(PlannedTrainer):
         self._iteration = 0
 
     @classmethod
-    def build_process(cls, settings: DiffusionSettings) -> GaussianSteps:
+    def build_process(cls, settings: DiffusionSettings) -> TimeSteps:
         """The diffusion process that training draws from."""
         own = settings.gaussian
         process = GaussianDiffusion(linear_beta_schedule(own.timesteps, *own.betas))
@@ -99,6 +102,7 @@ class DiffusionTrainer(PlannedTrainer):
     def make_sampling(cls, settings: DiffusionSettings) -> SamplingConfig:
         """How predictions are drawn by the plans."""
         own = settings.gaussian.with_steps(cls.strategy.steps)
+        assert own.steps is not None, "with_steps has set them"
         return SamplingConfig(own.steps, own.sampler, own.eta, settings.samples, settings.seed, own.step_spacing)
 
     @classmethod
@@ -231,6 +235,7 @@ class DiffusionTrainer(PlannedTrainer):
         t_range = (0, self.process.num_timesteps - int(self.strategy.uses_next_step))
         t, weights = self.time_sampler.sample(len(image), t_range)
         x_start = self._x_start(target)
+        assert isinstance(self.process, GaussianSteps), "a method with another process has a loss of its own"
         last = self.strategy(self._first_pass(image), self.process, x_start, t)
         output = self.network(image, last.x_t, self.process.timestep_map[t], last.estimate)
         if not hasattr(self.loss, "per_sample"):
@@ -266,10 +271,11 @@ class DiffusionTrainer(PlannedTrainer):
 
     def _share_losses(self, t: torch.Tensor, losses: torch.Tensor) -> None:
         """Tell the time sampler the losses of all processes, so that all keep the same history."""
-        pairs = [(t.tolist(), losses.detach().float().tolist())]
+        own = (t.tolist(), losses.detach().float().tolist())
+        pairs: list[Any] = [own]
         if self.is_ddp:
             pairs = [None] * dist.get_world_size()
-            dist.all_gather_object(pairs, (t.tolist(), losses.detach().float().tolist()))
+            dist.all_gather_object(pairs, own)
         for steps, values in pairs:
             self.time_sampler.update(steps, values)
 
@@ -277,6 +283,7 @@ class DiffusionTrainer(PlannedTrainer):
         """One step is enough to follow the training, at the price of nnU-Net's own validation."""
         super().on_validation_epoch_start()
         self._sampling = self.inner_network.sampling
+        assert self._sampling is not None, "make_sampling gives one to every network"
         self.inner_network.sampling = replace(self._sampling, steps=1, samples=1)
 
     def on_validation_epoch_end(self, val_outputs: list[dict]) -> None:
