@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[2]
 WORDS = {
     "benchmark": "train-step",
     "datasets/convert": "--from PATH",
-    "datasets/muscle_postprocess": "--component",
     "demo": "--compare TRAINER",
     "docs": "MKDOCS OPTIONS",
     "gpu_day": "Each part writes OUT/PART.json",

@@ -100,8 +100,8 @@ def run(args: argparse.Namespace, problem: Problem, device: torch.device) -> tup
     # nnU-Net takes seconds to import: help and errors in options do not wait for it
     from laboratory.benchmarking import host
 
-    with _threads(args.threads, device), host.temporary_folders() as root:
-        results, targets, rows = _measure(args, problem, device, root)
+    with _threads(args.threads, device), host.temporary_folders():
+        results, targets, rows = _measure(args, problem, device)
         described = host.describe_problem(problem, None if args.what == "train-step" else 1)
         settings = {k: v for k, v in vars(args).items() if k not in ("what", "json")}
         # of files only the names, so that a result tells nothing about folders
@@ -119,21 +119,15 @@ def run(args: argparse.Namespace, problem: Problem, device: torch.device) -> tup
 
 
 def _measure(
-    args: argparse.Namespace, problem: Problem, device: torch.device, root: Path
+    args: argparse.Namespace, problem: Problem, device: torch.device
 ) -> tuple[list[dict], list[report.Target], str]:
     """Results, targets and table of a subcommand."""
-    from laboratory.benchmarking import measure, refiner, whole
+    from laboratory.benchmarking import measure, refiner
 
     turns = measure.Turns(device, measure.Stopwatch(device, args.clock), args.rounds, args.warmup)
     if args.what == "refiner":
         results, rows = refiner.refiner_steps(problem, args.width, turns)
         return results, [], rows
-    if args.what == "predict" and args.case is not None:
-        if args.plans is not None or args.clock != "wall" or len(args.case) not in (1, 3):
-            raise BenchmarkError("--case expects three sizes, made-up plans (no --plans) and --clock wall")
-        args.case, args.trainers, args.warmup = tuple(args.case) * (3 // len(args.case)), [REFERENCE], 0
-        results = whole.whole_predictions(problem, REFERENCE, args.case, args.device, args.rounds, root)
-        return results, whole.whole_targets(results), report.text_table(report.PREDICT_COLUMNS, results)
     args.trainers = [REFERENCE, *[name for name in dict.fromkeys(args.trainers) if name != REFERENCE]]
     if args.what == "train-step":
         results = measure.train_steps(problem, args.trainers, turns)

@@ -3,9 +3,8 @@
 The JSON holds ``schema`` (another number when a key goes or changes its meaning), ``command`` with all defaults
 spelled out, ``settings``, ``hardware``, ``versions``, ``results`` and ``targets``. A result has ``seconds`` (median,
 mean, min, max and each of the ``rounds``), ``ratio`` to nnUNetTrainer in the same round, ``peak_memory_bytes`` and
-``peak_memory_ratio`` (null on a CPU, but for predict with --case, where it is the largest resident set of a command,
-and ``trainer`` its name); for train-step ``parameters`` and ``parameter_overhead``; for predict ``steps``, ``passes``,
-``pass_ratio`` (mean pass to a stock prediction) and ``outside_share`` (of the time, outside of passes).
+``peak_memory_ratio`` (null on a CPU); for train-step ``parameters`` and ``parameter_overhead``; for predict ``steps``,
+``passes``, ``pass_ratio`` (mean pass to a stock prediction) and ``outside_share`` (of the time, outside of passes).
 """
 
 import json

@@ -1,7 +1,6 @@
 """The page of all studies: tables and figures from the JSONs alone, the same for the same files."""
 
 import argparse
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,11 +9,10 @@ from typing import Any
 from laboratory.study import StudyError
 from laboratory.study.figures import CURVES, all_figures, question_boxes, to_png, training_curves
 from laboratory.study.results import StudyResults, load_results
-from laboratory.study.tables import all_tables, summary_table, test_table
+from laboratory.study.tables import all_tables, test_table
 from nnunetv2_diffusion.evaluation.tables import Table, to_markdown
 from nnunetv2_diffusion.pages import check_page, write_whole
 
-BEGIN, END = "<!-- summary of NAME -->", "<!-- end of summary -->"
 MARK = "<!-- made by scripts/study report from the JSONs; do not edit -->"
 
 
@@ -25,8 +23,6 @@ def run(arguments: argparse.Namespace) -> int:
         file = arguments.o or arguments.results.resolve().parent / "report.md"
         page, figures = build(studies, file.stem)
         write_page(file, page, figures)
-        if arguments.insert is not None:
-            write_whole(arguments.insert, insert_summaries(arguments.insert, studies))
     except (StudyError, OSError) as error:
         print(f"scripts/study report: {error}", file=sys.stderr)
         return 1
@@ -54,25 +50,6 @@ def write_page(file: Path, page: str, figures: Mapping[str, bytes]) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, content)
     write_whole(file, page)
-
-
-def insert_summaries(file: Path, studies: list[StudyResults]) -> str:
-    """Text of a file with the summaries of studies between its marks; StudyError if a mark or its end is missing."""
-    text = file.read_text(encoding="utf-8")
-    known = {study.name: study for study in studies}
-    before, between = BEGIN.split("NAME")
-    pattern = re.compile(f"({re.escape(before)}(.*?){re.escape(between)}\n)(.*?)({re.escape(END)})", re.DOTALL)
-    names = [match[2] for match in pattern.finditer(text)]
-    if not names or len(names) != text.count(before):
-        raise StudyError(f"{file}: expected {BEGIN} and {END} around each place for a summary")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise StudyError(f"{file}: no results of study {unknown[0]}, there are those of {', '.join(known)}")
-
-    def table(match: re.Match) -> str:
-        return f"{match[1]}{_markdown(summary_table(known[match[2]]))}\n{match[4]}"
-
-    return pattern.sub(table, text)
 
 
 def _markdown(table: Table) -> str:

@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import SimpleITK as sitk  # noqa: N813, its usual name
 import torch
 
 from laboratory.benchmarking import host
@@ -448,49 +447,3 @@ def test_script_runs_from_anywhere(tmp_path):
     assert result.returncode == 0, result.stderr
     assert "train-step" in result.stdout
     assert os.access(ROOT / "scripts" / "benchmark", os.X_OK)
-
-
-def whole(tmp_path, *options):
-    return run(tmp_path, ["predict", "--case", "20", *TINY, "--classes", "16", *SHORT, "--rounds", "1", *options])
-
-
-def test_whole_commands_predict_the_same_case_with_the_same_model(tmp_path, monkeypatch):
-    from laboratory.benchmarking import whole as module
-
-    monkeypatch.setattr(module, "SPACINGS", {"to be resampled": 1.25})
-    masks, run_command = {}, module._run
-
-    def spy(command, model, images, out, device):
-        usage = run_command(command, model, images, out, device)
-        masks[command] = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "case.nii.gz")))
-        return usage
-
-    monkeypatch.setattr(module, "_run", spy)
-    content, text, _ = whole(tmp_path)
-    stock, ours = content["results"]
-    assert stock["peak_memory_ratio"] == 1
-    assert ours["peak_memory_ratio"] == ours["peak_memory_bytes"] / stock["peak_memory_bytes"] > 0.5
-    assert (content["settings"]["case"], content["settings"]["trainers"]) == ([20, 20, 20], ["nnUNetTrainer"])
-    assert [target["limit"] for target in content["targets"]] == [1.2]
-    assert "--case 20x20x20" in content["command"]
-    assert "nnunetv2_diffusion predict, to be resampled: peak memory / nnUNetv2_predict's <= 1.2" in text
-    assert masks[module.OURS].shape == (16, 16, 16)
-    assert (masks[module.OURS] == masks[module.STOCK]).mean() > 0.9  # nnU-Net averages logits, in half precision
-
-
-@pytest.mark.parametrize("options", [["--clock", "cpu"], ["--case", "20x20"]])
-def test_what_whole_commands_cannot_be_asked_for_is_named(tmp_path, capsys, options):
-    with pytest.raises(SystemExit):
-        whole(tmp_path, *options)
-    assert "--case expects three sizes, made-up plans (no --plans) and --clock wall" in capsys.readouterr().err
-
-
-def test_a_command_that_fails_ends_in_its_message(tmp_path, monkeypatch, capsys):
-    from laboratory.benchmarking import whole as module
-
-    monkeypatch.setattr(module, "COMMANDS", {module.STOCK: ["python", "-c", "raise SystemExit('no such thing')"]})
-    with pytest.raises(SystemExit):
-        whole(tmp_path)
-    error = capsys.readouterr().err
-    assert "nnUNetv2_predict failed: python ended with status 1" in error
-    assert "no such thing" in error

@@ -300,32 +300,3 @@ def test_the_summary_has_a_row_for_each_cell(study):
     assert by_name["K2_ddpm"] == f"{np.mean(own.by_case('K2_ddpm', 'Dice')):.3f}"
     assert (by_name["one_pass"], by_name["pairwise Dice of samples"], by_name["training, s"]) == ("-", "0.900", "5")
     assert base[table.columns.index("K2_ddpm")] == base[table.columns.index("pairwise Dice of samples")] == "-"
-
-
-def test_summaries_are_put_between_the_marks_and_nothing_else_changes(folder, tmp_path):
-    studies = load_results(folder)
-    file = tmp_path / "README.md"
-    file.write_text("before\n<!-- summary of made -->\nto go\n<!-- end of summary -->\nafter\n")
-    text = report.insert_summaries(file, studies)
-    assert text.startswith("before\n<!-- summary of made -->\n| cell |")
-    assert text.endswith("\n<!-- end of summary -->\nafter\n")
-    assert "to go" not in text
-    assert all(name in text for name in ("Base", "Diff"))
-    file.write_text(text)
-    assert report.insert_summaries(file, studies) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("nothing", "expected <!-- summary of NAME -->"),
-        ("<!-- summary of made -->\nno end", "expected <!-- summary of NAME -->"),
-        ("<!-- summary of other -->\n<!-- end of summary -->", "no results of study other, there are those of made"),
-    ],
-)
-def test_a_file_without_a_place_for_the_summary_is_left_alone(folder, tmp_path, text, said):
-    file = tmp_path / "README.md"
-    file.write_text(text)
-    with pytest.raises(StudyError, match=said):
-        report.insert_summaries(file, load_results(folder))
-    assert file.read_text() == text
