@@ -12,7 +12,7 @@ import numpy as np
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from PIL import Image
 
-from laboratory.files import read_json
+from laboratory.files import read_keys
 from nnunetv2_diffusion.inference.inputs import list_images
 
 
@@ -91,7 +91,7 @@ def _read(source: Path) -> tuple[dict, dict[str, tuple[list[Path], Path]]]:
     """dataset.json, and the images and the label file of every labelled case."""
     if not re.fullmatch(r"Dataset\d{3}_.+", source.name):
         raise RawDataError(f"{source}: expected a folder named DatasetXXX_Name, as nnU-Net does")
-    dataset = read_json(source / "dataset.json", RawDataError, ("file_ending", "labels"))
+    dataset = read_keys(source / "dataset.json", RawDataError, ("file_ending", "labels"))
     ending = dataset["file_ending"]
     for needed in ("imagesTr", "labelsTr") if "dataset" not in dataset else ():
         if not (source / needed).is_dir():

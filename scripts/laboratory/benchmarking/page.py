@@ -8,12 +8,12 @@ from typing import Any
 from laboratory.benchmarking import report
 from laboratory.benchmarking.problem import BenchmarkError
 from laboratory.benchmarking.report import Columns, Target
-from laboratory.files import read_json
+from laboratory.files import read_keys
 from nnunetv2_diffusion.evaluation.tables import Table, to_markdown
 from nnunetv2_diffusion.pages import check_page, write_whole
 
 MARK = "<!-- made by scripts/benchmark page from the JSONs; do not edit -->"
-EXPECTED = "expected a JSON of scripts/benchmark or scripts/memory_table"
+EXPECTED = "a JSON of scripts/benchmark or scripts/memory_table"
 KEYS = ("schema", "settings", "hardware", "versions", "results")
 CLOCKS = {"wall": "wall", "cpu": "processor time of the process", None: "nothing is timed"}
 MEMORY = "memory"
@@ -65,25 +65,22 @@ def read_runs(folder: Path) -> list[Run]:
     """All JSONs of a folder, by name; BenchmarkError if there are none, or names one that is not of the benchmark."""
     files = sorted(folder.glob("*.json"))
     if not files:
-        raise BenchmarkError(f"{folder}: found no file *.json, {EXPECTED}")
+        raise BenchmarkError(f"{folder}: found no file *.json, expected {EXPECTED}")
     return [_read_run(file) for file in files]
 
 
 def _read_run(file: Path) -> Run:
-    content = read_json(file, BenchmarkError)
-    missing = [key for key in KEYS if key not in content]
-    if missing:
-        raise BenchmarkError(f"{file}: no key {missing[0]!r}, {EXPECTED}")
+    content = read_keys(file, BenchmarkError, KEYS, EXPECTED)
     if content["schema"] != report.SCHEMA:
         raise BenchmarkError(f"{file}: schema is {content['schema']!r}, expected {report.SCHEMA}")
     results = content["results"]
     if not isinstance(results, list) or not results or not all(isinstance(result, dict) for result in results):
-        raise BenchmarkError(f"{file}: no list of results, {EXPECTED}")
+        raise BenchmarkError(f"{file}: no list of results, expected {EXPECTED}")
     command = content.get("command")
     kind = next((name for name, kind in KINDS.items() if f"{command} ".startswith(f"{kind.command} ")), None)
     kind = MEMORY if command is None and "saved_estimate" in results[0] else kind
     if kind is None:
-        raise BenchmarkError(f"{file}: command is {command!r}, {EXPECTED}")
+        raise BenchmarkError(f"{file}: command is {command!r}, expected {EXPECTED}")
     return Run(file.name, kind, content)
 
 

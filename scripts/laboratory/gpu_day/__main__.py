@@ -13,6 +13,7 @@ from pathlib import Path
 from nnunetv2_diffusion.pages import write_whole
 
 SCRIPTS = Path(__file__).resolve().parents[2]
+BENCHMARKING = (sys.executable, "-m", "laboratory.benchmarking")
 ABOUT = """\
 Everything that needs a GPU, in the order of its worth, for a machine that is lent for half an hour: masks of the CPU
 against the GPU's, cost of a training step and of a prediction as ratios to stock nnU-Net's, memory against the
@@ -69,7 +70,7 @@ class Day:
         what, *rest = options
         size = [*TINY, "--warmup", "1"] if self.tiny else []
         rounds = ["--rounds", "2" if self.tiny else "15", "--device", self.device]
-        command = [sys.executable, str(SCRIPTS / "benchmark"), what, *rest, *size, *rounds]
+        command = [*BENCHMARKING, "cli", what, *rest, *size, *rounds]
         self.command([*command, "--json", str(self.out / f"{name}.json")], compiled)
 
 
@@ -119,7 +120,7 @@ def predict(day: Day) -> None:
 
 def memory(day: Day) -> None:
     """The planner's estimate against what the allocator took at most."""
-    command = [sys.executable, str(SCRIPTS / "memory_table"), "--device", day.device, "--dims", "3"]
+    command = [*BENCHMARKING, "memory", "--device", day.device, "--dims", "3"]
     command += ["--networks", "plain", "--classes", "3", "16"]
     command += ["--patch-3d", "16", "--stages", "3", "--base-features", "4"] if day.tiny else []
     day.command([*command, "--json", str(day.out / "memory.json")])

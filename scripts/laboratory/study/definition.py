@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from laboratory.files import read_json
 from laboratory.study import StudyError
+from nnunetv2_diffusion.files import read_json
 from nnunetv2_diffusion.settings import (
     MOST_SAMPLES,
     SAMPLERS,

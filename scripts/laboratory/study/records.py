@@ -23,13 +23,13 @@ import torch
 
 import nnunetv2_diffusion
 from laboratory.benchmarking.report import describe_hardware, describe_versions
-from laboratory.files import read_json
 from laboratory.study import StudyError
 from laboratory.study.definition import Cell, Prediction, Study
 from laboratory.study.stages import Training
 from nnunetv2_diffusion.checkpoints import load_checkpoint_file
 from nnunetv2_diffusion.evaluation.labels import read_labels
 from nnunetv2_diffusion.evaluation.summaries import class_key, read_summary
+from nnunetv2_diffusion.files import read_json
 from nnunetv2_diffusion.pages import write_whole
 from nnunetv2_diffusion.planning.derive import resolve_configurations
 from nnunetv2_diffusion.settings import HIDIFF, merge_settings, parse_settings

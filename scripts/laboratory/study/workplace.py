@@ -16,10 +16,10 @@ from pathlib import Path
 from shutil import rmtree
 
 from laboratory.commands import CommandRunner
-from laboratory.files import read_json
 from laboratory.raw_data import check_cases, link_parts
 from laboratory.study import StudyError
 from laboratory.study.definition import Cell, Study
+from nnunetv2_diffusion.files import read_json
 from nnunetv2_diffusion.pages import write_whole
 from nnunetv2_diffusion.planning.derive import PlansError, derive_plans, write_plans
 from nnunetv2_diffusion.settings import ENVIRONMENT_PREFIX, HIDIFF, SettingsError, merge_settings

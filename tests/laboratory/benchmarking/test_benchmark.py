@@ -5,7 +5,6 @@ import io
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -441,9 +440,7 @@ def test_shared_storage_counts_once():
 
 
 def test_script_runs_from_anywhere(tmp_path):
-    result = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "benchmark", "--help"], cwd=tmp_path, capture_output=True, text=True
-    )
+    result = subprocess.run([ROOT / "scripts" / "benchmark", "--help"], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "train-step" in result.stdout
     assert os.access(ROOT / "scripts" / "benchmark", os.X_OK)
