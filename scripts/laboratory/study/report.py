@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from laboratory.study import StudyError
-from laboratory.study.figures import CURVES, all_figures, question_boxes, to_png, training_curves
-from laboratory.study.results import StudyResults, load_results
+from laboratory.study.figures import training_curves
+from laboratory.study.results import CellResults, StudyResults, load_results
 from laboratory.study.tables import all_tables, test_table
+from nnunetv2_diffusion.analysis.figures import to_png
 from nnunetv2_diffusion.evaluation.tables import Table, to_markdown
 from nnunetv2_diffusion.pages import check_page, write_whole
 
+CURVES = "nnU-Net's pseudo Dice on validation patches by epoch, mean over runs."
 MARK = "<!-- made by scripts/study report from the JSONs; do not edit -->"
 
 
@@ -60,28 +62,24 @@ def _markdown(table: Table) -> str:
 def _section(study: StudyResults, folder: str, figures: dict[str, bytes]) -> list[str]:
     """One study."""
 
-    def place(name: str, caption: str, figure: Any) -> list[str]:
+    def curves(name: str, cells: list[CellResults]) -> list[str]:
         path = f"{folder}_{name}.png"
-        figures[path] = to_png(figure)
-        return [f"![{caption}]({path})", "", f"*{caption}*", ""]
+        figures[path] = to_png(training_curves(cells))
+        return [f"![{CURVES}]({path})", "", f"*{CURVES}*", ""]
 
     lines = [f"## {study.name}", "", *_facts(study), ""]
     for table in all_tables(study):
         lines += [f"### {table.title}", "", _markdown(table)]
-    lines += ["### Figures", ""]
-    for name, caption, figure in all_figures(study):
-        lines += place(name, caption, figure)
+    lines += ["### Trainings", "", *curves("curves", study.cells)]
     for index, question in enumerate(study.content.get("questions", []), start=1):
-        cells = [study.cell(name) for name in question["cells"]]
-        present = [cell for cell in cells if cell is not None]
+        first, *others = [study.cell(name) for name in question["cells"]]
+        present = [cell for cell in others if cell is not None]
         lines += [f"### {question['title']}", ""]
-        if cells[0] is None or len(present) < 2:
+        if first is None or not present:
             lines += ["Not answered yet: the cells have no results.", ""]
             continue
-        lines.append(_markdown(test_table(present[0], present[1:], "Dice")))
-        caption = f"{question['title']} Dice of every case minus that of {present[0].name}."
-        lines += place(f"question_{index}", caption, question_boxes(present[0], present[1:]))
-        lines += place(f"question_{index}_curves", CURVES, training_curves(present))
+        lines.append(_markdown(test_table(first, present, "Dice")))
+        lines += curves(f"question_{index}_curves", [first, *present])
     return lines
 
 
