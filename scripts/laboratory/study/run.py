@@ -124,7 +124,8 @@ def chain_of(trainer: str) -> str | None:
         CheckpointError: if nnU-Net does not find the trainer.
     """
     from nnunetv2_diffusion.methods.hidiff import HiDiffTrainer
-    from nnunetv2_diffusion.training import DiffusionTrainer, RecycleScoreTrainer
+    from nnunetv2_diffusion.methods.recycle_score import RecycleScoreTrainer
+    from nnunetv2_diffusion.training import DiffusionTrainer
 
     found = find_trainer(trainer)
     if issubclass(found, HiDiffTrainer):

@@ -52,7 +52,7 @@ def test_every_run_of_every_cell_gets_its_json(fake, start, results):
     assert list(found) == ["A_run0", "A_run1", "B_run0", "C_run0"]
     record = found["B_run0"]
     assert record["settings"]["num_epochs"] == 2
-    assert record["settings"]["beta_end"] == 0.02, "defaults are spelled out"
+    assert record["settings"]["gaussian"]["betas"] == [0.0001, 0.02], "defaults are spelled out"
     assert record["network"]["features_per_stage"] == [4, 8]
     assert record["training"]["epoch_seconds"] == [3.0, 2.0]
     assert record["training"]["peak_memory_bytes"] == 2**30
@@ -194,7 +194,7 @@ def test_hidiff_starts_from_the_checkpoint_of_its_segmentors_run(fake, start, tm
     assert start(study, jobs=2) == 0
     for run, expected in ((0, 0), (1, 1), (2, 0)):
         plans = json.loads((tmp_path / "work" / "nnUNet_preprocessed" / DATASET / f"fake-C-{run}.json").read_text())
-        checkpoint = plans["configurations"]["3d_fullres"]["diffusion"]["hidiff"]["segmentor_checkpoint"]
+        checkpoint = plans["configurations"]["3d_fullres"]["diffusion"]["hidiff"]["segmentor"]
         assert (tmp_path / "work" / checkpoint).is_file()
         assert f"/A/run_{expected}/" in checkpoint
         assert not checkpoint.startswith("/")
