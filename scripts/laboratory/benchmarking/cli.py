@@ -19,11 +19,6 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status, or ends with status 2 and a message for what cannot be used."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if getattr(args, "paper", False):
-        from laboratory.benchmarking.refiner import paper_counts
-
-        print(paper_counts())
-        return 0
     try:
         if args.what == "page":
             return _page(args.folder, args.o)

@@ -67,7 +67,6 @@ def build_parser() -> argparse.ArgumentParser:
     made = {name: commands.add_parser(name, help=short, description=long) for name, (short, long) in COMMANDS.items()}
     add = made["refiner"].add_argument
     add("--width", type=_positive, default=32, help="channels of the first stage (default: 32)")
-    add("--paper", action="store_true", help="only count, for the setting of the paper")
     _add_problem_and_run_options(made["refiner"], [], 10)
     _add_problem_and_run_options(made["train-step"], TRAINERS, 10)
     _add_problem_and_run_options(made["predict"], ["nnUNetTrainerRecycleXT"], 20)

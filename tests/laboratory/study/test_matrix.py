@@ -78,4 +78,4 @@ def test_a_matrix_of_two_cells_goes_from_cases_to_a_page(tmp_path, monkeypatch):
     assert main(["report", str(results), "-o", str(page)]) == 0
     text = page.read_text()
     assert "| Recycle | K2\\_ddim | one\\_pass | 2 |" in text
-    assert (tmp_path / "page" / "figures" / "tiny_question_1.png").is_file()
+    assert (tmp_path / "page" / "figures" / "tiny_question_1_curves.png").is_file()
