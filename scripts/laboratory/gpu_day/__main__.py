@@ -1,7 +1,6 @@
 """Command line of a day with a GPU; see scripts/gpu_day."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nnunetv2_diffusion.pages import write_whole
+from nnunetv2_diffusion.files import write_json
 
 SCRIPTS = Path(__file__).resolve().parents[2]
 BENCHMARKING = (sys.executable, "-m", "laboratory.benchmarking")
@@ -34,16 +33,7 @@ TINY = ("--patch", "16", "--batch", "2", "--stages", "3", "--base-features", "4"
 
 @dataclass
 class Day:
-    """What is measured where.
-
-    Attributes:
-        out: folder of the results.
-        raw: data set to train on, or None.
-        device: cuda, or cpu for a rehearsal.
-        tiny: small networks and few repetitions.
-        end: ``time.monotonic()`` at which the machine is given back.
-        epochs: of each training, None to fill the time.
-    """
+    """What is measured where, with options as in ``arguments_of``; ``end``: when the machine goes, as ``monotonic``."""
 
     out: Path
     raw: Path | None
@@ -57,11 +47,7 @@ class Day:
         return self.end - time.monotonic()
 
     def command(self, arguments: Sequence[str], compiled: bool = False) -> None:
-        """Run one of this checkout's scripts.
-
-        Raises:
-            subprocess.CalledProcessError: if it fails.
-        """
+        """Run one of this checkout's scripts; CalledProcessError if it fails."""
         environment = {**os.environ, "nnUNet_compile": "t" if compiled else "f"}
         subprocess.run(arguments, check=True, env=environment, timeout=max(self.left(), 1))
 
@@ -89,11 +75,8 @@ def masks(day: Day) -> None:
         synthetic_problem(patch=(16,) * 3, batch=2, base_features=4, stages=2) if day.tiny else synthetic_problem()
     )
     results = compare_all(TRAINERS, problem, 12 if day.tiny else 200, device, () if day.tiny else PAIR[1:])
-    content = {
-        "hardware": describe_hardware(device), "versions": describe_versions(), "results": results,
-    }  # fmt: skip
-    file = day.out / "masks.json"
-    write_whole(file, json.dumps(content, indent=1, allow_nan=False))
+    file, described = day.out / "masks.json", {"hardware": describe_hardware(device), "versions": describe_versions()}
+    write_json(file, {**described, "results": results})
     print(page(file))
 
 
@@ -133,7 +116,7 @@ def trainings(day: Day) -> None:
     file = write_study(day.out, day.device, day.epochs, day.left(), day.tiny)
     command = [str(SCRIPTS / "study"), "run", str(file), "--raw", str(day.raw), "--out", str(day.out / "work")]
     day.command([*command, "--results", str(day.out / "results"), "--jobs", "4"], compiled=not day.tiny)
-    write_whole(day.out / "trainings.json", json.dumps({"study": file.name, "results": "results"}))
+    write_json(day.out / "trainings.json", {"study": file.name, "results": "results"})
 
 
 PARTS: tuple[Callable[[Day], None], ...] = (
