@@ -79,12 +79,7 @@ def measure_grid(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
 
 
 def measure_memory(problem: Problem, trainer_name: str, family: str, device: str) -> dict[str, Any]:
-    """Estimate and measure one training step; call it within ``temporary_folders``.
-
-    Returns:
-        bytes: ``estimate`` and ``measured``, their ``ratio``, ``saved_estimate`` and ``saved_measured`` (None on CUDA),
-        and the parts of the estimate.
-    """
+    """Bytes of one training step, within ``temporary_folders``; what is saved for the backward pass: None on CUDA."""
     configuration = problem.plans["configurations"][problem.configuration]
     estimate = estimate_memory(family, configuration, problem.dataset_json, 1, device)
     batch = configuration["batch_size"]

@@ -39,17 +39,8 @@ def synthetic_problem(
 ) -> Problem:
     """Plans in the style of nnU-Net's planner; the defaults are its plans for Task04_Hippocampus.
 
-    Args:
-        dim: 2 or 3.
-        patch: voxels along each axis.
-        batch: samples in a batch.
-        base_features: channels of the first stage; they double with every stage up to nnU-Net's limit.
-        classes: number of classes, background included.
-        stages: resolution stages of the U-Net.
-        resenc: ResidualEncoderUNet instead of PlainConvUNet.
-
-    Raises:
-        BenchmarkError: if a number is out of range or the patch has another number of axes than dim.
+    Classes count the background; channels, ``base_features`` in the first stage, double up to nnU-Net's limit.
+    BenchmarkError if a number is out of range or the patch has another number of axes than dim.
     """
     patch, batch = patch or REFERENCE_SHAPES[dim][0], batch or REFERENCE_SHAPES[dim][1]
     if len(patch) != dim or min(patch) < 4:

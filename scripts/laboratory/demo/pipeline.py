@@ -128,12 +128,7 @@ def train(job: Job, trainer: str) -> None:
 
 
 def predict_and_score(job: Job, trainer: str, steps: int | None = None) -> dict[str, np.ndarray]:
-    """Predict the unseen cases and score them with nnU-Net's commands.
-
-    Args:
-        job: what was trained.
-        trainer: whose model is used.
-        steps: K of the reverse process; None for the plans' setting.
+    """Predict the unseen cases and score them with nnU-Net's commands; ``steps`` None is the plans' setting.
 
     Returns:
         Dice of every case by label, in [0, 1], NaN where a label is in neither mask.
@@ -152,11 +147,7 @@ def predict_and_score(job: Job, trainer: str, steps: int | None = None) -> dict[
 
 
 def draw_samples(job: Job, trainer: str, samples: int) -> Path | None:
-    """Draw samples of the unseen cases with the verb ``predict``, without mirrors.
-
-    Returns:
-        its output folder, with a JSON for each case in ``uncertainty/``; None for a model that has no samples.
-    """
+    """Draw samples of the unseen cases with the verb ``predict``; its folder, None for a model that has no samples."""
     try:
         load_predictor(job.model_folder(trainer), options=PredictionOptions(samples=samples), progress=False)
     except OptionError:
@@ -168,12 +159,7 @@ def draw_samples(job: Job, trainer: str, samples: int) -> Path | None:
 
 
 def ranges_that_hold(predictions: Path, truths: Path) -> tuple[int, int]:
-    """Of the 5 to 95 % ranges of the samples' volumes, a case and label each: those that hold the true volume, and all.
-
-    Args:
-        predictions: folder with dataset.json and ``uncertainty/<case>.json`` of the verb ``predict``.
-        truths: folder of the cases' labels.
-    """
+    """Of the 5 to 95 % ranges of volumes of samples, one a case and label: those that hold the true one, and all."""
     dataset = json.loads((predictions / "dataset.json").read_text())
     held = []
     for file in sorted((predictions / UNCERTAINTY).glob("*.json")):

@@ -33,7 +33,6 @@ QUIET = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "
 
 
 def test_the_script_tells_its_verbs_and_that_nothing_is_seeded():
-    pytest.importorskip("fcntl")
     environment = {**os.environ, "NNUNETV2_DIFFUSION_ENV": "active"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     command = [str(SCRIPT), "--help"]

@@ -386,7 +386,6 @@ def test_an_interruption_stops_commands_and_the_same_study_continues(fake, start
 
 
 def test_a_folder_that_is_in_use_is_left_alone(tmp_path):
-    pytest.importorskip("fcntl")
     with locked(tmp_path) as descriptors:
         assert len(descriptors) == 1
         with pytest.raises(StudyError, match="is in use"), locked(tmp_path):
