@@ -109,13 +109,15 @@ def run(args: argparse.Namespace, problem: Problem, device: torch.device) -> tup
     lines = [report.header(args.what, args.clock, described, content["hardware"], content["versions"])]
     lines += [command, "", rows]
     if targets:
-        lines += ["", "targets (median over the rounds):", *[target.line() for target in targets]]
+        lines += [
+            "",
+            "targets (median over the rounds):",
+            *("  {} <= {}: {}, {}".format(*report.target_row(found)) for found in targets),
+        ]
     return content, "\n".join(lines)
 
 
-def _measure(
-    args: argparse.Namespace, problem: Problem, device: torch.device
-) -> tuple[list[dict], list[report.Target], str]:
+def _measure(args: argparse.Namespace, problem: Problem, device: torch.device) -> tuple[list[dict], list[dict], str]:
     """Results, targets and table of a subcommand."""
     from laboratory.benchmarking import measure, refiner
 

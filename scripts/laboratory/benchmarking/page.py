@@ -7,7 +7,7 @@ from typing import Any
 
 from laboratory.benchmarking import report
 from laboratory.benchmarking.problem import BenchmarkError
-from laboratory.benchmarking.report import Columns, Target
+from laboratory.benchmarking.report import Columns
 from laboratory.files import read_keys
 from nnunetv2_diffusion.evaluation.tables import Table, to_markdown
 from nnunetv2_diffusion.pages import check_page, write_whole
@@ -107,13 +107,12 @@ def build_page(runs: list[Run], folder: str) -> str:
 def _subsection(run: Run, folder: str) -> list[str]:
     """Table, targets, and how and where it was measured."""
     try:
-        targets = [Target(t["name"], t["limit"], t["value"]) for t in run.content.get("targets", [])]
+        targets = [report.target_row(target) for target in run.content.get("targets", [])]
         columns = KINDS[run.kind].columns
         heads, rows = [name for name, _ in columns], report.cells(columns, run.content["results"])
         lines = [*_table(heads, rows), ""]
         if targets:
-            rows = [[t.name, f"{t.limit:g}", "-" if t.value is None else f"{t.value:.3f}", t.verdict] for t in targets]
-            lines += [*_table(["target", "at most", "measured", "verdict"], rows), ""]
+            lines += [*_table(["target", "at most", "measured", "verdict"], targets), ""]
         return [*lines, *_facts(run), f"- JSON: [{run.file}]({folder}/{run.file})"]
     except KeyError as error:
         raise BenchmarkError(f"{run.file}: no key {error}, expected what {KINDS[run.kind].command} writes") from error

@@ -1,12 +1,13 @@
 """What a data set is converted from: folders, zip and tar archives, single files."""
 
+import fnmatch
 import os
 import re
 import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NoReturn
 
@@ -66,17 +67,18 @@ class Sources:
                 subfolders[:] = sorted(name for name in subfolders if not _is_junk(name))
                 yield Path(folder), set(subfolders), {name for name in files if not _is_junk(name)}
 
-    def find_folder(
-        self, test: Callable[[Path, set[str], set[str]], bool], expected: str, prefer: str | None = None
-    ) -> Path:
-        """The one folder that passes a test of (folder, names of its subfolders, of its files).
+    def find_folder(self, *needed: str, prefer: str | None = None, named: str | None = None) -> Path:
+        """The one folder, of this name if one is given, that has entries which fit each of some patterns.
 
-        ``expected`` says in messages what it is; ``prefer`` is the name of the one to take if several pass.
-        LayoutError if there is none, or more than one.
+        ``prefer`` is the name of the one to take if several fit. LayoutError if there is none, or more than one.
         """
-        found = [folder for folder, subfolders, files in self.walk() if test(folder, subfolders, files)]
-        if len(found) > 1 and prefer:
-            found = [folder for folder in found if folder.name == prefer] or found
+        found = [
+            folder
+            for folder, subfolders, files in self.walk()
+            if named in (None, folder.name) and all(fnmatch.filter(subfolders | files, name) for name in needed)
+        ]
+        found = [folder for folder in found if folder.name == prefer] or found
+        expected = f"folder {f'{named} ' if named else ''}with {' and '.join(needed)}"
         if not found:
             self.nothing(expected)
         if len(found) > 1:

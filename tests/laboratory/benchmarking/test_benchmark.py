@@ -15,7 +15,8 @@ from laboratory.benchmarking.cli import main
 from laboratory.benchmarking.measure import Stopwatch, Turns, measure, total_bytes
 from laboratory.benchmarking.memory import allocated_peak
 from laboratory.benchmarking.problem import BenchmarkError, random_case, synthetic_problem
-from laboratory.benchmarking.report import Target, predict_targets, train_targets
+from laboratory.benchmarking.report import predict_targets, target_row, train_targets
+from laboratory.benchmarking.report import target as make_target
 from nnunetv2_diffusion import checkpoints
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -140,7 +141,7 @@ def test_targets_on_a_gpu_are_stricter_for_recycling_and_count_passes():
         "peak_memory_ratio": 1.04,
         "parameter_overhead": 0.03,
     }
-    found = {t.name.split(":")[1].strip(): (t.limit, t.met) for t in train_targets([step])}
+    found = {t["name"].split(":")[1].strip(): (t["limit"], t["met"]) for t in train_targets([step])}
     assert found["seconds per step / nnUNetTrainer's"] == (1.33, False)
     assert found["peak memory / nnUNetTrainer's"] == (1.05, True)
     five = {
@@ -151,17 +152,17 @@ def test_targets_on_a_gpu_are_stricter_for_recycling_and_count_passes():
         "outside_share": {"median": 0.01},
     }
     _, passes = predict_targets([five])
-    assert (passes.limit, passes.value, passes.met) == (1.03, 5.1 / 5, True)
+    assert (passes["limit"], passes["value"], passes["met"]) == (1.03, 5.1 / 5, True)
     assert len(predict_targets([five | {"peak_memory_ratio": None}])) == 1  # a CPU has no goal for it
 
 
 @pytest.mark.parametrize(
-    ("value", "met", "word"), [(1.45, True, ", met"), (1.46, False, "NOT met"), (None, None, "not measured")]
+    ("value", "met", "word"), [(1.45, True, "met"), (1.46, False, "NOT met"), (None, None, "not measured")]
 )
 def test_target_is_met_up_to_its_limit(value, met, word):
-    target = Target("step", 1.45, value)
-    assert target.to_dict() == {"name": "step", "limit": 1.45, "value": value, "met": met}
-    assert word in target.line()
+    found = make_target("step", 1.45, value)
+    assert found == {"name": "step", "limit": 1.45, "value": value, "met": met}
+    assert word in target_row(found)
 
 
 def test_command_in_the_json_spells_out_every_setting(predict):
