@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from nnunetv2_diffusion.files import write_json
@@ -28,6 +29,13 @@ TRAINERS = (
 )  # fmt: skip
 PAIR = ("nnUNetTrainer", "nnUNetTrainerRecycleXT")
 LARGE = ("--patch", "128", "--batch", "2", "--stages", "6")  # nnU-Net's usual patch for 3D data
+BENCHMARKS = {
+    "train_step": (False, ("train-step", "--trainers", *TRAINERS)),
+    "train_step_compiled": (True, ("train-step", "--trainers", *PAIR)),
+    "train_step_large": (False, ("train-step", "--trainers", *PAIR, "nnUNetTrainerHiDiff", *LARGE)),
+    "predict": (False, ("predict", "--steps", "1", "2", "5", *LARGE[:2], *LARGE[4:])),
+}
+"""Name of the part: whether networks are compiled, as nnU-Net trains on a GPU, and options of scripts/benchmark."""
 TINY = ("--patch", "16", "--batch", "2", "--stages", "3", "--base-features", "4")
 
 
@@ -51,13 +59,13 @@ class Day:
         environment = {**os.environ, "nnUNet_compile": "t" if compiled else "f"}
         subprocess.run(arguments, check=True, env=environment, timeout=max(self.left(), 1))
 
-    def benchmark(self, name: str, *options: str, compiled: bool = False) -> None:
-        """``scripts/benchmark``, its JSON in the folder of results."""
-        what, *rest = options
-        size = [*TINY, "--warmup", "1"] if self.tiny else []
+    def benchmark(self, name: str) -> None:
+        """One of ``BENCHMARKS``, its JSON in the folder of results."""
+        compiled, options = BENCHMARKS[name]
+        size = [*TINY, "--warmup", "1"] if self.tiny else []  # of an option that comes twice the last one counts
         rounds = ["--rounds", "2" if self.tiny else "15", "--device", self.device]
-        command = [*BENCHMARKING, "cli", what, *rest, *size, *rounds]
-        self.command([*command, "--json", str(self.out / f"{name}.json")], compiled)
+        command = [*BENCHMARKING, "cli", *options, *size, *rounds, "--json", str(self.out / f"{name}.json")]
+        self.command(command, compiled and not self.tiny)
 
 
 def masks(day: Day) -> None:
@@ -80,27 +88,6 @@ def masks(day: Day) -> None:
     print(page(file))
 
 
-def train_step(day: Day) -> None:
-    """Seconds and memory of a training step of every trainer, not compiled."""
-    day.benchmark("train_step", "train-step", "--trainers", *TRAINERS)
-
-
-def train_step_compiled(day: Day) -> None:
-    """Of nnU-Net and RecycleXT as nnU-Net trains on a GPU, compiled."""
-    day.benchmark("train_step_compiled", "train-step", "--trainers", *PAIR, compiled=not day.tiny)
-
-
-def train_step_large(day: Day) -> None:
-    """Of the larger network that 128 voxels in each direction need."""
-    size = () if day.tiny else LARGE
-    day.benchmark("train_step_large", "train-step", "--trainers", *PAIR, "nnUNetTrainerHiDiff", *size)
-
-
-def predict(day: Day) -> None:
-    """Seconds of a tile against the number of steps."""
-    day.benchmark("predict", "predict", "--steps", "1", "2", "5", *(() if day.tiny else LARGE[:2] + LARGE[4:]))
-
-
 def memory(day: Day) -> None:
     """The planner's estimate against what the allocator took at most."""
     command = [*BENCHMARKING, "memory", "--device", day.device, "--dims", "3"]
@@ -119,14 +106,15 @@ def trainings(day: Day) -> None:
     write_json(day.out / "trainings.json", {"study": file.name, "results": "results"})
 
 
-PARTS: tuple[Callable[[Day], None], ...] = (
-    masks, train_step, train_step_compiled, train_step_large, predict, memory, trainings,
-)  # fmt: skip
+PARTS: dict[str, Callable[[Day], None]] = {
+    "masks": masks, **{name: partial(Day.benchmark, name=name) for name in BENCHMARKS},
+    "memory": memory, "trainings": trainings,
+}  # fmt: skip
 
 
 def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     """Options of ``scripts/gpu_day``."""
-    names = [part.__name__ for part in PARTS]
+    names = list(PARTS)
     parser = argparse.ArgumentParser(
         prog="scripts/gpu_day", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -149,8 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = time.monotonic() + 60 * arguments.minutes
     day = Day(arguments.out.resolve(), arguments.raw, arguments.device, arguments.tiny, end, arguments.epochs)
     failed = []
-    for part in PARTS:
-        name = part.__name__
+    for name, part in PARTS.items():
         if name not in arguments.parts or (day.out / f"{name}.json").exists() or (part is trainings and not day.raw):
             continue
         start = time.monotonic()
