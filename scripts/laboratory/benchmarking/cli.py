@@ -12,6 +12,8 @@ import torch
 from laboratory.benchmarking import report
 from laboratory.benchmarking.options import REFERENCE, build_parser
 from laboratory.benchmarking.problem import BenchmarkError, Problem, read_problem, synthetic_problem
+from nnunetv2_diffusion.files import check_target, write_json, write_whole
+from nnunetv2_diffusion.pages import check_page
 from nnunetv2_diffusion.sampling import SamplingConfig
 
 
@@ -22,20 +24,23 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.what == "page":
             return _page(args.folder, args.o)
-        report.check_new_file(args.json)
+        if args.json is not None:
+            check_target(args.json)
         content, text = run(args, _problem(args), _device(args))
-    except BenchmarkError as error:
+    except (BenchmarkError, OSError) as error:
         parser.error(str(error))
     print(text)
-    report.write_json(args.json, content)
+    if args.json is not None:
+        write_json(args.json, content)
     return 0
 
 
 def _page(folder: Path, file: Path) -> int:
     """Write the page of all JSONs in a folder."""
-    from laboratory.benchmarking.page import build_page, read_runs, write_page
+    from laboratory.benchmarking.page import MARK, build_page, read_runs
 
-    write_page(file, build_page(read_runs(folder), os.path.relpath(folder, file.parent)))
+    check_page(file, MARK, "scripts/benchmark page")
+    write_whole(file, build_page(read_runs(folder), os.path.relpath(folder, file.parent)))
     print(file)
     return 0
 

@@ -10,7 +10,6 @@ from laboratory.benchmarking.problem import BenchmarkError
 from laboratory.benchmarking.report import Columns
 from laboratory.files import read_keys
 from nnunetv2_diffusion.evaluation.tables import Table, to_markdown
-from nnunetv2_diffusion.pages import check_page, write_whole
 
 MARK = "<!-- made by scripts/benchmark page from the JSONs; do not edit -->"
 EXPECTED = "a JSON of scripts/benchmark or scripts/memory_table"
@@ -140,15 +139,3 @@ def _facts(run: Run) -> list[str]:
         f"- Clock: {CLOCKS[settings.get('clock')]}.",
         f"- Versions: {versions}.",
     ]
-
-
-def write_page(file: Path, page: str) -> None:
-    """Write a page that is new, or was made here before, whole or not at all; else BenchmarkError."""
-    try:
-        check_page(file, MARK, "scripts/benchmark page")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, page)
-    except FileExistsError as error:
-        raise BenchmarkError(str(error)) from error
-    except OSError as error:
-        raise BenchmarkError(f"{file}: cannot be written ({error}), expected a page in Markdown") from error

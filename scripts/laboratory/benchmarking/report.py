@@ -7,7 +7,6 @@ mean, min, max and each of the ``rounds``), ``ratio`` to nnUNetTrainer in the sa
 ``passes``, ``pass_ratio`` (mean pass to a stock prediction) and ``outside_share`` (of the time, outside of passes).
 """
 
-import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
@@ -17,9 +16,8 @@ from typing import Any
 import torch
 
 from laboratory.benchmarking.options import REFERENCE
-from laboratory.benchmarking.problem import BenchmarkError
 from nnunetv2_diffusion.compat import package_versions
-from nnunetv2_diffusion.evaluation.tables import Table, to_text, write_new
+from nnunetv2_diffusion.evaluation.tables import Table, to_text
 
 SCHEMA = 1
 NOT_MEASURED = "not measured"
@@ -177,20 +175,6 @@ def content(
         "results": results,
         "targets": list(targets),
     }
-
-
-def check_new_file(path: Path | None) -> None:
-    """Raise BenchmarkError unless a JSON can be written there; None is for no file."""
-    if path is not None and path.exists():
-        raise BenchmarkError(f"--json: {path} exists already and is not overwritten; name a new file or remove it")
-    if path is not None and not path.parent.is_dir():
-        raise BenchmarkError(f"--json: there is no folder {path.parent}; make it first")
-
-
-def write_json(path: Path | None, found: dict[str, Any]) -> None:
-    """Write a new file, or none."""
-    if path is not None:
-        write_new({path: json.dumps(found, indent=1) + "\n"})
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:

@@ -46,11 +46,8 @@ def build(studies: list[StudyResults], stem: str) -> tuple[str, dict[str, bytes]
 def write_page(file: Path, page: str, figures: Mapping[str, bytes]) -> None:
     """Write a page that is new, or was made here before; FileExistsError if another file is there."""
     check_page(file, MARK, "scripts/study report")
-    file.parent.mkdir(parents=True, exist_ok=True)
     for name, content in figures.items():
-        target = file.parent / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, content)
+        write_whole(file.parent / name, content)
     write_whole(file, page)
 
 
@@ -132,6 +129,4 @@ def _code(record: dict[str, Any]) -> str:
     text = f"commit {code['commit'][:12]}"
     if code["dirty"]:
         text += " with changes that were not committed"
-    if code.get("same_package") is False:
-        text += f", but with another package installed ({code['package_sha256']})"
     return text + (", changed while it ran" if record.get("code_changed") else "")

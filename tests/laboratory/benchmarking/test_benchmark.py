@@ -317,7 +317,7 @@ def test_existing_json_is_not_overwritten(tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*TRAIN, "--json", str(path)])
     assert path.read_text() == "kept"
-    assert "exists already" in capsys.readouterr().err
+    assert "kept.json exists; it is not overwritten" in capsys.readouterr().err
 
 
 def test_nnunet_is_told_of_the_trainers_of_the_checkout(monkeypatch):

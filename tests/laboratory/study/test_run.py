@@ -252,7 +252,7 @@ def test_an_ensemble_waits_for_all_of_its_members(fake, start, capsys):
     ensemble = {"name": "E", "trainer": "Recycle", "ensemble": "B"}
     study = {**STUDY, "cells": [{**STUDY["cells"][1], "runs": 2}, ensemble]}
     assert start(study, cells=["E"]) == 1
-    assert "its member B run 0 is not trained" in capsys.readouterr().err
+    assert "it needs B run 0 (ensemble), which is not trained" in capsys.readouterr().err
 
 
 def test_steps_that_are_draws_are_a_chain_of_their_own_kind():
@@ -340,7 +340,7 @@ def test_a_warm_start_for_a_trainer_without_a_chain_is_refused(fake, start, caps
 
 def test_hidiff_without_its_segmentor_is_refused(fake, start, capsys):
     assert start(cells=["C"]) == 1
-    assert "its segmentor A run 0 is not trained" in capsys.readouterr().err
+    assert "it needs A run 0 (segmentor), which is not trained" in capsys.readouterr().err
     assert not fake.named("nnUNetv2_train")
 
 
@@ -350,7 +350,7 @@ def test_a_segmentor_that_fails_fails_what_waits_for_it_and_nothing_else(fake, s
     assert list(results()) == ["A_run1", "B_run0"]
     said = capsys.readouterr()
     assert "A run 0: nnUNetv2_train ended with status 1" in said.err
-    assert "C run 0: its segmentor A run 0 is not trained" in said.err
+    assert "C run 0: it needs A run 0 (segmentor), which is not trained" in said.err
     assert start() == 0
     assert len(results()) == 4
 
