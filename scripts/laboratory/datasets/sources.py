@@ -27,17 +27,11 @@ def listing(names: Iterable[object], shown: int = 8) -> str:
 
 
 class Sources:
-    """Folders to convert from; archives are unpacked first.
+    """Folders to convert from, or text files; archives (.zip, .tar, .tar.gz) are unpacked first.
 
-    Args:
-        paths: folders, .zip, .tar or .tar.gz files, or text files.
-        scratch: where archives are unpacked; on the file system of the output, so that files can be moved there.
-        wanted: regular expression; other members of archives are not unpacked.
-        inner: regular expression of archives in an archive, to be unpacked too.
-        incomplete: whether what is missing or unexpected is noted rather than an error.
-
-    Raises:
-        LayoutError: naming a path that is missing, of another kind, or damaged.
+    They go to ``scratch``, on the file system of the output, so that files can be moved there: members that ``wanted``
+    finds (a regular expression), and those of archives that ``inner`` finds. With ``incomplete``, what is missing or
+    unexpected is noted and no error. LayoutError names a path that is missing, of another kind, or damaged.
     """
 
     def __init__(

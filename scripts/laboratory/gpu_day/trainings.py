@@ -22,12 +22,7 @@ def affordable_epochs(out: Path, seconds: float) -> int:
 def write_study(out: Path, device: str, epochs: int | None, seconds: float, tiny: bool) -> Path:
     """The study's file in a folder; one that is there stays, so that trainings go on.
 
-    Args:
-        out: folder.
-        device: of the trainings.
-        epochs: of each, None for what ``seconds`` allow.
-        seconds: that are left.
-        tiny: a few steps of a small network.
+    ``epochs`` None is for what ``seconds`` allow; ``tiny`` for a few steps of a small network.
     """
     file, study = out / "gpu_day_study.json", read_json(STUDY)
     if file.exists():

@@ -201,7 +201,6 @@ def note_code(training: Training) -> None:
     """
     file = training.folder / "code.json"
     if not (file.exists() and training.started):
-        training.folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(describe_code()))
 
 

@@ -161,7 +161,6 @@ class Training:
 
     def _keep(self, stage: str, record: dict[str, Any]) -> None:
         """Cost of a stage; from now on it is finished."""
-        self._record(stage).parent.mkdir(exist_ok=True)
         write_whole(self._record(stage), json.dumps(record, indent=1))
 
     def _folder_stage(self, stage: str, command: list[str], target: Path, **variables: str) -> None:
