@@ -57,11 +57,6 @@ def test_links_out_of_the_site_are_text(tmp_path):
     assert docs_site.linked_within(text.replace("../a.json", "../../a.json"), "start/page.md", tmp_path) == kept
 
 
-def test_a_page_that_is_missing_leaves_the_navigation():
-    nav = [{"A": "a.md"}, {"B": [{"C": "c.md"}, {"D": "d.md"}]}, {"E": [{"F": "c.md"}]}]
-    assert docs_site.without(nav, "c.md") == [{"A": "a.md"}, {"B": [{"D": "d.md"}]}]
-
-
 def test_pre_commit_runs_the_ruff_that_setup_cfg_allows():
     rev = re.search(r"rev: v(\S+)", (ROOT / ".pre-commit-config.yaml").read_text())[1]
     bound = re.search(r"^    ruff(\S+)$", (ROOT / "setup.cfg").read_text(), re.MULTILINE)[1]

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -21,16 +22,13 @@ class CommandError(RuntimeError):
 
 @dataclass(frozen=True)
 class Usage:
-    """What a command took.
+    """What a command took: seconds, and the largest resident set of any one of its processes.
 
-    Attributes:
-        seconds: from its start to its end.
-        peak_memory_bytes: largest resident set of any one of its processes; None where the system does not tell. Linux
-            counts from before the command replaced a copy of this process, so it is never less than what this one has.
+    Linux counts from before the command replaced a copy of this process: it is never less than what this one has.
     """
 
     seconds: float
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int
 
 
 class CommandRunner:
@@ -49,17 +47,10 @@ class CommandRunner:
         folder: Path | None = None,
         keep_open: Sequence[int] = (),
     ) -> Usage:
-        """Run a command to its end.
+        """Run a command to its end; its program is the one beside this Python, else that of PATH.
 
-        Args:
-            command: name and arguments; the program beside this Python is taken, else that of PATH.
-            log: file for its output; its folder is made.
-            environment: all of its variables.
-            folder: that it runs in; this process's by default.
-            keep_open: file descriptors that it inherits, of locks for example.
-
-        Raises:
-            CommandError: with the end of the output, if it fails or was stopped.
+        ``environment`` is all of its variables, ``folder`` where it runs (by default this process's), and ``keep_open``
+        are file descriptors that it inherits. CommandError with the end of the log if it fails or was stopped.
         """
         log.parent.mkdir(parents=True, exist_ok=True)
         beside = Path(sys.executable).parent / command[0]
@@ -91,15 +82,13 @@ class CommandRunner:
     def _start(
         self, program: list[str], stream: IO, environment: dict, folder: Path | None, keep_open: Sequence[int]
     ) -> subprocess.Popen:
-        # a process group of its own, so that a command can be stopped with its workers
-        options = {} if os.name == "nt" else {"start_new_session": True, "pass_fds": tuple(keep_open)}
         with self._lock:
             if self._stopped:
                 raise CommandError(f"{Path(program[0]).name} was not started: the run is being stopped")
             try:
-                process = subprocess.Popen(
+                process = subprocess.Popen(  # in a process group of its own, to be stopped with its workers
                     program, env=environment, cwd=folder, stdin=subprocess.DEVNULL, stdout=stream,
-                    stderr=subprocess.STDOUT, **options,
+                    stderr=subprocess.STDOUT, start_new_session=True, pass_fds=tuple(keep_open),
                 )  # fmt: skip
             except OSError as error:
                 raise CommandError(f"{program[0]} cannot be started: {error}") from error
@@ -107,10 +96,8 @@ class CommandRunner:
         return process
 
 
-def _wait(process: subprocess.Popen) -> tuple[int, int | None]:
+def _wait(process: subprocess.Popen) -> tuple[int, int]:
     """Exit status and peak memory in bytes."""
-    if not hasattr(os, "wait4"):
-        return process.wait(), None
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     return process.returncode, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -118,13 +105,8 @@ def _wait(process: subprocess.Popen) -> tuple[int, int | None]:
 
 def _signal(process: subprocess.Popen, number: int) -> None:
     """To a command and the workers that it started: they are in a process group of their own."""
-    try:
-        if hasattr(os, "killpg"):
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
-    except ProcessLookupError:
-        pass
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def _end(process: subprocess.Popen) -> None:
@@ -133,5 +115,5 @@ def _end(process: subprocess.Popen) -> None:
     try:
         process.wait(PATIENCE)
     except subprocess.TimeoutExpired:
-        _signal(process, signal.SIGKILL if hasattr(signal, "SIGKILL") else signal.SIGTERM)
+        _signal(process, signal.SIGKILL)
         process.wait()

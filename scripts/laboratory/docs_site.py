@@ -11,25 +11,8 @@ from typing import Any
 
 from nnunetv2_diffusion import cli
 
-OPTIONAL = "settings.md"  # in the navigation if it is there
 COMMANDS = "reference/commands.md"
 PROGRAM = "nnunetv2_diffusion"
-
-
-def on_config(config: Any) -> Any:
-    """Leave a page out of the navigation that is not there (yet)."""
-    if not (Path(config.docs_dir) / OPTIONAL).is_file():
-        config.nav = without(config.nav, OPTIONAL)
-    return config
-
-
-def without(nav: Any, page: str) -> Any:
-    """A navigation as mkdocs.yml has it, less one page."""
-    if isinstance(nav, list):
-        return [kept for kept in (without(entry, page) for entry in nav) if kept]
-    if isinstance(nav, dict):
-        return {title: kept for title, kept in ((t, without(e, page)) for t, e in nav.items()) if kept}
-    return None if nav == page else nav
 
 
 def on_files(files: Any, config: Any) -> Any:

@@ -1,29 +1,15 @@
-"""Reading JSON files with a message that names the file."""
+"""JSON files that must have some keys."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from nnunetv2_diffusion.files import read_json
 
-def read_json(file: Path, error: type[Exception] = ValueError, keys: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Content of a JSON file that holds an object.
 
-    Args:
-        file: to read.
-        error: raised with a message that names the file, what was found and what was expected.
-        keys: that it must have.
-    """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise error(f"{file}: no such file") from None
-    except OSError as reason:
-        raise error(f"{file}: cannot be read ({reason.strerror}), expected a JSON file") from None
-    except ValueError as reason:
-        raise error(f"{file}: not JSON ({reason})") from None
-    if not isinstance(content, dict):
-        raise error(f"{file}: holds a {type(content).__name__}, expected an object")
+def read_keys(file: Path, error: type[Exception], keys: tuple[str, ...], expected: str = "") -> dict[str, Any]:
+    """Content of a JSON file that holds an object with these keys; else the error names file and key."""
+    content = read_json(file, error, expected or "a JSON file")
     missing = [key for key in keys if key not in content]
     if missing:
-        raise error(f"{file}: no key {missing[0]!r}, expected {', '.join(keys)}")
+        raise error(f"{file}: no key {missing[0]!r}, expected {expected or ', '.join(keys)}")
     return content

@@ -12,7 +12,7 @@ import numpy as np
 from nnunetv2.utilities.utils import get_filenames_of_train_images_and_targets
 from PIL import Image
 
-from laboratory.files import read_json
+from laboratory.files import read_keys
 from nnunetv2_diffusion.inference.inputs import list_images
 
 
@@ -21,11 +21,9 @@ class RawDataError(ValueError):
 
 
 def hold_out(source: Path, folder: Path, test_cases: int, seed: int) -> None:
-    """Link a raw data set's training cases into another folder, some that the seed chooses as unseen cases.
+    """Link a raw data set's training cases into a new folder, some that the seed chooses as unseen cases.
 
-    Raises:
-        RawDataError: naming what is missing in source.
-        FileExistsError: if folder exists.
+    Raises as ``link_parts``.
     """
     _, cases = read_raw(source)
     if not 0 < test_cases <= len(cases) - 5:
@@ -38,16 +36,9 @@ def hold_out(source: Path, folder: Path, test_cases: int, seed: int) -> None:
 
 
 def link_parts(source: Path, folder: Path, parts: Mapping[str, Sequence[str]]) -> None:
-    """Link a raw data set's training cases into the parts of another folder, masks with a palette as greyscale.
+    """Link a raw data set's training cases into parts, "Tr" and "Ts", of a new one; masks with a palette as greyscale.
 
-    Args:
-        source: a raw data set with imagesTr, labelsTr and dataset.json; only read.
-        folder: ``nnUNet_raw/DatasetXXX_Name``; created, must not exist.
-        parts: cases of "Tr" (imagesTr, labelsTr) and "Ts".
-
-    Raises:
-        RawDataError: naming what is missing in source.
-        FileExistsError: if folder exists.
+    RawDataError names what is missing in source; FileExistsError if folder exists.
     """
     dataset, cases = _read(source)
     check_cases(source, {case for part in parts.values() for case in part})
@@ -91,7 +82,7 @@ def _read(source: Path) -> tuple[dict, dict[str, tuple[list[Path], Path]]]:
     """dataset.json, and the images and the label file of every labelled case."""
     if not re.fullmatch(r"Dataset\d{3}_.+", source.name):
         raise RawDataError(f"{source}: expected a folder named DatasetXXX_Name, as nnU-Net does")
-    dataset = read_json(source / "dataset.json", RawDataError, ("file_ending", "labels"))
+    dataset = read_keys(source / "dataset.json", RawDataError, ("file_ending", "labels"))
     ending = dataset["file_ending"]
     for needed in ("imagesTr", "labelsTr") if "dataset" not in dataset else ():
         if not (source / needed).is_dir():
@@ -115,12 +106,9 @@ def _read(source: Path) -> tuple[dict, dict[str, tuple[list[Path], Path]]]:
 
 
 def check_masks(source: Path) -> int:
-    """How many masks are PNG files with a palette; ``link_parts`` saves these as greyscale, by the palette's numbers.
+    """How many masks are PNG files with a palette, of which nnU-Net reads the colours and not the numbers.
 
-    nnU-Net reads the colours of such a file, not its numbers.
-
-    Raises:
-        RawDataError: naming a mask whose numbers are not labels of dataset.json.
+    RawDataError names a mask whose numbers are not labels of dataset.json.
     """
     dataset, cases = _read(source)
     labels = {number for value in dataset["labels"].values() for number in np.atleast_1d(value).tolist()}

@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "inference"))
 from tiny_model import make_model
 
 from laboratory.demo import run as demo
+from laboratory.demo.options import parse_arguments
 from laboratory.demo.phantoms import LABELS, make_phantom, write_phantoms
 from laboratory.demo.pipeline import Job, draw_samples, ranges_that_hold
 from laboratory.raw_data import RawDataError, check_masks, hold_out
@@ -199,7 +200,7 @@ def test_a_refined_mask_may_not_be_worse_than_the_prior(refined, good, capsys):
 
 
 def test_a_command_that_fails_ends_the_demo_with_its_output(tmp_path):
-    job = Job(tmp_path, "Dataset501_Demo", "3d_fullres", 1, 1, 4, 2, "cpu")
+    job = Job(tmp_path, "Dataset501_Demo", parse_arguments([]))
     with pytest.raises(SystemExit, match=r"(?s)ended with status 3; the end of .*failed\.txt:.*the reason"):
         job.run("failed", sys.executable, "-c", "print('the reason'); raise SystemExit(3)")
 
@@ -232,7 +233,7 @@ def test_ranges_that_hold_the_true_volume_are_counted(tmp_path):
 
 
 def test_what_the_spread_is_worth_is_printed(tmp_path, monkeypatch, capsys):
-    job = Job(tmp_path, "Dataset501_Demo", "3d_fullres", 1, 1, 4, 2, "cpu")
+    job = Job(tmp_path, "Dataset501_Demo", parse_arguments([]))
     monkeypatch.setattr(demo, "draw_samples", lambda job, trainer, samples: tmp_path)
     monkeypatch.setattr(demo, "ranges_that_hold", lambda folder, truths: (3, 12))
     assert demo.spread_of_samples(job, "any") == {"samples": 4, "ranges": 12, "held": 3}
@@ -247,7 +248,7 @@ def test_samples_are_drawn_of_models_that_have_them(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(Job, "run", lambda self, title, *command, **variables: commands.append(command))
     for trainer, drawn in (("nnUNetTrainerNoDiff", False), ("nnUNetTrainerRecycleXT", True)):
-        job = Job(tmp_path, "Dataset501_Demo", "3d_fullres", 1, 1, 4, 2, "cpu")
+        job = Job(tmp_path, "Dataset501_Demo", parse_arguments([]))
         make_model(job.model_folder(trainer), trainer)
         assert (draw_samples(job, trainer, 4) is not None) is drawn
     (command,) = commands

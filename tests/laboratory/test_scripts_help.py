@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[2]
 WORDS = {
     "benchmark": "train-step",
     "datasets/convert": "--from PATH",
-    "datasets/muscle_postprocess": "--component",
     "demo": "--compare TRAINER",
     "docs": "MKDOCS OPTIONS",
     "gpu_day": "Each part writes OUT/PART.json",
@@ -58,15 +57,6 @@ def test_help_answers_without_an_environment(tmp_path, script, verb):
     assert result.stdout.startswith(f"usage: scripts/{' '.join([script, *verb])} ")
     assert verb or WORDS[script] in result.stdout
     assert ("examples:" in result.stdout) == (script in ("demo", "test"))
-
-
-@pytest.mark.parametrize("words", [("benchmark", "train-step"), ("memory_table",)], ids=lambda words: words[0])
-def test_a_script_without_an_environment_says_in_a_line_what_to_do(tmp_path, words):
-    result = call(tmp_path, *words)
-    assert result.returncode == 1
-    (line,) = result.stderr.splitlines()
-    assert line.startswith(f"scripts/{words[0]}: torch and nnunetv2 not found by ")
-    assert f"-m pip install {ROOT}" in line
 
 
 def test_the_demo_offers_every_recipe():

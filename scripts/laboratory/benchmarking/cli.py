@@ -12,6 +12,8 @@ import torch
 from laboratory.benchmarking import report
 from laboratory.benchmarking.options import REFERENCE, build_parser
 from laboratory.benchmarking.problem import BenchmarkError, Problem, read_problem, synthetic_problem
+from nnunetv2_diffusion.files import check_target, write_json, write_whole
+from nnunetv2_diffusion.pages import check_page
 from nnunetv2_diffusion.sampling import SamplingConfig
 
 
@@ -19,28 +21,26 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command; returns the exit status, or ends with status 2 and a message for what cannot be used."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if getattr(args, "paper", False):
-        from laboratory.benchmarking.refiner import paper_counts
-
-        print(paper_counts())
-        return 0
     try:
         if args.what == "page":
             return _page(args.folder, args.o)
-        report.check_new_file(args.json)
+        if args.json is not None:
+            check_target(args.json)
         content, text = run(args, _problem(args), _device(args))
-    except BenchmarkError as error:
+    except (BenchmarkError, OSError) as error:
         parser.error(str(error))
     print(text)
-    report.write_json(args.json, content)
+    if args.json is not None:
+        write_json(args.json, content)
     return 0
 
 
 def _page(folder: Path, file: Path) -> int:
     """Write the page of all JSONs in a folder."""
-    from laboratory.benchmarking.page import build_page, read_runs, write_page
+    from laboratory.benchmarking.page import MARK, build_page, read_runs
 
-    write_page(file, build_page(read_runs(folder), os.path.relpath(folder, file.parent)))
+    check_page(file, MARK, "scripts/benchmark page")
+    write_whole(file, build_page(read_runs(folder), os.path.relpath(folder, file.parent)))
     print(file)
     return 0
 
@@ -100,8 +100,8 @@ def run(args: argparse.Namespace, problem: Problem, device: torch.device) -> tup
     # nnU-Net takes seconds to import: help and errors in options do not wait for it
     from laboratory.benchmarking import host
 
-    with _threads(args.threads, device), host.temporary_folders() as root:
-        results, targets, rows = _measure(args, problem, device, root)
+    with _threads(args.threads, device), host.temporary_folders():
+        results, targets, rows = _measure(args, problem, device)
         described = host.describe_problem(problem, None if args.what == "train-step" else 1)
         settings = {k: v for k, v in vars(args).items() if k not in ("what", "json")}
         # of files only the names, so that a result tells nothing about folders
@@ -114,26 +114,22 @@ def run(args: argparse.Namespace, problem: Problem, device: torch.device) -> tup
     lines = [report.header(args.what, args.clock, described, content["hardware"], content["versions"])]
     lines += [command, "", rows]
     if targets:
-        lines += ["", "targets (median over the rounds):", *[target.line() for target in targets]]
+        lines += [
+            "",
+            "targets (median over the rounds):",
+            *("  {} <= {}: {}, {}".format(*report.target_row(found)) for found in targets),
+        ]
     return content, "\n".join(lines)
 
 
-def _measure(
-    args: argparse.Namespace, problem: Problem, device: torch.device, root: Path
-) -> tuple[list[dict], list[report.Target], str]:
+def _measure(args: argparse.Namespace, problem: Problem, device: torch.device) -> tuple[list[dict], list[dict], str]:
     """Results, targets and table of a subcommand."""
-    from laboratory.benchmarking import measure, refiner, whole
+    from laboratory.benchmarking import measure, refiner
 
     turns = measure.Turns(device, measure.Stopwatch(device, args.clock), args.rounds, args.warmup)
     if args.what == "refiner":
         results, rows = refiner.refiner_steps(problem, args.width, turns)
         return results, [], rows
-    if args.what == "predict" and args.case is not None:
-        if args.plans is not None or args.clock != "wall" or len(args.case) not in (1, 3):
-            raise BenchmarkError("--case expects three sizes, made-up plans (no --plans) and --clock wall")
-        args.case, args.trainers, args.warmup = tuple(args.case) * (3 // len(args.case)), [REFERENCE], 0
-        results = whole.whole_predictions(problem, REFERENCE, args.case, args.device, args.rounds, root)
-        return results, whole.whole_targets(results), report.text_table(report.PREDICT_COLUMNS, results)
     args.trainers = [REFERENCE, *[name for name in dict.fromkeys(args.trainers) if name != REFERENCE]]
     if args.what == "train-step":
         results = measure.train_steps(problem, args.trainers, turns)

@@ -21,12 +21,9 @@ DIFFERENT_INPUTS = 4
 
 @dataclass(frozen=True)
 class Subject:
-    """Something that is timed, with its name.
+    """Something that is timed: its work, by number of the input, and what it keeps on the device between runs.
 
-    Attributes:
-        run: the work; its argument selects the input, which is the same for all subjects of a round.
-        tensors: what the subject keeps on the device between runs.
-        pass_seconds: seconds of each network pass of the last run, None if not known; called after synchronising.
+    ``pass_seconds`` gives those of each network pass of the last run, None if not known; called after synchronising.
     """
 
     name: str
@@ -205,11 +202,7 @@ def forward(name: str, module: torch.nn.Module, inputs: list[tuple]) -> Subject:
 
 
 def time_passes(network: torch.nn.Module, stopwatch: Stopwatch) -> Callable[[], list[float]]:
-    """Time every denoising pass of a ``DiffusionUNet``, by wrapping the function that its loop calls for it.
-
-    Returns:
-        Gives the seconds of each pass since it was called before.
-    """
+    """Wrap the function that a ``DiffusionUNet``'s loop calls; gives the seconds of each pass since the last call."""
     marks: list[tuple[Any, Any]] = []
     inner = network._run
 

@@ -20,6 +20,7 @@ from laboratory.benchmarking import host, report
 from laboratory.benchmarking.measure import total_bytes, trainer_tensors
 from laboratory.benchmarking.options import NETWORKS, SUBJECTS, build_memory_parser
 from laboratory.benchmarking.problem import BenchmarkError, Problem, synthetic_problem, with_settings
+from nnunetv2_diffusion.files import check_target, write_json
 from nnunetv2_diffusion.planning.memory import SavedBytes, estimate_memory
 
 COMPILE = "nnUNet_compile"
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         _settle(args)
         results = list(measure_grid(args))
-    except BenchmarkError as error:
+    except (BenchmarkError, OSError) as error:
         parser.error(str(error))
     settings = {name: value for name, value in vars(args).items() if name != "json"}
     command = report.spelled("scripts/memory_table", settings)
@@ -44,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     place, versions = content["hardware"]["name"], content["versions"]
     print(f"on {place}, batch {args.batch}, torch.compile {'on' if compiled else 'off'}; torch {versions['torch']}\n")
     print(f"{report.text_table(report.MEMORY_COLUMNS, results)}")
-    report.write_json(args.json, content)
+    if args.json is not None:
+        write_json(args.json, content)
     return 0
 
 
@@ -52,7 +54,8 @@ def _settle(args: argparse.Namespace) -> None:
     """Check options and fill in their defaults."""
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BenchmarkError("--device is cuda, but torch finds no CUDA device; expected cpu")
-    report.check_new_file(args.json)
+    if args.json is not None:
+        check_target(args.json)
     if args.batch < 1:
         raise BenchmarkError(f"--batch is {args.batch}, expected at least 1")
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,12 +82,7 @@ def measure_grid(args: argparse.Namespace) -> Iterable[dict[str, Any]]:
 
 
 def measure_memory(problem: Problem, trainer_name: str, family: str, device: str) -> dict[str, Any]:
-    """Estimate and measure one training step; call it within ``temporary_folders``.
-
-    Returns:
-        bytes: ``estimate`` and ``measured``, their ``ratio``, ``saved_estimate`` and ``saved_measured`` (None on CUDA),
-        and the parts of the estimate.
-    """
+    """Bytes of one training step, within ``temporary_folders``; what is saved for the backward pass: None on CUDA."""
     configuration = problem.plans["configurations"][problem.configuration]
     estimate = estimate_memory(family, configuration, problem.dataset_json, 1, device)
     batch = configuration["batch_size"]

@@ -67,7 +67,6 @@ def build_parser() -> argparse.ArgumentParser:
     made = {name: commands.add_parser(name, help=short, description=long) for name, (short, long) in COMMANDS.items()}
     add = made["refiner"].add_argument
     add("--width", type=_positive, default=32, help="channels of the first stage (default: 32)")
-    add("--paper", action="store_true", help="only count, for the setting of the paper")
     _add_problem_and_run_options(made["refiner"], [], 10)
     _add_problem_and_run_options(made["train-step"], TRAINERS, 10)
     _add_problem_and_run_options(made["predict"], ["nnUNetTrainerRecycleXT"], 20)
@@ -75,11 +74,6 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", nargs="+", type=_positive, default=[1, 2, 5], metavar="K", help="default: 1 2 5")
     add("--sampler", choices=SAMPLERS, default="ddpm", help="reverse step (default: ddpm)")
     add("--samples", type=_positive, default=1, help="masks that are averaged (default: 1)")
-    add(
-        "--case", type=_sizes,
-        help="instead, time and memory of the commands nnUNetv2_predict and nnunetv2_diffusion predict, with the same "
-        f"model of {REFERENCE} on a made-up case of so many voxels, e.g. 192x192x192",
-    )  # fmt: skip
     add = made["page"].add_argument
     add("folder", type=Path, metavar="DIR", help="folder of the JSONs")
     add("-o", type=Path, default=Path("docs/performance.md"), metavar="FILE.md", help="%(default)s")

@@ -7,13 +7,12 @@ from typing import Any
 
 from laboratory.benchmarking import report
 from laboratory.benchmarking.problem import BenchmarkError
-from laboratory.benchmarking.report import Columns, Target
-from laboratory.files import read_json
+from laboratory.benchmarking.report import Columns
+from laboratory.files import read_keys
 from nnunetv2_diffusion.evaluation.tables import Table, to_markdown
-from nnunetv2_diffusion.pages import check_page, write_whole
 
 MARK = "<!-- made by scripts/benchmark page from the JSONs; do not edit -->"
-EXPECTED = "expected a JSON of scripts/benchmark or scripts/memory_table"
+EXPECTED = "a JSON of scripts/benchmark or scripts/memory_table"
 KEYS = ("schema", "settings", "hardware", "versions", "results")
 CLOCKS = {"wall": "wall", "cpu": "processor time of the process", None: "nothing is timed"}
 MEMORY = "memory"
@@ -65,25 +64,22 @@ def read_runs(folder: Path) -> list[Run]:
     """All JSONs of a folder, by name; BenchmarkError if there are none, or names one that is not of the benchmark."""
     files = sorted(folder.glob("*.json"))
     if not files:
-        raise BenchmarkError(f"{folder}: found no file *.json, {EXPECTED}")
+        raise BenchmarkError(f"{folder}: found no file *.json, expected {EXPECTED}")
     return [_read_run(file) for file in files]
 
 
 def _read_run(file: Path) -> Run:
-    content = read_json(file, BenchmarkError)
-    missing = [key for key in KEYS if key not in content]
-    if missing:
-        raise BenchmarkError(f"{file}: no key {missing[0]!r}, {EXPECTED}")
+    content = read_keys(file, BenchmarkError, KEYS, EXPECTED)
     if content["schema"] != report.SCHEMA:
         raise BenchmarkError(f"{file}: schema is {content['schema']!r}, expected {report.SCHEMA}")
     results = content["results"]
     if not isinstance(results, list) or not results or not all(isinstance(result, dict) for result in results):
-        raise BenchmarkError(f"{file}: no list of results, {EXPECTED}")
+        raise BenchmarkError(f"{file}: no list of results, expected {EXPECTED}")
     command = content.get("command")
     kind = next((name for name, kind in KINDS.items() if f"{command} ".startswith(f"{kind.command} ")), None)
     kind = MEMORY if command is None and "saved_estimate" in results[0] else kind
     if kind is None:
-        raise BenchmarkError(f"{file}: command is {command!r}, {EXPECTED}")
+        raise BenchmarkError(f"{file}: command is {command!r}, expected {EXPECTED}")
     return Run(file.name, kind, content)
 
 
@@ -110,13 +106,12 @@ def build_page(runs: list[Run], folder: str) -> str:
 def _subsection(run: Run, folder: str) -> list[str]:
     """Table, targets, and how and where it was measured."""
     try:
-        targets = [Target(t["name"], t["limit"], t["value"]) for t in run.content.get("targets", [])]
+        targets = [report.target_row(target) for target in run.content.get("targets", [])]
         columns = KINDS[run.kind].columns
         heads, rows = [name for name, _ in columns], report.cells(columns, run.content["results"])
         lines = [*_table(heads, rows), ""]
         if targets:
-            rows = [[t.name, f"{t.limit:g}", "-" if t.value is None else f"{t.value:.3f}", t.verdict] for t in targets]
-            lines += [*_table(["target", "at most", "measured", "verdict"], rows), ""]
+            lines += [*_table(["target", "at most", "measured", "verdict"], targets), ""]
         return [*lines, *_facts(run), f"- JSON: [{run.file}]({folder}/{run.file})"]
     except KeyError as error:
         raise BenchmarkError(f"{run.file}: no key {error}, expected what {KINDS[run.kind].command} writes") from error
@@ -144,15 +139,3 @@ def _facts(run: Run) -> list[str]:
         f"- Clock: {CLOCKS[settings.get('clock')]}.",
         f"- Versions: {versions}.",
     ]
-
-
-def write_page(file: Path, page: str) -> None:
-    """Write a page that is new, or was made here before, whole or not at all; else BenchmarkError."""
-    try:
-        check_page(file, MARK, "scripts/benchmark page")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, page)
-    except FileExistsError as error:
-        raise BenchmarkError(str(error)) from error
-    except OSError as error:
-        raise BenchmarkError(f"{file}: cannot be written ({error}), expected a page in Markdown") from error

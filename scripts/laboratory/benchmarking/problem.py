@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from laboratory.files import read_json
+from laboratory.files import read_keys
 from nnunetv2_diffusion.settings import SECTION, merge_settings
 
 REFERENCE_SHAPES = {3: ((40, 56, 40), 9), 2: ((56, 40), 366)}  # nnU-Net's own plans for Task04_Hippocampus
@@ -39,17 +39,8 @@ def synthetic_problem(
 ) -> Problem:
     """Plans in the style of nnU-Net's planner; the defaults are its plans for Task04_Hippocampus.
 
-    Args:
-        dim: 2 or 3.
-        patch: voxels along each axis.
-        batch: samples in a batch.
-        base_features: channels of the first stage; they double with every stage up to nnU-Net's limit.
-        classes: number of classes, background included.
-        stages: resolution stages of the U-Net.
-        resenc: ResidualEncoderUNet instead of PlainConvUNet.
-
-    Raises:
-        BenchmarkError: if a number is out of range or the patch has another number of axes than dim.
+    Classes count the background; channels, ``base_features`` in the first stage, double up to nnU-Net's limit.
+    BenchmarkError if a number is out of range or the patch has another number of axes than dim.
     """
     patch, batch = patch or REFERENCE_SHAPES[dim][0], batch or REFERENCE_SHAPES[dim][1]
     if len(patch) != dim or min(patch) < 4:
@@ -103,13 +94,13 @@ def _strides(patch: tuple[int, ...], stages: int) -> list[list[int]]:
 
 def read_problem(plans: Path, configuration: str, dataset_json: Path, batch: int | None = None) -> Problem:
     """Real plans, as nnU-Net wrote them; ``batch`` replaces their batch size. BenchmarkError names what is missing."""
-    read = read_json(plans, BenchmarkError, ("dataset_name", "plans_name", "configurations"))
+    read = read_keys(plans, BenchmarkError, ("dataset_name", "plans_name", "configurations"))
     if configuration not in read["configurations"]:
         known = ", ".join(read["configurations"])
         raise BenchmarkError(f"{plans}: no configuration {configuration!r}, expected one of {known}")
     if batch is not None:
         read["configurations"][configuration]["batch_size"] = batch
-    return Problem(read, configuration, read_json(dataset_json, BenchmarkError, ("labels",)))
+    return Problem(read, configuration, read_keys(dataset_json, BenchmarkError, ("labels",)))
 
 
 def with_settings(problem: Problem, settings: dict[str, Any]) -> Problem:

@@ -1,7 +1,6 @@
 """HiDiff's refiner, real-valued and binarised: what it costs by counting (table XI of the paper) and by the clock.
 
-By the paper's convention 64 binary operations count as one. Counts are no times: torch computes binary layers with
-ordinary floating-point numbers, no faster than real-valued ones.
+Counts are no times: torch computes binary layers with ordinary floating-point numbers, no faster than real-valued ones.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,18 +16,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from laboratory.benchmarking.host import build_network, make_images
 from laboratory.benchmarking.measure import DIFFERENT_INPUTS, Turns, costs, forward
 from laboratory.benchmarking.problem import Problem, with_settings
-from laboratory.benchmarking.report import REFINER_COLUMNS, text_table
-from nnunetv2_diffusion.evaluation.tables import Table, to_markdown
+from laboratory.benchmarking.report import COUNT_COLUMNS, REFINER_COLUMNS, text_table
 from nnunetv2_diffusion.networks.binary import BinaryConv
 from nnunetv2_diffusion.networks.cross_transformer import CrossAttention
-from nnunetv2_diffusion.networks.merit import Merit
 from nnunetv2_diffusion.networks.refiner import Refiner
 from nnunetv2_diffusion.settings import HIDIFF
 
 TRAINER = "nnUNetTrainerHiDiff"
 KINDS = {"real": False, "binary": True}
 SEGMENTOR = "segmentor"
-BINARY_PER_REAL = 64
+PART_COUNTS = [REFINER_COLUMNS[0], *COUNT_COLUMNS[:-1]]  # memory is measured, not counted
 
 
 @dataclass(frozen=True)
@@ -43,11 +40,6 @@ class Cost:
     scales: int
     macs: int
     binary_macs: int
-
-    @property
-    def equivalent_macs(self) -> float:
-        """Multiply-accumulates, 64 binary ones counted as one."""
-        return self.macs + self.binary_macs / BINARY_PER_REAL
 
     @property
     def storage_bytes(self) -> int:
@@ -125,31 +117,6 @@ def refiner_cost(refiner: Refiner, patch: Sequence[int]) -> Cost:
     return count_cost(refiner, *refiner_inputs(refiner, patch))
 
 
-def cost_table(refiner: Cost, segmentor: Cost, steps: int = 10) -> str:
-    """Markdown table of the cost of a prediction: the segmentor once, the refiner in every step."""
-    parts = {
-        SEGMENTOR: [(segmentor, 1)],
-        "refiner, 1 step": [(refiner, 1)],
-        f"prediction, {steps} steps": [(segmentor, 1), (refiner, steps)],
-    }
-    columns = ["part", "parameters (M)", "all GMAC", "of these binary", "equivalent GMAC", "fewer", "MiB in float32"]
-    note = f"{BINARY_PER_REAL} binary operations count as 1. These are counts; torch does not run binary layers faster."
-    rows = [_row(name, costs) for name, costs in parts.items()]
-    return to_markdown(Table("", [*columns, "MiB with 1-bit weights"], rows, [note])).split("\n", 2)[2]
-
-
-def _row(name: str, parts: list[tuple[Cost, int]]) -> list[str]:
-    real, binary, equivalent = (
-        sum(times * getattr(cost, key) for cost, times in parts) for key in ("macs", "binary_macs", "equivalent_macs")
-    )
-    parameters, whole, packed = (
-        sum(getattr(cost, key) for cost, _ in parts) for key in ("parameters", "storage_bytes", "packed_bytes")
-    )
-    giga = [f"{value / 1e9:.2f}" for value in (real + binary, binary, equivalent)]
-    sizes = [f"{size / 2**20:.1f}" for size in (whole, packed)]
-    return [name, f"{parameters / 1e6:.2f}", *giga, f"{(real + binary) / equivalent:.1f}x", *sizes]
-
-
 def refiner_steps(problem: Problem, width: int, turns: Turns) -> tuple[list[dict[str, Any]], str]:
     """Count and time the segmentor, which is nnU-Net's own network, and one refinement step, real and binary; batch 1.
 
@@ -171,23 +138,8 @@ def refiner_steps(problem: Problem, width: int, turns: Turns) -> tuple[list[dict
     results = [
         {"part": s.name, **costs(measured[s.name], measured[SEGMENTOR]), **counted[s.name].to_dict()} for s in subjects
     ]
-    tables = [f"{kind}:\n{cost_table(counted[f'refiner, {kind}'], counted[SEGMENTOR])}" for kind in KINDS]
-    return results, "\n\n".join([text_table(REFINER_COLUMNS, results), *tables])
-
-
-def paper_counts() -> str:
-    """Counts of the paper's setting, MERIT and 9 classes at 256 x 256, as a table; nothing is timed."""
-    with torch.device("meta"):
-        merit = Merit(1, 9, (256, 256))
-        strides = [[1, 1]] + [[2, 2]] * 5
-        channels = dict(zip(range(2, 6), merit.feature_channels, strict=True))
-        refiners = {
-            kind: Refiner(1, 9, [[3, 3]] * 6, strides, channels, width=128, norm="batch", binarized=binarized)
-            for kind, binarized in KINDS.items()
-        }
-    segmentor = count_cost(merit, torch.zeros(1, 1, 256, 256, device="meta"))
-    tables = [f"{kind}:\n{cost_table(refiner_cost(r, (256, 256)), segmentor)}" for kind, r in refiners.items()]
-    return "\n\n".join(["setting of the paper: MERIT, 9 classes, 1 channel, 256 x 256, width 128", *tables])
+    tables = [text_table(columns, results) for columns in (REFINER_COLUMNS, PART_COUNTS)]
+    return results, "\n\n".join([*tables, "Counts are no times: torch does not run binary layers faster."])
 
 
 def _inputs(refiner: Refiner, images: list[torch.Tensor]) -> list[tuple]:

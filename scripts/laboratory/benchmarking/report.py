@@ -3,25 +3,21 @@
 The JSON holds ``schema`` (another number when a key goes or changes its meaning), ``command`` with all defaults
 spelled out, ``settings``, ``hardware``, ``versions``, ``results`` and ``targets``. A result has ``seconds`` (median,
 mean, min, max and each of the ``rounds``), ``ratio`` to nnUNetTrainer in the same round, ``peak_memory_bytes`` and
-``peak_memory_ratio`` (null on a CPU, but for predict with --case, where it is the largest resident set of a command,
-and ``trainer`` its name); for train-step ``parameters`` and ``parameter_overhead``; for predict ``steps``, ``passes``,
-``pass_ratio`` (mean pass to a stock prediction) and ``outside_share`` (of the time, outside of passes).
+``peak_memory_ratio`` (null on a CPU); for train-step ``parameters`` and ``parameter_overhead``; for predict ``steps``,
+``passes``, ``pass_ratio`` (mean pass to a stock prediction) and ``outside_share`` (of the time, outside of passes).
 """
 
-import json
 import os
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from laboratory.benchmarking.options import REFERENCE
-from laboratory.benchmarking.problem import BenchmarkError
 from nnunetv2_diffusion.compat import package_versions
-from nnunetv2_diffusion.evaluation.tables import Table, to_text, write_new
+from nnunetv2_diffusion.evaluation.tables import Table, to_text
 
 SCHEMA = 1
 NOT_MEASURED = "not measured"
@@ -29,35 +25,19 @@ Columns = Sequence[tuple[str, Callable[[dict], str]]]
 """Heads of a table, and what makes a cell of a result."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """What has to stay within a limit, and what was measured (None if it was not)."""
-
-    name: str
-    limit: float
-    value: float | None
-
-    @property
-    def met(self) -> bool | None:
-        """None if not measured."""
-        return None if self.value is None else self.value <= self.limit
-
-    def to_dict(self) -> dict[str, Any]:
-        """As stored in the JSON."""
-        return {**asdict(self), "met": self.met}
-
-    @property
-    def verdict(self) -> str:
-        """One word or two."""
-        return {None: NOT_MEASURED, True: "met", False: "NOT met"}[self.met]
-
-    def line(self) -> str:
-        """One line of the report."""
-        measured = "" if self.value is None else f"{self.value:.3f}, "
-        return f"  {self.name} <= {self.limit:g}: {measured}{self.verdict}"
+def target(name: str, limit: float, value: float | None) -> dict[str, Any]:
+    """What has to stay within a limit, and what was measured (None if it was not), as in the JSON."""
+    return {"name": name, "limit": limit, "value": value, "met": None if value is None else value <= limit}
 
 
-def train_targets(results: list[dict[str, Any]]) -> list[Target]:
+def target_row(found: dict[str, Any]) -> list[str]:
+    """Name, limit, value and verdict."""
+    value = "-" if found["value"] is None else f"{found['value']:.3f}"
+    verdict = {None: NOT_MEASURED, True: "met", False: "NOT met"}[found["met"]]
+    return [found["name"], f"{found['limit']:g}", value, verdict]
+
+
+def train_targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Goals for training steps, for the trainers that were run; recycling has stricter ones on a GPU."""
     steps, memory, parameters = [], [], []
     for result in results:
@@ -67,22 +47,22 @@ def train_targets(results: list[dict[str, Any]]) -> list[Target]:
         on_gpu, recycles = result["peak_memory_ratio"] is not None, name == "nnUNetTrainerRecycleXT"
         limit = (1.33 if on_gpu else 1.45) if recycles else 1.25 if "SelfCond" in name else None
         if limit is not None:
-            steps.append(Target(f"{name}: seconds per step / {REFERENCE}'s", limit, result["ratio"]["median"]))
+            steps.append(target(f"{name}: seconds per step / {REFERENCE}'s", limit, result["ratio"]["median"]))
         if on_gpu:
             most = 1.05 if recycles else 1.10
-            memory.append(Target(f"{name}: peak memory / {REFERENCE}'s", most, result["peak_memory_ratio"]))
-        parameters.append(Target(f"{name}: parameters / {REFERENCE}'s", 1.10, 1 + result["parameter_overhead"]))
-    return [*steps, *(memory or [Target(f"peak memory on a GPU / {REFERENCE}'s", 1.10, None)]), *parameters]
+            memory.append(target(f"{name}: peak memory / {REFERENCE}'s", most, result["peak_memory_ratio"]))
+        parameters.append(target(f"{name}: parameters / {REFERENCE}'s", 1.10, 1 + result["parameter_overhead"]))
+    return [*steps, *(memory or [target(f"peak memory on a GPU / {REFERENCE}'s", 1.10, None)]), *parameters]
 
 
-def predict_targets(results: list[dict[str, Any]]) -> list[Target]:
+def predict_targets(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Goals for prediction: what is not a pass, and on a GPU K steps against K passes of the reference."""
     targets = []
     for r in (r for r in results if r["outside_share"] is not None):
         name = f"{r['trainer']}, K = {r['steps']}"
-        targets.append(Target(f"{name}: share of time outside of the passes", 0.03, r["outside_share"]["median"]))
+        targets.append(target(f"{name}: share of time outside of the passes", 0.03, r["outside_share"]["median"]))
         if r["peak_memory_ratio"] is not None:
-            targets.append(Target(f"{name}: seconds / K of {REFERENCE}'s", 1.03, r["ratio"]["median"] / r["steps"]))
+            targets.append(target(f"{name}: seconds / K of {REFERENCE}'s", 1.03, r["ratio"]["median"] / r["steps"]))
     return targets
 
 
@@ -183,7 +163,7 @@ def header(kind: str, clock: str, problem: dict | None, hardware: dict[str, Any]
 
 
 def content(
-    command: str, settings: dict[str, Any], device: torch.device, results: list[dict], targets: Sequence[Target] = ()
+    command: str, settings: dict[str, Any], device: torch.device, results: list[dict], targets: Sequence[dict] = ()
 ) -> dict[str, Any]:
     """What goes into the JSON of a run."""
     return {
@@ -193,22 +173,8 @@ def content(
         "hardware": describe_hardware(device),
         "versions": describe_versions(),
         "results": results,
-        "targets": [target.to_dict() for target in targets],
+        "targets": list(targets),
     }
-
-
-def check_new_file(path: Path | None) -> None:
-    """Raise BenchmarkError unless a JSON can be written there; None is for no file."""
-    if path is not None and path.exists():
-        raise BenchmarkError(f"--json: {path} exists already and is not overwritten; name a new file or remove it")
-    if path is not None and not path.parent.is_dir():
-        raise BenchmarkError(f"--json: there is no folder {path.parent}; make it first")
-
-
-def write_json(path: Path | None, found: dict[str, Any]) -> None:
-    """Write a new file, or none."""
-    if path is not None:
-        write_new({path: json.dumps(found, indent=1) + "\n"})
 
 
 def describe_hardware(device: torch.device) -> dict[str, Any]:

@@ -47,10 +47,7 @@ def report_difference(sources: Sources, where: Path, found: Iterable[str], known
 def collect_muscle(sources: Sources, seed: int) -> Collection:
     """The owner's folders; images without a mask are left out, as by the paper's authors."""
     parts = ("train", "val", "test")
-    needed = {name for part in parts for name in (part, f"{part}annot")}
-    root = sources.find_folder(
-        lambda folder, subfolders, files: needed <= subfolders, f"folder with {', '.join(sorted(needed))}", "MuscleCNN"
-    )
+    root = sources.find_folder(*parts, *(f"{part}annot" for part in parts), prefer="MuscleCNN")
     cases = {}
     for part in parts:
         images, masks = root / part, root / f"{part}annot"
@@ -72,11 +69,7 @@ AMOS_ORGANS = (
 
 def collect_amos(sources: Sources, seed: int) -> Collection:
     """The CT cases that dataset.json lists."""
-    needed = {"imagesTr", "labelsTr", "imagesVa", "labelsVa"}
-    root = sources.find_folder(
-        lambda folder, subfolders, files: needed <= subfolders and "dataset.json" in files,
-        f"folder with dataset.json, {', '.join(sorted(needed))}",
-    )
+    root = sources.find_folder("dataset.json", "imagesTr", "labelsTr", "imagesVa", "labelsVa")
     try:
         listed = json.loads((root / "dataset.json").read_text(encoding="utf-8"))
         parts = [[(pair["image"], pair["label"]) for pair in listed[part]] for part in ("training", "validation")]
@@ -121,10 +114,7 @@ PELVIC_VALIDATED = 2  # cases of each institution
 
 def collect_pelvis(sources: Sources, seed: int) -> Collection:
     """The cases that institution.txt lists, split within each institution."""
-    folder = sources.find_folder(
-        lambda folder, subfolders, files: any(name.endswith(("_img.nii", "_img.nii.gz")) for name in files),
-        "folder with files as 001000_img.nii",
-    )
+    folder = sources.find_folder("*_img.nii*")
     table = sources.find_file("institution.txt")
     patterns = [rf"(\w+)_{kind}\.nii(?:\.gz)?" for kind in ("img", "mask")]
     unused = "|".join([*patterns, table.name, r".+\.zip"])
@@ -198,9 +188,7 @@ SYNAPSE_TEST = {f"{number:04d}" for number in (1, 2, 3, 4, 8, 22, 25, 29, 32, 35
 
 def collect_synapse(sources: Sources, seed: int) -> Collection:
     """The 30 labelled scans in TransUNet's parts."""
-    root = sources.find_folder(
-        lambda folder, subfolders, files: {"img", "label"} <= subfolders, "folder with img and label", "Training"
-    )
+    root = sources.find_folder("img", "label", prefer="Training")
     found = sources.pairs(
         *(sources.matching(root / kind, rf"{kind}(\d{{4}})\.nii\.gz") for kind in ("img", "label")), root
     )
@@ -219,9 +207,7 @@ def collect_polyps(
     sources: Sources, seed: int, folders: tuple[str, str], prefer: str, pattern: str, counts: tuple[int, int, int]
 ) -> Collection:
     """All pairs, drawn into parts; numbers become names as cvc_001."""
-    root = sources.find_folder(
-        lambda folder, subfolders, files: set(folders) <= subfolders, f"folder with {' and '.join(folders)}", prefer
-    )
+    root = sources.find_folder(*folders, prefer=prefer)
     found = sources.pairs(*(sources.matching(root / name, pattern) for name in folders), root)
     if all(key.isdecimal() for key in found):
         found = {f"cvc_{int(key):03d}": found[key] for key in sorted(found, key=int)}
@@ -235,10 +221,7 @@ def collect_drive(sources: Sources, seed: int) -> Collection:
     """The owner's training and test set, the first observer's annotations."""
     parts = []
     for name in ("training", "test"):
-        folder = sources.find_folder(
-            lambda folder, subfolders, files, name=name: folder.name == name and "images" in subfolders,
-            f"folder {name} with images, as {name}.zip has it",
-        )
+        folder = sources.find_folder("images", named=name)
         images = sources.matching(folder / "images", rf"(\d\d)_{name}\.tif")
         manual = folder / "1st_manual"
         if name == "test" and not manual.is_dir():
@@ -255,10 +238,7 @@ def collect_drive(sources: Sources, seed: int) -> Collection:
 
 def collect_chase(sources: Sources, seed: int) -> Collection:
     """All eyes, split by child; the first observer's annotations."""
-    folder = sources.find_folder(
-        lambda folder, subfolders, files: any(name.endswith("_1stHO.png") for name in files),
-        "folder with files as Image_01L_1stHO.png",
-    )
+    folder = sources.find_folder("*_1stHO.png")
     image, first = (rf"Image_(\d\d[LR]){ending}" for ending in (r"\.jpg", r"_1stHO\.png"))
     images = sources.matching(folder, image, unused=rf"{first}|Image_\d\d[LR]_2ndHO\.png|.+\.zip")
     found = sources.pairs(images, sources.matching(folder, first, unused=".*"), folder)

@@ -46,15 +46,13 @@ class Collection:
 
 @dataclass(frozen=True)
 class DataSet:
-    """How a data set is converted.
+    """How a data set is converted; nnU-Net's name of it is DatasetNNN_title.
 
     Attributes:
-        title: DatasetNNN_title is its name in nnU-Net.
-        summary: one line.
         reference: address of the data's owner.
         labels: name -> value, or values of a region.
         counts: cases to train on, to validate on and to test on, in the paper.
-        collect: finds the cases and splits them: (sources, seed) -> collection.
+        collect: finds the cases and splits them, given sources and seed.
         channels: of volumes, names in dataset.json, which choose nnU-Net's normalisation.
         picture: Pillow's mode of pictures, "L" (grey) or "RGB"; None for volumes.
         values: of a volume's label map, expected value -> new value; by default the labels' own.

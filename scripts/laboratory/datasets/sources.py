@@ -1,17 +1,18 @@
 """What a data set is converted from: folders, zip and tar archives, single files."""
 
+import fnmatch
 import os
 import re
 import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import IO, NoReturn
+from typing import NoReturn
 
 JUNK = {"__MACOSX", "Thumbs.db", "desktop.ini"}
-DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error)
+DAMAGED = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, RuntimeError)  # the last: encrypted
 
 
 class LayoutError(ValueError):
@@ -26,17 +27,11 @@ def listing(names: Iterable[object], shown: int = 8) -> str:
 
 
 class Sources:
-    """Folders to convert from; archives are unpacked first.
+    """Folders to convert from, or text files; archives (.zip, .tar, .tar.gz) are unpacked first.
 
-    Args:
-        paths: folders, .zip, .tar or .tar.gz files, or text files.
-        scratch: where archives are unpacked; on the file system of the output, so that files can be moved there.
-        wanted: regular expression; other members of archives are not unpacked.
-        inner: regular expression of archives in an archive, to be unpacked too.
-        incomplete: whether what is missing or unexpected is noted rather than an error.
-
-    Raises:
-        LayoutError: naming a path that is missing, of another kind, or damaged.
+    They go to ``scratch``, on the file system of the output, so that files can be moved there: members that ``wanted``
+    finds (a regular expression), and those of archives that ``inner`` finds. With ``incomplete``, what is missing or
+    unexpected is noted and no error. LayoutError names a path that is missing, of another kind, or damaged.
     """
 
     def __init__(
@@ -66,17 +61,18 @@ class Sources:
                 subfolders[:] = sorted(name for name in subfolders if not _is_junk(name))
                 yield Path(folder), set(subfolders), {name for name in files if not _is_junk(name)}
 
-    def find_folder(
-        self, test: Callable[[Path, set[str], set[str]], bool], expected: str, prefer: str | None = None
-    ) -> Path:
-        """The one folder that passes a test of (folder, names of its subfolders, of its files).
+    def find_folder(self, *needed: str, prefer: str | None = None, named: str | None = None) -> Path:
+        """The one folder, of this name if one is given, that has entries which fit each of some patterns.
 
-        ``expected`` says in messages what it is; ``prefer`` is the name of the one to take if several pass.
-        LayoutError if there is none, or more than one.
+        ``prefer`` is the name of the one to take if several fit. LayoutError if there is none, or more than one.
         """
-        found = [folder for folder, subfolders, files in self.walk() if test(folder, subfolders, files)]
-        if len(found) > 1 and prefer:
-            found = [folder for folder in found if folder.name == prefer] or found
+        found = [
+            folder
+            for folder, subfolders, files in self.walk()
+            if named in (None, folder.name) and all(fnmatch.filter(subfolders | files, name) for name in needed)
+        ]
+        found = [folder for folder in found if folder.name == prefer] or found
+        expected = f"folder {f'{named} ' if named else ''}with {' and '.join(needed)}"
         if not found:
             self.nothing(expected)
         if len(found) > 1:
@@ -147,59 +143,38 @@ class Sources:
 
     def _unpack(self, archive: Path, folder: Path) -> None:
         """Write the wanted files of an archive, and of archives in it, into a new folder."""
-        from tqdm import tqdm
-
-        folder.mkdir(parents=True)
-        inner = []
+        print(f"unpack {archive.name} ...", flush=True)
         try:
-            for name, stream in tqdm(_members(archive, self._is_wanted), desc=f"unpack {archive.name}", unit="file"):
-                target = folder / _inside(name, archive)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with stream, target.open("xb") as file:
-                    shutil.copyfileobj(stream, file, 2**20)
-                if self._is_inner(name):
-                    inner.append(target)
+            if zipfile.is_zipfile(archive):
+                with zipfile.ZipFile(archive) as content:
+                    content.extractall(folder, self._wanted_of(archive, content.namelist()))
+            else:
+                with tarfile.open(archive) as content:
+                    content.extraction_filter = getattr(tarfile, "data_filter", None)  # of newer Pythons
+                    files = {member.name: member for member in content if member.isreg()}  # neither links nor devices
+                    content.extractall(folder, [files[name] for name in self._wanted_of(archive, files)])
         except DAMAGED as error:
-            raise LayoutError(f"{archive} is damaged: {error}") from error
-        except FileExistsError as error:
-            raise LayoutError(f"{archive} holds a file twice: {error.filename}") from error
-        for file in inner:
+            raise LayoutError(f"{archive} is damaged, or encrypted: {error}") from error
+        for file in [f for f in folder.rglob("*") if self._inner and re.search(self._inner, f.name)]:
             self._unpack(file, file.with_name(file.name + ".unpacked"))
             file.unlink()
 
-    def _is_inner(self, name: str) -> bool:
-        return bool(self._inner and re.search(self._inner, name))
+    def _wanted_of(self, archive: Path, names: Iterable[str]) -> list[str]:
+        """Names that are needed; LayoutError for one that leaves the folder that it is unpacked into."""
+        wanted = [name for name in names if not name.endswith("/") and self._is_wanted(name)]
+        for name in wanted:
+            path = PureWindowsPath(name)
+            if path.drive or path.root or ".." in path.parts:
+                raise LayoutError(
+                    f"{archive}: found the member {name!r}, expected names that stay in the archive's folder"
+                )
+        return wanted
 
     def _is_wanted(self, name: str) -> bool:
         if any(_is_junk(part) for part in PurePosixPath(name).parts if part not in (".", "..")):
             return False
-        return bool(re.search(self._wanted, name)) or self._is_inner(name)
+        return bool(re.search(self._wanted, name)) or bool(self._inner and re.search(self._inner, name))
 
 
 def _is_junk(name: str) -> bool:
     return name.startswith(".") or name in JUNK
-
-
-def _inside(name: str, archive: Path) -> PurePosixPath:
-    """A member's name, if it stays in the folder that it is unpacked into."""
-    path, windows = PurePosixPath(name), PureWindowsPath(name)
-    if path.is_absolute() or windows.drive or windows.root or ".." in windows.parts:
-        raise LayoutError(f"{archive}: found the member {name!r}, expected names that stay in the archive's folder")
-    return path
-
-
-def _members(archive: Path, wanted: Callable[[str], bool]) -> Iterator[tuple[str, IO[bytes]]]:
-    """Names and contents of an archive's wanted regular files; links and devices are left out."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as content:
-            for info in content.infolist():
-                if info.is_dir() or not wanted(info.filename):
-                    continue
-                if info.flag_bits & 1:
-                    raise LayoutError(f"{archive}: {info.filename} is encrypted; unpack it and give the folder")
-                yield info.filename, content.open(info)
-        return
-    with tarfile.open(archive) as content:
-        for member in content:
-            if member.isreg() and wanted(member.name):
-                yield member.name, content.extractfile(member)

@@ -7,6 +7,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from acvl_utils.cropping_and_padding.bounding_boxes import crop_and_pad_nd
 from nnunetv2.imageio.reader_writer_registry import determine_reader_writer_from_file_ending
 from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
@@ -32,10 +33,11 @@ def reverse_steps(
     data, _, _ = preprocessor.run_case(
         [str(f) for f in images], None, predictor.plans_manager, configuration, predictor.dataset_json
     )[:3]
+    label_map = predictor.label_manager.convert_probabilities_to_segmentation
     patch = _central_patch(data, configuration.patch_size)[None].to(device)
     with torch.inference_mode():
         found = [
-            (t, _middle(state), _middle(_label_map(probabilities[0], network.sigmoid)))
+            (t, _middle(state), _middle(label_map(probabilities[0])))
             for t, state, probabilities in _chain(network, patch, steps)
         ]
     return _middle(patch[0, 0]), found
@@ -58,26 +60,13 @@ def _chain(
         yield t, state[0, -1].clamp(-1, 1), step.answer
 
 
-def _label_map(probabilities: torch.Tensor, sigmoid: bool) -> torch.Tensor:
-    """(K, *spatial) -> labels; for regions the last one that is more likely than not."""
-    if not sigmoid:
-        return probabilities.argmax(0)
-    order = torch.arange(1, len(probabilities) + 1, device=probabilities.device)
-    return ((probabilities > 0.5) * order.reshape(-1, *[1] * (probabilities.ndim - 1))).amax(0)
-
-
 def _central_patch(data: np.ndarray, size: list[int]) -> torch.Tensor:
     """Centre of (C, *spatial), padded with zeros to size; of a volume the middle slice if size is 2D."""
     if len(size) == 2:
         data = data[:, data.shape[1] // 2]
-    for axis, n in enumerate(size, start=1):
-        missing = max(0, n - data.shape[axis])
-        widths = [(0, 0)] * data.ndim
-        widths[axis] = (missing // 2, missing - missing // 2)
-        data = np.pad(data, widths)
-        start = (data.shape[axis] - n) // 2
-        data = np.take(data, range(start, start + n), axis=axis)
-    return torch.from_numpy(np.ascontiguousarray(data)).float()
+    starts = [(n - s) // 2 for n, s in zip(data.shape[1:], size, strict=True)]
+    box = [[start, start + s] for start, s in zip(starts, size, strict=True)]
+    return torch.from_numpy(np.ascontiguousarray(crop_and_pad_nd(data, box, 0))).float()
 
 
 def _middle(x: torch.Tensor) -> np.ndarray:

@@ -1,5 +1,6 @@
 """Plan, train, predict and score with stock nnU-Net commands."""
 
+import argparse
 import json
 import os
 from dataclasses import dataclass, field
@@ -24,23 +25,15 @@ VALIDATED = 4  # cases of nnU-Net's validation: the unseen cases are what is sco
 
 @dataclass
 class Job:
-    """One data set, one configuration, one length of training, in a folder ``out`` of everything that is written.
+    """One data set and one length of training, in a folder ``out`` of everything that is written.
 
-    Options have the names of the demo's; ``settings`` are further changes of the plans' settings, and ``seconds`` is
-    filled with the time of every command.
+    ``options`` are the demo's, ``settings`` those of ``--set``; ``seconds`` is filled with the time of every command.
     """
 
     out: Path
     dataset: str
-    configuration: str
-    epochs: int
-    iterations: int
-    base_features: int
-    batch_size: int
-    device: str
-    recipe: str = "paper"
+    options: argparse.Namespace
     settings: dict = field(default_factory=dict)
-    patch_size: list[int] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -65,7 +58,7 @@ class Job:
 
     def model_folder(self, trainer: str) -> Path:
         """Where nnU-Net keeps a trained model."""
-        return self.out / "nnUNet_results" / self.dataset / f"{trainer}__{PLANS}__{self.configuration}"
+        return self.out / "nnUNet_results" / self.dataset / f"{trainer}__{PLANS}__{self.options.configuration}"
 
     def run(self, title: str, *command: str, **variables: str) -> None:
         """Run a stock command, with variables set; its output goes to ``<out>/logs/<title>.txt``.
@@ -89,31 +82,31 @@ class Job:
     ) -> None:
         """Predict the unseen cases with a command of nnU-Net's options."""
         self.run(
-            title, *program, "-d", self.number, "-c", self.configuration, "-f", "0", "-tr", trainer, "-p", PLANS,
-            "-device", self.device, "-i", str(self.raw / "imagesTs"), "-o", str(target), "-npp", "1", "-nps", "1",
-            *more, **variables,
+            title, *program, "-d", self.number, "-c", self.options.configuration, "-f", "0", "-tr", trainer,
+            "-p", PLANS, "-device", self.options.device, "-i", str(self.raw / "imagesTs"), "-o", str(target),
+            "-npp", "1", "-nps", "1", *more, **variables,
         )  # fmt: skip
 
 
 def plan(job: Job) -> None:
     """Plan and preprocess, then derive plans with a small network and a short training from nnU-Net's."""
     job.run(
-        "plan", "nnUNetv2_plan_and_preprocess", "-d", job.number, "-c", job.configuration, "-np", "2", "-npfp", "2",
-        "--verify_dataset_integrity",
+        "plan", "nnUNetv2_plan_and_preprocess", "-d", job.number, "-c", job.options.configuration,
+        "-np", "2", "-npfp", "2", "--verify_dataset_integrity",
     )  # fmt: skip
     stock = json.loads((job.preprocessed / "nnUNetPlans.json").read_text())
-    network = {"base_features": job.base_features, "batch_size": job.batch_size}
-    if job.patch_size is not None:
-        network["patch_size"] = job.patch_size
+    network = {"base_features": job.options.base_features, "batch_size": job.options.batch_size}
+    if job.options.patch_size is not None:
+        network["patch_size"] = job.options.patch_size
     settings = {
-        "recipe": job.recipe,
-        "num_epochs": job.epochs,
-        "num_iterations_per_epoch": job.iterations,
-        "num_val_iterations_per_epoch": max(5, job.iterations // 10),
+        "recipe": job.options.recipe,
+        "num_epochs": job.options.epochs,
+        "num_iterations_per_epoch": job.options.iterations,
+        "num_val_iterations_per_epoch": max(5, job.options.iterations // 10),
         HIDIFF: load_preset(PRESET).diffusion["all"][HIDIFF],
     }
     settings = merge_settings(settings, job.settings)
-    write_plans(derive_plans(stock, PLANS, {job.configuration: network}, settings), job.preprocessed)
+    write_plans(derive_plans(stock, PLANS, {job.options.configuration: network}, settings), job.preprocessed)
     cases = sorted(p.name.removesuffix(job.ending) for p in (job.raw / "labelsTr").glob(f"*{job.ending}"))
     validation = cases[:: max(1, len(cases) // VALIDATED)][:VALIDATED]
     split = [{"train": [c for c in cases if c not in validation], "val": validation}]
@@ -122,18 +115,13 @@ def plan(job: Job) -> None:
 
 def train(job: Job, trainer: str) -> None:
     """Train fold 0 with nnU-Net's command; its closing validation takes one step, the unseen cases are what counts."""
-    model = ["-tr", trainer, "-p", PLANS, "-device", job.device]
-    command = ["nnUNetv2_train", job.number, job.configuration, "0", *model]
+    model = ["-tr", trainer, "-p", PLANS, "-device", job.options.device]
+    command = ["nnUNetv2_train", job.number, job.options.configuration, "0", *model]
     job.run(f"train_{trainer}", *command, nnUNet_diffusion_steps="1")
 
 
 def predict_and_score(job: Job, trainer: str, steps: int | None = None) -> dict[str, np.ndarray]:
-    """Predict the unseen cases and score them with nnU-Net's commands.
-
-    Args:
-        job: what was trained.
-        trainer: whose model is used.
-        steps: K of the reverse process; None for the plans' setting.
+    """Predict the unseen cases and score them with nnU-Net's commands; ``steps`` None is the plans' setting.
 
     Returns:
         Dice of every case by label, in [0, 1], NaN where a label is in neither mask.
@@ -152,11 +140,7 @@ def predict_and_score(job: Job, trainer: str, steps: int | None = None) -> dict[
 
 
 def draw_samples(job: Job, trainer: str, samples: int) -> Path | None:
-    """Draw samples of the unseen cases with the verb ``predict``, without mirrors.
-
-    Returns:
-        its output folder, with a JSON for each case in ``uncertainty/``; None for a model that has no samples.
-    """
+    """Draw samples of the unseen cases with the verb ``predict``; its folder, None for a model that has no samples."""
     try:
         load_predictor(job.model_folder(trainer), options=PredictionOptions(samples=samples), progress=False)
     except OptionError:
@@ -168,12 +152,7 @@ def draw_samples(job: Job, trainer: str, samples: int) -> Path | None:
 
 
 def ranges_that_hold(predictions: Path, truths: Path) -> tuple[int, int]:
-    """Of the 5 to 95 % ranges of the samples' volumes, a case and label each: those that hold the true volume, and all.
-
-    Args:
-        predictions: folder with dataset.json and ``uncertainty/<case>.json`` of the verb ``predict``.
-        truths: folder of the cases' labels.
-    """
+    """Of the 5 to 95 % ranges of volumes of samples, one a case and label: those that hold the true one, and all."""
     dataset = json.loads((predictions / "dataset.json").read_text())
     held = []
     for file in sorted((predictions / UNCERTAINTY).glob("*.json")):

@@ -119,7 +119,7 @@ def draw(job: Job, trainers: list[str]) -> Path:
     truth = sorted((job.raw / "labelsTs").glob(f"*{job.ending}"))[0]
     case = truth.name.removesuffix(job.ending)
     images = sorted((job.raw / "imagesTs").glob(f"{glob.escape(case)}_????{job.ending}"))
-    steps = reverse_steps(job.model_folder(trainers[0]), images, steps=5, device=job.device)
+    steps = reverse_steps(job.model_folder(trainers[0]), images, steps=5, device=job.options.device)
     masks = {t: job.out / f"predictions_{t}" / truth.name for t in trainers}
     draw_case(job.out / "demo.png", images, truth, job.ending, masks, steps)
     return job.out / "demo.png"
@@ -166,10 +166,7 @@ def run(arguments: list[str] | None) -> int:
         name = make_data(options, out)
     except (RawDataError, SettingsError, CheckpointError, OptionError) as error:
         raise SystemExit(str(error)) from error
-    job = Job(
-        out, name, options.configuration, options.epochs, options.iterations, options.base_features,
-        options.batch_size, options.device, options.recipe, settings, options.patch_size,
-    )  # fmt: skip
+    job = Job(out, name, options, settings)
     plan(job)
     for trainer in trainers:
         train(job, trainer)

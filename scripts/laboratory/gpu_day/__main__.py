@@ -1,18 +1,19 @@
 """Command line of a day with a GPU; see scripts/gpu_day."""
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from nnunetv2_diffusion.pages import write_whole
+from nnunetv2_diffusion.files import write_json
 
 SCRIPTS = Path(__file__).resolve().parents[2]
+BENCHMARKING = (sys.executable, "-m", "laboratory.benchmarking")
 ABOUT = """\
 Everything that needs a GPU, in the order of its worth, for a machine that is lent for half an hour: masks of the CPU
 against the GPU's, cost of a training step and of a prediction as ratios to stock nnU-Net's, memory against the
@@ -28,21 +29,19 @@ TRAINERS = (
 )  # fmt: skip
 PAIR = ("nnUNetTrainer", "nnUNetTrainerRecycleXT")
 LARGE = ("--patch", "128", "--batch", "2", "--stages", "6")  # nnU-Net's usual patch for 3D data
+BENCHMARKS = {
+    "train_step": (False, ("train-step", "--trainers", *TRAINERS)),
+    "train_step_compiled": (True, ("train-step", "--trainers", *PAIR)),
+    "train_step_large": (False, ("train-step", "--trainers", *PAIR, "nnUNetTrainerHiDiff", *LARGE)),
+    "predict": (False, ("predict", "--steps", "1", "2", "5", *LARGE[:2], *LARGE[4:])),
+}
+"""Name of the part: whether networks are compiled, as nnU-Net trains on a GPU, and options of scripts/benchmark."""
 TINY = ("--patch", "16", "--batch", "2", "--stages", "3", "--base-features", "4")
 
 
 @dataclass
 class Day:
-    """What is measured where.
-
-    Attributes:
-        out: folder of the results.
-        raw: data set to train on, or None.
-        device: cuda, or cpu for a rehearsal.
-        tiny: small networks and few repetitions.
-        end: ``time.monotonic()`` at which the machine is given back.
-        epochs: of each training, None to fill the time.
-    """
+    """What is measured where, with options as in ``arguments_of``; ``end``: when the machine goes, as ``monotonic``."""
 
     out: Path
     raw: Path | None
@@ -56,21 +55,17 @@ class Day:
         return self.end - time.monotonic()
 
     def command(self, arguments: Sequence[str], compiled: bool = False) -> None:
-        """Run one of this checkout's scripts.
-
-        Raises:
-            subprocess.CalledProcessError: if it fails.
-        """
+        """Run one of this checkout's scripts; CalledProcessError if it fails."""
         environment = {**os.environ, "nnUNet_compile": "t" if compiled else "f"}
         subprocess.run(arguments, check=True, env=environment, timeout=max(self.left(), 1))
 
-    def benchmark(self, name: str, *options: str, compiled: bool = False) -> None:
-        """``scripts/benchmark``, its JSON in the folder of results."""
-        what, *rest = options
-        size = [*TINY, "--warmup", "1"] if self.tiny else []
+    def benchmark(self, name: str) -> None:
+        """One of ``BENCHMARKS``, its JSON in the folder of results."""
+        compiled, options = BENCHMARKS[name]
+        size = [*TINY, "--warmup", "1"] if self.tiny else []  # of an option that comes twice the last one counts
         rounds = ["--rounds", "2" if self.tiny else "15", "--device", self.device]
-        command = [sys.executable, str(SCRIPTS / "benchmark"), what, *rest, *size, *rounds]
-        self.command([*command, "--json", str(self.out / f"{name}.json")], compiled)
+        command = [*BENCHMARKING, "cli", *options, *size, *rounds, "--json", str(self.out / f"{name}.json")]
+        self.command(command, compiled and not self.tiny)
 
 
 def masks(day: Day) -> None:
@@ -88,38 +83,14 @@ def masks(day: Day) -> None:
         synthetic_problem(patch=(16,) * 3, batch=2, base_features=4, stages=2) if day.tiny else synthetic_problem()
     )
     results = compare_all(TRAINERS, problem, 12 if day.tiny else 200, device, () if day.tiny else PAIR[1:])
-    content = {
-        "hardware": describe_hardware(device), "versions": describe_versions(), "results": results,
-    }  # fmt: skip
-    file = day.out / "masks.json"
-    write_whole(file, json.dumps(content, indent=1, allow_nan=False))
+    file, described = day.out / "masks.json", {"hardware": describe_hardware(device), "versions": describe_versions()}
+    write_json(file, {**described, "results": results})
     print(page(file))
-
-
-def train_step(day: Day) -> None:
-    """Seconds and memory of a training step of every trainer, not compiled."""
-    day.benchmark("train_step", "train-step", "--trainers", *TRAINERS)
-
-
-def train_step_compiled(day: Day) -> None:
-    """Of nnU-Net and RecycleXT as nnU-Net trains on a GPU, compiled."""
-    day.benchmark("train_step_compiled", "train-step", "--trainers", *PAIR, compiled=not day.tiny)
-
-
-def train_step_large(day: Day) -> None:
-    """Of the larger network that 128 voxels in each direction need."""
-    size = () if day.tiny else LARGE
-    day.benchmark("train_step_large", "train-step", "--trainers", *PAIR, "nnUNetTrainerHiDiff", *size)
-
-
-def predict(day: Day) -> None:
-    """Seconds of a tile against the number of steps."""
-    day.benchmark("predict", "predict", "--steps", "1", "2", "5", *(() if day.tiny else LARGE[:2] + LARGE[4:]))
 
 
 def memory(day: Day) -> None:
     """The planner's estimate against what the allocator took at most."""
-    command = [sys.executable, str(SCRIPTS / "memory_table"), "--device", day.device, "--dims", "3"]
+    command = [*BENCHMARKING, "memory", "--device", day.device, "--dims", "3"]
     command += ["--networks", "plain", "--classes", "3", "16"]
     command += ["--patch-3d", "16", "--stages", "3", "--base-features", "4"] if day.tiny else []
     day.command([*command, "--json", str(day.out / "memory.json")])
@@ -132,17 +103,18 @@ def trainings(day: Day) -> None:
     file = write_study(day.out, day.device, day.epochs, day.left(), day.tiny)
     command = [str(SCRIPTS / "study"), "run", str(file), "--raw", str(day.raw), "--out", str(day.out / "work")]
     day.command([*command, "--results", str(day.out / "results"), "--jobs", "4"], compiled=not day.tiny)
-    write_whole(day.out / "trainings.json", json.dumps({"study": file.name, "results": "results"}))
+    write_json(day.out / "trainings.json", {"study": file.name, "results": "results"})
 
 
-PARTS: tuple[Callable[[Day], None], ...] = (
-    masks, train_step, train_step_compiled, train_step_large, predict, memory, trainings,
-)  # fmt: skip
+PARTS: dict[str, Callable[[Day], None]] = {
+    "masks": masks, **{name: partial(Day.benchmark, name=name) for name in BENCHMARKS},
+    "memory": memory, "trainings": trainings,
+}  # fmt: skip
 
 
 def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     """Options of ``scripts/gpu_day``."""
-    names = [part.__name__ for part in PARTS]
+    names = list(PARTS)
     parser = argparse.ArgumentParser(
         prog="scripts/gpu_day", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -165,8 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     end = time.monotonic() + 60 * arguments.minutes
     day = Day(arguments.out.resolve(), arguments.raw, arguments.device, arguments.tiny, end, arguments.epochs)
     failed = []
-    for part in PARTS:
-        name = part.__name__
+    for name, part in PARTS.items():
         if name not in arguments.parts or (day.out / f"{name}.json").exists() or (part is trainings and not day.raw):
             continue
         start = time.monotonic()

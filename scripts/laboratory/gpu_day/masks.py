@@ -82,10 +82,6 @@ def _synchronisations(trainer: nnUNetTrainer, batches: list[dict]) -> float | No
     return sum("synchroniz" in str(w.message) for w in caught) / COUNTED
 
 
-def _images(batches: list[dict], count: int) -> torch.Tensor:
-    return batches[0]["data"][:count].float()
-
-
 @torch.inference_mode()
 def probabilities(network: nn.Module, images: torch.Tensor, autocast: bool = False) -> torch.Tensor:
     """Of the classes, (B, K, *spatial) in float32 on the CPU; images go through one by one, as tiles do."""
@@ -119,16 +115,9 @@ def compare(
     name: str, problem: Problem, weights: dict, images: torch.Tensor, steps: int | None, device: torch.device,
     compiled: bool,
 ) -> dict[str, dict[str, Any]]:  # fmt: skip
-    """A network's masks on a device next to those of the CPU in float32, for every precision.
+    """A trained network's masks of images (B, C, *spatial) on a device next to those of the CPU in float32.
 
-    Args:
-        name: of the trainer.
-        problem: plans that the network is built from.
-        weights: trained.
-        images: (B, C, *spatial).
-        steps: K of the reverse process, None for a network without one.
-        device: that is compared with the CPU.
-        compiled: also compile the network, as nnU-Net's predictor does when asked.
+    ``steps`` is K of the reverse process, None for a network without one; there is a result for every precision.
     """
     networks = [build_network(name, problem, torch.device(kind)) for kind in ("cpu", device.type)]
     for network in networks:
@@ -151,15 +140,8 @@ def compare_all(
 ) -> list[dict[str, Any]]:
     """Train each trainer's network for some steps on the device, and compare its masks with the CPU's.
 
-    Args:
-        names: of trainers.
-        problem: plans for all of them.
-        train_steps: optimiser steps of each.
-        device: that is compared with the CPU.
-        compiled: names that are also compared compiled.
-
-    Returns:
-        for each trainer its name, ``training`` (see ``train``) and ``masks`` by K and precision.
+    ``compiled`` are names that are also compared compiled. A result has ``training`` (see ``train``), and ``masks`` by
+    K and precision.
     """
     results = []
     for name in tqdm(names, desc="masks", unit="trainer"):
@@ -167,7 +149,7 @@ def compare_all(
             trainer = create_trainer(name, problem, device)
             training = train(trainer, train_steps)
             weights = {key: value.cpu() for key, value in trainer.network.state_dict().items()}
-            images = _images(make_batches(trainer, 1), IMAGES)
+            images = make_batches(trainer, 1)[0]["data"][:IMAGES].float()
             has_chain = getattr(build_network(name, problem, torch.device("cpu")), "sampling", None) is not None
             masks = {
                 "-" if k is None else str(k): compare(name, problem, weights, images, k, device, name in compiled)

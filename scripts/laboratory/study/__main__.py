@@ -33,12 +33,6 @@ def run_arguments(parser: argparse.ArgumentParser) -> None:
 def report_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of ``scripts/study report``."""
     parser.add_argument("results", type=Path, metavar="RESULTS_DIR", help="Folder of the JSONs of scripts/study run.")
-    parser.add_argument(
-        "--insert",
-        type=Path,
-        metavar="FILE.md",
-        help="Write the summary of NAME there, between '<!-- summary of NAME -->' and '<!-- end of summary -->'.",
-    )
     parser.add_argument("-o", type=Path, metavar="FILE.md", help="The page. Default: report.md beside RESULTS_DIR.")
 
 

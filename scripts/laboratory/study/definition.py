@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from laboratory.files import read_json
 from laboratory.study import StudyError
+from nnunetv2_diffusion.files import read_json
 from nnunetv2_diffusion.settings import (
     MOST_SAMPLES,
     SAMPLERS,
@@ -211,14 +211,9 @@ def check_keys(content: Mapping[str, Any], known: Sequence[str], required: Itera
 
 
 def predictions_of(cell: Cell, kind: str | None) -> tuple[Prediction, ...]:
-    """What is predicted: all that is asked for, or once for each kind of mirroring without a chain.
+    """What is predicted: all that is asked for, or once for each kind of mirroring without a chain (kind None).
 
-    Args:
-        cell: whose predictions.
-        kind: "gaussian", "hidiff" (HiDiff), or None for a trainer without a chain.
-
-    Raises:
-        StudyError: for a number of steps that the chain cannot have.
+    StudyError for a number of steps that the chain, "gaussian", "draws" or "hidiff", cannot have.
     """
     if kind is None:
         return tuple(dict.fromkeys(Prediction(mirroring=p.mirroring) for p in cell.predictions))

@@ -14,7 +14,6 @@ import re
 import subprocess
 from collections.abc import Mapping
 from dataclasses import asdict
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,13 @@ import torch
 
 import nnunetv2_diffusion
 from laboratory.benchmarking.report import describe_hardware, describe_versions
-from laboratory.files import read_json
 from laboratory.study import StudyError
 from laboratory.study.definition import Cell, Prediction, Study
 from laboratory.study.stages import Training
 from nnunetv2_diffusion.checkpoints import load_checkpoint_file
 from nnunetv2_diffusion.evaluation.labels import read_labels
 from nnunetv2_diffusion.evaluation.summaries import class_key, read_summary
+from nnunetv2_diffusion.files import read_json, to_json
 from nnunetv2_diffusion.pages import write_whole
 from nnunetv2_diffusion.planning.derive import resolve_configurations
 from nnunetv2_diffusion.settings import HIDIFF, merge_settings, parse_settings
@@ -192,14 +191,7 @@ def to_text(value: Any, indent: int = 0) -> str:
 
 def plain(value: Any) -> Any:
     """Plain data with rounded numbers; null for what is not finite."""
-    if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(v) for v in value]
-    if value is None or isinstance(value, bool | int | str):
-        return value
-    number = float(value)
-    return float(f"{number:.{DIGITS}g}") if isfinite(number) else None
+    return json.loads(to_json(value), parse_float=lambda text: float(f"{float(text):.{DIGITS}g}"))
 
 
 def note_code(training: Training) -> None:
@@ -209,7 +201,6 @@ def note_code(training: Training) -> None:
     """
     file = training.folder / "code.json"
     if not (file.exists() and training.started):
-        training.folder.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(describe_code()))
 
 

@@ -1,20 +1,20 @@
 """The page of all studies: tables and figures from the JSONs alone, the same for the same files."""
 
 import argparse
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from laboratory.study import StudyError
-from laboratory.study.figures import CURVES, all_figures, question_boxes, to_png, training_curves
-from laboratory.study.results import StudyResults, load_results
-from laboratory.study.tables import all_tables, summary_table, test_table
+from laboratory.study.figures import training_curves
+from laboratory.study.results import CellResults, StudyResults, load_results
+from laboratory.study.tables import all_tables, test_table
+from nnunetv2_diffusion.analysis.figures import to_png
 from nnunetv2_diffusion.evaluation.tables import Table, to_markdown
 from nnunetv2_diffusion.pages import check_page, write_whole
 
-BEGIN, END = "<!-- summary of NAME -->", "<!-- end of summary -->"
+CURVES = "nnU-Net's pseudo Dice on validation patches by epoch, mean over runs."
 MARK = "<!-- made by scripts/study report from the JSONs; do not edit -->"
 
 
@@ -25,8 +25,6 @@ def run(arguments: argparse.Namespace) -> int:
         file = arguments.o or arguments.results.resolve().parent / "report.md"
         page, figures = build(studies, file.stem)
         write_page(file, page, figures)
-        if arguments.insert is not None:
-            write_whole(arguments.insert, insert_summaries(arguments.insert, studies))
     except (StudyError, OSError) as error:
         print(f"scripts/study report: {error}", file=sys.stderr)
         return 1
@@ -48,31 +46,9 @@ def build(studies: list[StudyResults], stem: str) -> tuple[str, dict[str, bytes]
 def write_page(file: Path, page: str, figures: Mapping[str, bytes]) -> None:
     """Write a page that is new, or was made here before; FileExistsError if another file is there."""
     check_page(file, MARK, "scripts/study report")
-    file.parent.mkdir(parents=True, exist_ok=True)
     for name, content in figures.items():
-        target = file.parent / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(target, content)
+        write_whole(file.parent / name, content)
     write_whole(file, page)
-
-
-def insert_summaries(file: Path, studies: list[StudyResults]) -> str:
-    """Text of a file with the summaries of studies between its marks; StudyError if a mark or its end is missing."""
-    text = file.read_text(encoding="utf-8")
-    known = {study.name: study for study in studies}
-    before, between = BEGIN.split("NAME")
-    pattern = re.compile(f"({re.escape(before)}(.*?){re.escape(between)}\n)(.*?)({re.escape(END)})", re.DOTALL)
-    names = [match[2] for match in pattern.finditer(text)]
-    if not names or len(names) != text.count(before):
-        raise StudyError(f"{file}: expected {BEGIN} and {END} around each place for a summary")
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise StudyError(f"{file}: no results of study {unknown[0]}, there are those of {', '.join(known)}")
-
-    def table(match: re.Match) -> str:
-        return f"{match[1]}{_markdown(summary_table(known[match[2]]))}\n{match[4]}"
-
-    return pattern.sub(table, text)
 
 
 def _markdown(table: Table) -> str:
@@ -83,28 +59,24 @@ def _markdown(table: Table) -> str:
 def _section(study: StudyResults, folder: str, figures: dict[str, bytes]) -> list[str]:
     """One study."""
 
-    def place(name: str, caption: str, figure: Any) -> list[str]:
+    def curves(name: str, cells: list[CellResults]) -> list[str]:
         path = f"{folder}_{name}.png"
-        figures[path] = to_png(figure)
-        return [f"![{caption}]({path})", "", f"*{caption}*", ""]
+        figures[path] = to_png(training_curves(cells))
+        return [f"![{CURVES}]({path})", "", f"*{CURVES}*", ""]
 
     lines = [f"## {study.name}", "", *_facts(study), ""]
     for table in all_tables(study):
         lines += [f"### {table.title}", "", _markdown(table)]
-    lines += ["### Figures", ""]
-    for name, caption, figure in all_figures(study):
-        lines += place(name, caption, figure)
+    lines += ["### Trainings", "", *curves("curves", study.cells)]
     for index, question in enumerate(study.content.get("questions", []), start=1):
-        cells = [study.cell(name) for name in question["cells"]]
-        present = [cell for cell in cells if cell is not None]
+        first, *others = [study.cell(name) for name in question["cells"]]
+        present = [cell for cell in others if cell is not None]
         lines += [f"### {question['title']}", ""]
-        if cells[0] is None or len(present) < 2:
+        if first is None or not present:
             lines += ["Not answered yet: the cells have no results.", ""]
             continue
-        lines.append(_markdown(test_table(present[0], present[1:], "Dice")))
-        caption = f"{question['title']} Dice of every case minus that of {present[0].name}."
-        lines += place(f"question_{index}", caption, question_boxes(present[0], present[1:]))
-        lines += place(f"question_{index}_curves", CURVES, training_curves(present))
+        lines.append(_markdown(test_table(first, present, "Dice")))
+        lines += curves(f"question_{index}_curves", [first, *present])
     return lines
 
 
@@ -157,6 +129,4 @@ def _code(record: dict[str, Any]) -> str:
     text = f"commit {code['commit'][:12]}"
     if code["dirty"]:
         text += " with changes that were not committed"
-    if code.get("same_package") is False:
-        text += f", but with another package installed ({code['package_sha256']})"
     return text + (", changed while it ran" if record.get("code_changed") else "")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from laboratory.files import read_json
 from laboratory.study import StudyError
 from laboratory.study.records import CELL, SCHEMA, STUDY, read_record
+from nnunetv2_diffusion.files import read_json
 
 MEAN = "mean"  # label of the mean over classes or regions
 

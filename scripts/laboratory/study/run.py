@@ -13,7 +13,7 @@ from typing import Any
 from laboratory.commands import CommandError, CommandRunner
 from laboratory.raw_data import RawDataError
 from laboratory.study import StudyError, records
-from laboratory.study.definition import Cell, Study, predictions_of, read_study
+from laboratory.study.definition import SOURCES, Cell, Study, predictions_of, read_study
 from laboratory.study.stages import Training
 from laboratory.study.workplace import Workplace, say
 from nnunetv2_diffusion.checkpoints import CheckpointError, find_trainer
@@ -124,7 +124,8 @@ def chain_of(trainer: str) -> str | None:
         CheckpointError: if nnU-Net does not find the trainer.
     """
     from nnunetv2_diffusion.methods.hidiff import HiDiffTrainer
-    from nnunetv2_diffusion.training import DiffusionTrainer, RecycleScoreTrainer
+    from nnunetv2_diffusion.methods.recycle_score import RecycleScoreTrainer
+    from nnunetv2_diffusion.training import DiffusionTrainer
 
     found = find_trainer(trainer)
     if issubclass(found, HiDiffTrainer):
@@ -169,7 +170,6 @@ def _finish(unit: Unit, units: dict[tuple[str, int], Unit]) -> None:
         training.work(unit.trained.set)
     finally:
         unit.trained.set()
-    unit.file.parent.mkdir(parents=True, exist_ok=True)
     text = records.to_text(records.collect(training, unit.request)) + "\n"
     if unit.file.exists():
         raise StudyError(f"{unit.file} was written by another run in the meantime; it is not overwritten")
@@ -178,21 +178,18 @@ def _finish(unit: Unit, units: dict[tuple[str, int], Unit]) -> None:
 
 def _wait_for_sources(training: Training, units: dict[tuple[str, int], Unit]) -> None:
     """Raises StudyError if a checkpoint that a training needs is not there in the end."""
-    words = {"segmentor": "segmentor", "warm_start": "warm start's source", "ensemble": "member"}
     for cell, number in training.place.sources(training.cell, training.run):
         if (cell.name, number) in units:
             units[cell.name, number].trained.wait()
         file = training.place.checkpoint(cell, number)
         if not file.is_file():
-            word = next(word for key, word in words.items() if getattr(training.cell, key))
-            raise StudyError(f"its {word} {cell.name} run {number} is not trained: no {file}")
+            key = next(key for key in SOURCES if getattr(training.cell, key))
+            raise StudyError(f"it needs {cell.name} run {number} ({key}), which is not trained: no {file}")
 
 
 def _copy_study(study: Study, results: Path) -> None:
     """What the page needs of the study beside the results: order of cells, reference, questions."""
-    folder = results / study.name
-    folder.mkdir(parents=True, exist_ok=True)
     kept = {k: study.content[k] for k in ("name", "summary", "reference", "questions") if k in study.content}
     cells, settings = [cell.name for cell in study.cells], merge_settings({}, study.content.get("settings", {}))
     record = {"schema": records.SCHEMA, "kind": records.STUDY, **kept, "cells": cells, "settings": settings}
-    write_whole(folder / "study.json", records.to_text(record) + "\n")
+    write_whole(results / study.name / "study.json", records.to_text(record) + "\n")

@@ -8,10 +8,10 @@ from pathlib import Path
 from shutil import copy, rmtree
 from typing import Any
 
-from laboratory.files import read_json
 from laboratory.study import StudyError
 from laboratory.study.definition import Analysis, Cell, Prediction
 from laboratory.study.workplace import Workplace, fresh_log, locked, say
+from nnunetv2_diffusion.files import read_json
 from nnunetv2_diffusion.pages import write_whole
 from nnunetv2_diffusion.settings import ENVIRONMENT_PREFIX
 
@@ -161,7 +161,6 @@ class Training:
 
     def _keep(self, stage: str, record: dict[str, Any]) -> None:
         """Cost of a stage; from now on it is finished."""
-        self._record(stage).parent.mkdir(exist_ok=True)
         write_whole(self._record(stage), json.dumps(record, indent=1))
 
     def _folder_stage(self, stage: str, command: list[str], target: Path, **variables: str) -> None:

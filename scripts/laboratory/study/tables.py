@@ -8,7 +8,7 @@ import pandas as pd
 from laboratory.study.results import CellResults, StudyResults, matching, nanmean
 from nnunetv2_diffusion.evaluation.comparison import direction
 from nnunetv2_diffusion.evaluation.statistics import PairedComparison, compare_pairs
-from nnunetv2_diffusion.evaluation.tables import Cell, Table
+from nnunetv2_diffusion.evaluation.tables import Cell, Table, mean_sd, number, p_value
 from nnunetv2_diffusion.settings import flatten
 
 LEVEL = 0.95  # of intervals
@@ -18,36 +18,15 @@ HOLM = "Holm's correction of the t-test for the number of tests in this table."
 
 def all_tables(study: StudyResults) -> Iterator[Table]:
     """Every table that there are results for."""
-    yield summary_table(study)
     yield settings_table(study)
     yield score_table(study)
     if study.reference is not None and len(study.cells) > 1:
         for metric in ("Dice", "HD95"):
             yield test_table(study.reference, study.cells, metric)
-    for metric in ("Dice", "HD95"):
-        if step_curves(study, metric):
-            yield step_table(study, metric)
     for table in (sample_table(study), mode_table(study)):
         if table.rows:
             yield table
     yield cost_table(study)
-
-
-def summary_table(study: StudyResults) -> Table:
-    """One row a cell: mean Dice of each prediction, how alike samples are, and what training took."""
-    names = list(dict.fromkeys(p["name"] for cell in study.cells for p in cell.predictions))
-    rows = []
-    for cell in study.cells:
-        own = {p["name"]: nanmean(cell.by_case(p["name"], "Dice")) for p in cell.predictions}
-        best = max(own.values())
-        dice = [Cell(number(own[n], 3), own[n] == best and len(own) > 1) if n in own else NONE for n in names]
-        samples = sample_rows(cell)
-        alike = np.nan if samples.empty else samples["pairwise_dice"].mean()
-        seconds = nanmean([sum(record["training"]["epoch_seconds"]) for record in cell.records])
-        rows.append([cell.name, *dice, number(alike, 3), f"{seconds:.0f}"])
-    columns = ["cell", *names, "pairwise Dice of samples", "training, s"]
-    notes = ["Dice: mean over test cases, foreground classes and runs; K: reverse steps. Bold: the cell's best."]
-    return Table("Summary", columns, rows, notes)
 
 
 def settings_table(study: StudyResults) -> Table:
@@ -91,8 +70,8 @@ def score_table(study: StudyResults) -> Table:
     notes = [
         "Mean ± standard deviation (n - 1) over the test cases; of a case the mean over runs and foreground classes. "
         "Bold: the best mean.",
-        "HD95 in mm (pixels for 2D images); (-n): cases without a value, because a mask is empty. Volume error: mean "
-        "of |predicted - true| / true.",
+        "HD95 in mm (pixels for 2D images); (n of N): cases with a value, a mask is empty in the others. Volume error: "
+        "mean of |predicted - true| / true.",
         "sd over runs: of the runs' mean Dice (number of runs). nnU-Net seeds nothing, so equal trainings differ: a "
         "difference that is smaller than this says nothing, whatever a test over cases says.",
     ]
@@ -144,25 +123,6 @@ def holm(p_values: Sequence[float]) -> list[float]:
         largest = max(largest, min(1.0, (len(known) - rank) * p))
         corrected[index] = largest
     return corrected
-
-
-def step_curves(study: StudyResults, metric: str = "Dice") -> dict[str, np.ndarray]:
-    """Cell -> metric of every step, mean over runs, cases and samples; (steps,). Cells that have it only."""
-    found = {cell.name: cell.analysis("steps") for cell in study.cells}
-    return {name: f.groupby("step")[metric].mean().to_numpy() for name, f in found.items() if metric in f}
-
-
-def step_table(study: StudyResults, metric: str = "Dice") -> Table:
-    """Dice, or another metric, by reverse step."""
-    curves, digits = step_curves(study, metric), 4 if metric == "Dice" else 2
-    longest = max(map(len, curves.values()))
-    rows = [
-        [name, *(number(v, digits) for v in curve), *[NONE] * (longest - len(curve))] for name, curve in curves.items()
-    ]
-    notes = [
-        f"{metric} of the estimate after every step of one chain, without mirroring; mean over cases, samples and runs."
-    ]
-    return Table(f"{metric} by reverse step", ["cell", *(f"step {i + 1}" for i in range(longest))], rows, notes)
 
 
 def sample_rows(cell: CellResults) -> pd.DataFrame:
@@ -242,23 +202,3 @@ def cost_table(study: StudyResults) -> Table:
         "memory: on a GPU the most that tensors took in training, on a CPU the largest resident set of one process.",
     ]
     return Table("Cost", columns, rows, notes)
-
-
-def mean_sd(values: np.ndarray, digits: int) -> str:
-    """Mean ± standard deviation, and how many values are undefined."""
-    known = values[np.isfinite(values)]
-    left_out = len(values) - len(known)
-    if not len(known):
-        return NONE
-    sd = f" ± {known.std(ddof=1):.{digits}f}" if len(known) > 1 else ""
-    return f"{known.mean():.{digits}f}{sd}" + (f" (-{left_out})" if left_out else "")
-
-
-def number(value: float, digits: int, sign: bool = False) -> str:
-    """A number, "-" for none."""
-    return NONE if not np.isfinite(value) else f"{value:{'+' if sign else ''}.{digits}f}"
-
-
-def p_value(p: float) -> str:
-    """A p-value in three digits."""
-    return NONE if np.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"

@@ -7,6 +7,7 @@
             runs/STUDY/CELL/run_0/                 nnUNet_results, predictions, analysis, logs, stages of one training
 """
 
+import fcntl
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -16,18 +17,13 @@ from pathlib import Path
 from shutil import rmtree
 
 from laboratory.commands import CommandRunner
-from laboratory.files import read_json
 from laboratory.raw_data import check_cases, link_parts
 from laboratory.study import StudyError
 from laboratory.study.definition import Cell, Study
+from nnunetv2_diffusion.files import read_json
 from nnunetv2_diffusion.pages import write_whole
 from nnunetv2_diffusion.planning.derive import PlansError, derive_plans, write_plans
 from nnunetv2_diffusion.settings import ENVIRONMENT_PREFIX, HIDIFF, SettingsError, merge_settings
-
-try:
-    import fcntl
-except ImportError:  # Windows: two runs in one folder are not noticed there
-    fcntl = None
 
 
 def say(line: str) -> None:
@@ -169,14 +165,7 @@ class Workplace:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[Sequence[int]]:
-    """Hold a folder for this process, and for commands that inherit the descriptors that it yields.
-
-    Raises:
-        StudyError: if another process holds it.
-    """
-    if fcntl is None:
-        yield ()
-        return
+    """Hold a folder for this process and for commands that inherit the descriptors; StudyError if another holds it."""
     with (folder / ".lock").open("w") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -104,7 +104,7 @@ def test_memory_is_told_with_the_command_that_its_settings_make():
     ("content", "message"),
     [
         ("{", "not JSON"),
-        ("[]", "holds a list, expected an object"),
+        ("[]", "holds list, expected a mapping: a JSON of scripts/benchmark"),
         ("{}", "no key 'schema', expected a JSON of scripts/benchmark or scripts/memory_table"),
         ('{"schema": 1}', "no key 'settings', expected a JSON of"),
         (steps(schema=2), "schema is 2, expected 1"),

@@ -33,7 +33,6 @@ QUIET = {"nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1", "OMP_NUM_THREADS": "
 
 
 def test_the_script_tells_its_verbs_and_that_nothing_is_seeded():
-    pytest.importorskip("fcntl")
     environment = {**os.environ, "NNUNETV2_DIFFUSION_ENV": "active"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     command = [str(SCRIPT), "--help"]
@@ -78,4 +77,4 @@ def test_a_matrix_of_two_cells_goes_from_cases_to_a_page(tmp_path, monkeypatch):
     assert main(["report", str(results), "-o", str(page)]) == 0
     text = page.read_text()
     assert "| Recycle | K2\\_ddim | one\\_pass | 2 |" in text
-    assert (tmp_path / "page" / "figures" / "tiny_question_1.png").is_file()
+    assert (tmp_path / "page" / "figures" / "tiny_question_1_curves.png").is_file()

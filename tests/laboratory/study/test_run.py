@@ -52,7 +52,7 @@ def test_every_run_of_every_cell_gets_its_json(fake, start, results):
     assert list(found) == ["A_run0", "A_run1", "B_run0", "C_run0"]
     record = found["B_run0"]
     assert record["settings"]["num_epochs"] == 2
-    assert record["settings"]["beta_end"] == 0.02, "defaults are spelled out"
+    assert record["settings"]["gaussian"]["betas"] == [0.0001, 0.02], "defaults are spelled out"
     assert record["network"]["features_per_stage"] == [4, 8]
     assert record["training"]["epoch_seconds"] == [3.0, 2.0]
     assert record["training"]["peak_memory_bytes"] == 2**30
@@ -194,7 +194,7 @@ def test_hidiff_starts_from_the_checkpoint_of_its_segmentors_run(fake, start, tm
     assert start(study, jobs=2) == 0
     for run, expected in ((0, 0), (1, 1), (2, 0)):
         plans = json.loads((tmp_path / "work" / "nnUNet_preprocessed" / DATASET / f"fake-C-{run}.json").read_text())
-        checkpoint = plans["configurations"]["3d_fullres"]["diffusion"]["hidiff"]["segmentor_checkpoint"]
+        checkpoint = plans["configurations"]["3d_fullres"]["diffusion"]["hidiff"]["segmentor"]
         assert (tmp_path / "work" / checkpoint).is_file()
         assert f"/A/run_{expected}/" in checkpoint
         assert not checkpoint.startswith("/")
@@ -252,7 +252,7 @@ def test_an_ensemble_waits_for_all_of_its_members(fake, start, capsys):
     ensemble = {"name": "E", "trainer": "Recycle", "ensemble": "B"}
     study = {**STUDY, "cells": [{**STUDY["cells"][1], "runs": 2}, ensemble]}
     assert start(study, cells=["E"]) == 1
-    assert "its member B run 0 is not trained" in capsys.readouterr().err
+    assert "it needs B run 0 (ensemble), which is not trained" in capsys.readouterr().err
 
 
 def test_steps_that_are_draws_are_a_chain_of_their_own_kind():
@@ -340,7 +340,7 @@ def test_a_warm_start_for_a_trainer_without_a_chain_is_refused(fake, start, caps
 
 def test_hidiff_without_its_segmentor_is_refused(fake, start, capsys):
     assert start(cells=["C"]) == 1
-    assert "its segmentor A run 0 is not trained" in capsys.readouterr().err
+    assert "it needs A run 0 (segmentor), which is not trained" in capsys.readouterr().err
     assert not fake.named("nnUNetv2_train")
 
 
@@ -350,7 +350,7 @@ def test_a_segmentor_that_fails_fails_what_waits_for_it_and_nothing_else(fake, s
     assert list(results()) == ["A_run1", "B_run0"]
     said = capsys.readouterr()
     assert "A run 0: nnUNetv2_train ended with status 1" in said.err
-    assert "C run 0: its segmentor A run 0 is not trained" in said.err
+    assert "C run 0: it needs A run 0 (segmentor), which is not trained" in said.err
     assert start() == 0
     assert len(results()) == 4
 
@@ -386,7 +386,6 @@ def test_an_interruption_stops_commands_and_the_same_study_continues(fake, start
 
 
 def test_a_folder_that_is_in_use_is_left_alone(tmp_path):
-    pytest.importorskip("fcntl")
     with locked(tmp_path) as descriptors:
         assert len(descriptors) == 1
         with pytest.raises(StudyError, match="is in use"), locked(tmp_path):
