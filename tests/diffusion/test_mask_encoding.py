@@ -1,17 +1,11 @@
-"""Laws of mask encodings: round trips, linearity, and chains that end where an oracle says."""
+"""Laws of mask encodings: round trips and linearity."""
 
 import math
 
 import pytest
 import torch
 
-from nnunetv2_diffusion.diffusion import (
-    GaussianDiffusion,
-    MaskEncoding,
-    linear_beta_schedule,
-    make_encoding,
-    reverse_process,
-)
+from nnunetv2_diffusion.diffusion import MaskEncoding, make_encoding
 
 CLASSES = [2, 3, 4, 5, 16, 104, 117]
 spaces = pytest.mark.parametrize("space", [(5, 6), (3, 4, 5)])
@@ -86,25 +80,6 @@ def test_regions_stay_as_they_are(name):
     p = torch.rand(1, 3, 4, 4)
     assert type(encoding) is MaskEncoding
     assert torch.equal(encoding.encode(p), p)
-
-
-@names
-@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
-@pytest.mark.parametrize("classes", [2, 3, 104])
-def test_a_chain_with_an_oracle_ends_at_its_labels(name, sampler, classes):
-    encoding, labels = make_encoding(name, classes), labels_of(classes, (6, 7))
-    code = encoding.encode_labels(labels)
-    process = GaussianDiffusion(linear_beta_schedule(50)).respace(5)
-    seen = []
-
-    def oracle(x_t: torch.Tensor, t: torch.Tensor, is_last: bool) -> torch.Tensor:
-        seen.append(x_t)
-        return 2 * code - 1
-
-    noise = torch.randn_like(code)
-    *_, last = reverse_process(process, oracle, noise, lambda: torch.randn_like(code), sampler)
-    assert torch.equal(encoding.decode((last + 1) / 2).argmax(1, keepdim=True), labels)
-    assert (seen[-1] - (2 * code - 1)).abs().mean() < 0.5  # the last state is near its mask already
 
 
 def test_an_unknown_name_is_refused():

@@ -7,7 +7,13 @@ import pytest
 import torch
 from oracles import reverse_process
 
-from nnunetv2_diffusion.diffusion import SAMPLERS, SPACINGS
+from nnunetv2_diffusion.diffusion import (
+    SAMPLERS,
+    SPACINGS,
+    GaussianDiffusion,
+    linear_beta_schedule,
+    make_encoding,
+)
 from nnunetv2_diffusion.sampling import SamplingConfig
 
 samplers = pytest.mark.parametrize(("sampler", "eta"), [("ddpm", 0.0), ("ddim", 0.0), ("ddim", 0.5), ("ddim", 1.0)])
@@ -108,6 +114,25 @@ def test_the_optimal_denoiser_of_a_coin_draws_fair_samples_of_that_coin(trained,
     *_, result = reverse_process(trained.respace(251), denoise, x_t, lambda: torch.randn_like(x_t), sampler, eta)
     assert (result.abs() > 0.99).double().mean() > 0.99  # decided
     assert (result > 0).double().mean().item() == pytest.approx(heads, abs=0.015)
+
+
+@pytest.mark.parametrize("name", ["one-hot", "analog-bits"])
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim"])
+@pytest.mark.parametrize("classes", [2, 3, 104])
+def test_a_chain_with_an_oracle_ends_at_its_labels(name, sampler, classes):
+    encoding, labels = make_encoding(name, classes), torch.randint(classes, (2, 1, 6, 7))
+    code = encoding.encode_labels(labels)
+    process = GaussianDiffusion(linear_beta_schedule(50)).respace(5)
+    seen = []
+
+    def oracle(x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        seen.append(x_t)
+        return 2 * code - 1
+
+    noise = torch.randn_like(code)
+    *_, last = reverse_process(process, oracle, noise, lambda: torch.randn_like(code), sampler)
+    assert torch.equal(encoding.decode((last + 1) / 2).argmax(1, keepdim=True), labels)
+    assert (seen[-1] - (2 * code - 1)).abs().mean() < 0.5  # the last state is near its mask already
 
 
 # ---- what the network and the noise source are asked
