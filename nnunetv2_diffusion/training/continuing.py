@@ -112,7 +112,8 @@ def plans_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[
     Returns:
         what changes the meaning of the network or its input, and all else, each as ``name old -> new``.
     """
-    meaning, other = [], []
+    meaning: list[str] = []
+    other: list[str] = []
     for key in sorted(set(old) - {"diffusion", "inherits_from"}):
         before, after = _leaves(old[key], key), _leaves(new.get(key), key)
         found = [_change(n, before.get(n), after.get(n)) for n in {**before, **after} if before.get(n) != after.get(n)]

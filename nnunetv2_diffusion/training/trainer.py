@@ -72,6 +72,7 @@ class DiffusionTrainer(PlannedTrainer):
     strategy: Strategy = Standard()
     uses_mask = True
     section: str | None = "gaussian"  # of the settings, whose sampling the environment may change; None: no sampling
+    _rehearses = False
     time_sampling: str | None = None  # how t is drawn; None: as the settings say
     process: TimeSteps
     inner_network: DiffusionUNet
@@ -254,6 +255,8 @@ class DiffusionTrainer(PlannedTrainer):
         """predict(x, t, samples) for strategies: encoded probabilities of one pass without gradient."""
 
         def predict(x: torch.Tensor, t: torch.Tensor, samples: torch.Tensor | None = None) -> torch.Tensor:
+            if self._rehearses:
+                return torch.zeros_like(x)
             seen = image if samples is None else image[samples]
             # no cache: weights that autocast casts here would be reused, without gradient, by the trained pass
             with torch.no_grad(), self._autocast(cache_enabled=False):
@@ -264,8 +267,9 @@ class DiffusionTrainer(PlannedTrainer):
         return predict
 
     def rehearse(self, image: torch.Tensor, target: torch.Tensor | list[torch.Tensor]) -> torch.Tensor:
-        """See ``PlannedTrainer``; times are drawn without a history."""
+        """See ``PlannedTrainer``: times have no history, and a first pass, which keeps nothing, is left out."""
         self.time_sampler = UniformTimeSampler(self.process.num_timesteps)
+        self._rehearses = True
         with self._autocast():
             return self._training_loss(image, target)
 

@@ -176,7 +176,7 @@ def test_steps_and_moments_of_a_case_are_distributions(models, tta):
 # ---- what plans and environment say
 
 
-@pytest.mark.parametrize("trainer", ["HiDiff", "RecycleScore", "RecycleXT"])
+@pytest.mark.parametrize("trainer", ["HiDiff", "RecycleXT"])
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
 def test_the_spacing_of_the_plans_is_that_of_the_network(models, trainer, spacing):
     predictor = load_predictor(models(f"nnUNetTrainer{trainer}", step_spacing=spacing), progress=False)
