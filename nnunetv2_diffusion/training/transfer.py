@@ -43,7 +43,7 @@ def head_names(plans: PlansManager, dataset_json: Mapping) -> tuple[str, ...]:
 
 
 def _number(value: int | Sequence[int]) -> int:
-    return value if isinstance(value, int) else int(value[0])
+    return int(value[0] if isinstance(value, Sequence) else value)
 
 
 def image_names(plans: PlansManager, configuration: str, dataset_json: Mapping) -> tuple[str, ...]:
