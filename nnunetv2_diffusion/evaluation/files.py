@@ -215,7 +215,10 @@ def read_segmentation(reader: BaseReaderWriter, file: Path, labels: LabelSet, ig
         raise EvaluationError(f"{file}: cannot be read: {_reason(error)}") from error
     if array.ndim != 4 or array.shape[0] != 1:
         channels = array.shape[0] if array.ndim == 4 else array.shape
-        raise EvaluationError(f"{file}: has {channels} channels, expected one, of labels")
+        raise EvaluationError(
+            f"{file}: has {channels} channels, expected one, of labels. PNG masks with a palette are read as colours: "
+            "save them as grey values (docs/start/install.md)"
+        )
     labels.check_values(array, str(file), ignore)
     values = array[0].astype(np.min_scalar_type(max(*labels.known, labels.ignore or 0)))
     itk = properties.get("sitk_stuff")

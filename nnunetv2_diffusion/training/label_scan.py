@@ -42,8 +42,8 @@ def scan_labels(datasets: Iterable[Any], show_progress: bool, cache: Path | None
         if len(segmentation) != 1:
             raise ValueError(
                 f"case {case}: the segmentation has {len(segmentation)} channels, expected one, of labels. nnU-Net "
-                "reads masks with a palette (PNG of mode P) as colours: save labelsTr as grey values (see README) and "
-                "preprocess again."
+                "reads masks with a palette (PNG of mode P) as colours: save labelsTr as grey values "
+                "(docs/start/install.md) and preprocess again."
             )
         found[case] = _label_values(segmentation)
         if key:
