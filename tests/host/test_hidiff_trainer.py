@@ -147,9 +147,14 @@ def test_the_segmentor_is_trained_alone_first_if_there_is_no_checkpoint(make_hid
     "hidiff",
     [
         {"collaborative": False, "noise_loss": "bce", "cross_transformer": False, "binarized": False},  # V1
-        {"noise_loss": "bce", "cross_transformer": False, "binarized": False},
-        {"cross_transformer": False, "binarized": False},
-        {"binarized": False},
+        *[
+            pytest.param(variant, marks=pytest.mark.slow)
+            for variant in (
+                {"noise_loss": "bce", "cross_transformer": False, "binarized": False},
+                {"cross_transformer": False, "binarized": False},
+                {"binarized": False},
+            )
+        ],
         {},  # V5
     ],
 )

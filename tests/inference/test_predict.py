@@ -412,6 +412,7 @@ print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_samples(models, tmp_path):
     """Three maps of the volume take 2.4 MB: those of fourteen samples more would be 33 MB."""
     images = write_images(tmp_path / "in", 1, (48, 64, 64))

@@ -164,7 +164,13 @@ def test_every_planner_of_the_folder_is_tested():
     assert {file.stem for file in FOLDER.glob("*.py")} - {"__init__"} == set(PLANNERS)
 
 
-@pytest.mark.parametrize("name", PLANNERS)
+# residual encoders are planned in the same way and rehearsed for longer
+each_planner = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if "ResEnc" in name else name for name in PLANNERS]
+)
+
+
+@each_planner
 def test_planner_is_made_as_nnunets_and_differs_in_the_plans_name(preprocessed, name):
     stock_class, plans_name = PLANNERS[name]
     defaults = {p.name: p.default for p in inspect.signature(stock_class.__init__).parameters.values()}
@@ -178,7 +184,7 @@ def test_planner_is_made_as_nnunets_and_differs_in_the_plans_name(preprocessed, 
     assert (positional.overwrite_target_spacing, positional.suppress_transpose) == ([1.0, 1.0, 1.0], True)
 
 
-@pytest.mark.parametrize("name", PLANNERS)
+@each_planner
 def test_plans_of_a_network_that_costs_no_more_are_nnunets(preprocessed, name):
     stock_class, plans_name = PLANNERS[name]
     ours, stock = load(name)(501).plan_experiment(), stock_class(501).plan_experiment()
