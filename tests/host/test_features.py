@@ -82,7 +82,7 @@ def test_typo_in_the_plans_stops_before_anything_is_written(project):
     (project.preprocessed / "typo.json").write_text(json.dumps(plans))
     printed = project.train(TRAINER, plans="typo", fails=True)
     assert "unknown setting 'setps'" in printed
-    assert "did you mean 'steps'" in printed
+    assert "did you mean 'gaussian.steps'" in printed
     assert not project.model(TRAINER, plans="typo").exists()
 
 

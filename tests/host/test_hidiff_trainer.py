@@ -409,7 +409,7 @@ def test_an_existing_result_is_the_segmentor(make_trainer, make_hidiff, project,
 
 
 def test_a_named_checkpoint_must_exist_and_fit(make_trainer, make_hidiff, tmp_path):
-    with pytest.raises(CheckpointError, match=r"segmentor_checkpoint: no file .*nothing\.pth"):
+    with pytest.raises(CheckpointError, match=r"hidiff\.segmentor: no file .*nothing\.pth"):
         make_hidiff(hidiff={"segmentor_checkpoint": str(tmp_path / "nothing.pth")})
     other = make_trainer("RecycleXT")
     file = tmp_path / "other.pth"
