@@ -111,7 +111,11 @@ class DiffusionUNet(ChainNetwork, DenoisingUNet):
         full_resolution_only: bool,
     ) -> torch.Tensor | list[torch.Tensor]:
         t = t.to(image.device, non_blocking=True) if self.time is not None and t is not None else None
-        return self._run(image, to_mask(x_t), t, estimate, full_resolution_only)
+        return self._run(image, self.shown(x_t), t, estimate, full_resolution_only)
+
+    def shown(self, x_t: torch.Tensor) -> torch.Tensor:
+        """What of a state the network sees, in [0, 1]."""
+        return to_mask(x_t)
 
     def compile_passes(self) -> None:
         """As the host asks for by compiling the whole network to predict: a pass alone, once."""

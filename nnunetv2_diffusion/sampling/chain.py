@@ -45,9 +45,13 @@ class Chain(ABC, Generic[State, Prior]):
     stochastic = True
     independent = False
 
-    @abstractmethod
     def look(self, image: torch.Tensor) -> Window:
-        """What every step needs of images (B, C, *spatial)."""
+        """What every step needs of images (B, C, *spatial): here the images."""
+        return Window(image)
+
+    def _index(self, step: int) -> torch.Tensor:
+        """Of the respaced process at a step, (1,), on the CPU, where coefficients are."""
+        return torch.tensor([self.steps - 1 - step])
 
     @abstractmethod
     def start(self, prior: Prior, noise: Noise) -> State:
@@ -136,13 +140,6 @@ class GaussianChain(Chain[torch.Tensor, torch.Tensor | None]):
         assert isinstance(process, GaussianSteps), "a network of another process makes another chain"
         self.process = process.respace(config.steps, config.step_spacing)
 
-    def _index(self, step: int) -> torch.Tensor:
-        return torch.tensor([self.steps - 1 - step])  # on the CPU, where coefficients are
-
-    def look(self, image: torch.Tensor) -> Window:
-        """See ``Chain``."""
-        return Window(image)
-
     def start(self, prior: torch.Tensor | None, noise: Noise) -> torch.Tensor:
         """See ``Chain``."""
         return noise.normal(0)
@@ -183,9 +180,6 @@ class BernoulliChain(Chain[torch.Tensor, torch.Tensor]):
         self.network, self.config = network, config
         self.steps, self.channels = config.steps, network.num_heads
         self.process = network.process.respace(config.steps, config.step_spacing)
-
-    def _index(self, step: int) -> torch.Tensor:
-        return torch.tensor([self.steps - 1 - step])
 
     def look(self, image: torch.Tensor) -> Window:
         """See ``Chain``."""
@@ -246,10 +240,6 @@ class CodeChain(Chain[torch.Tensor, torch.Tensor | None]):
     def __init__(self, network: Drawing, config: SamplingConfig):
         self.network, self.steps, self.channels = network, config.steps, network.latent_channels
 
-    def look(self, image: torch.Tensor) -> Window:
-        """See ``Chain``."""
-        return Window(image)
-
     def start(self, prior: torch.Tensor | None, noise: Noise) -> torch.Tensor:
         """See ``Chain``."""
         return noise.code(0)
@@ -285,10 +275,6 @@ class SinglePass(Chain[None, torch.Tensor | None]):
 
     def __init__(self, network: nn.Module, sigmoid: bool, steps: int = 1):
         self.network, self.sigmoid, self.steps = network, sigmoid, steps
-
-    def look(self, image: torch.Tensor) -> Window:
-        """See ``Chain``."""
-        return Window(image)
 
     def start(self, prior: torch.Tensor | None, noise: Noise) -> None:
         """See ``Chain``."""
